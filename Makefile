@@ -1,0 +1,52 @@
+# A fresh machine needs Python 3.11 or newer, make and a C++ compiler. Every target makes what it needs.
+BIN     := .venv/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+RUN     ?=
+
+.PHONY: help demo test check bench gpu docs format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: .venv/installed-demo  ## the main job: train, merge, evaluate and picture a RepLKNet on CIFAR-10
+	$(BIN)/replknet demo $(RUN)
+
+test: check  ## everything CI runs: `make check`, then the test suite
+	$(BIN)/python -m pytest -q $(RUN)
+
+check: .venv/installed-test  ## format, lint, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: .venv/installed-demo  ## time the operator against torch; records go to benchmarks/results
+	$(BIN)/python benchmarks/depthwise.py $(RUN)
+
+gpu:  ## correctness and times on a CUDA device; needs torch, timm and numpy alone, installs nothing
+	PYTHONPATH=src python3 -m replknet.bench.gpu $(RUN)
+
+docs: .venv/installed-docs  ## the documentation, into docs/_build/html
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+format: .venv/installed-test  ## rewrite the sources in our format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## forget the environment and everything built
+	rm -rf .venv build dist docs/_build .mypy_cache .ruff_cache .pytest_cache
+
+# the first of these that is new enough and really starts (a shim for a missing version does not)
+.venv/bin/python:
+	@for python in python3.11 python3.12 python3.13 python3; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "creating .venv with $$python"; exec $$python -m venv .venv; \
+		fi; \
+	done; \
+	echo 'replknet needs Python 3.11 or newer; none of python3.11, python3.12, python3.13, python3 is' >&2; exit 1
+
+.venv/installed-%: $(SOURCES) | .venv/bin/python
+	@echo "installing replknet[$*] into .venv (a few minutes the first time)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	@touch $@
