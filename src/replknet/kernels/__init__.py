@@ -1,0 +1,100 @@
+"""The implementations of the operator, and the choice among them.
+
+A new backend is one file with a `Backend` record, and one line in `BACKENDS`.
+"""
+
+import os
+from types import TracebackType
+
+from replknet.kernels import aten, reference
+from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
+
+# in the order in which they are asked; the first that accepts a call takes it
+BACKENDS: tuple[Backend, ...] = (aten.BACKEND, reference.BACKEND)
+
+VARIABLE = "REPLKNET_BACKEND"
+_forced: str | None = None
+
+
+def _known(name: str) -> str:
+    names = [backend.name for backend in BACKENDS]
+    if name not in names:
+        raise ValueError(f"no backend is called {name!r}; there are {', '.join(names)}")
+    return name
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment forces, or None."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    try:
+        return _known(name)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}={name}: {error}") from None
+
+
+class use_backend:
+    """Force one backend for every call in this process, or None for the automatic choice again.
+
+    It acts at once and stays (backward passes on CUDA run in other threads, so a thread-local choice would
+    miss them); as a context manager it restores the earlier choice at the end. It goes before the
+    environment variable `REPLKNET_BACKEND`.
+
+    Args:
+        name: the name of a backend (`replknet.doctor()` lists them), or None.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        self._before = _forced
+        _forced = None if name is None else _known(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def refusals(call: Call) -> dict[str, str | None]:
+    """For each backend, why it would not take the call, or None if it would when asked by name."""
+    return {backend.name: backend.refusal(call) for backend in BACKENDS}
+
+
+def choose(call: Call) -> Backend:
+    """The first backend that accepts the call; a forced one that refuses is an error.
+
+    Raises:
+        RuntimeError: no backend accepts the call; the text has every backend's reason.
+    """
+    name = forced()
+    for backend in BACKENDS:
+        wanted = backend.automatic if name is None else backend.name == name
+        if wanted and backend.refusal(call) is None:
+            return backend
+    reasons = "; ".join(f"{key}: {why or 'would take it'}" for key, why in refusals(call).items())
+    who = "no backend takes" if name is None else f"backend {name!r}, which is forced, does not take"
+    way = "" if name is None else f"; replknet.use_backend(None) and no {VARIABLE} leave the choice free"
+    raise RuntimeError(f"{who} this call: {call} ({reasons}){way}")
+
+
+__all__ = [
+    "ALGORITHMS",
+    "BACKENDS",
+    "Algorithm",
+    "Backend",
+    "Call",
+    "choose",
+    "forced",
+    "refusals",
+    "use_backend",
+]

@@ -1,0 +1,100 @@
+"""What this machine can do, and which backend takes which call."""
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from replknet.kernels import Call, choose, forced, refusals
+
+# layers of RepLKNet-31B at 224 pixels: the calls people care about
+_LAYERS = (
+    ((1, 128, 56, 56), (31, 31)),
+    ((1, 256, 28, 28), (29, 29)),
+    ((1, 512, 14, 14), (27, 27)),
+    ((1, 1024, 7, 7), (13, 13)),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call, the backend that takes it, and why the others do not."""
+
+    call: str
+    backend: str | None
+    refusals: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of `doctor`; `str()` of it is for people, `asdict()` for programs."""
+
+    versions: dict[str, str]
+    machine: str
+    threads: int
+    cuda: list[str]
+    forced: str | None
+    checks: list[Check]
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            "  ".join(f"{name} {found}" for name, found in self.versions.items()),
+            f"{self.machine}, {self.threads} torch threads, CUDA: {', '.join(self.cuda) or 'none'}",
+            f"forced backend: {self.forced or 'none'}",
+            "",
+        ]
+        for check in self.checks:
+            others = "; ".join(
+                f"{name}: {why or 'would take it'}" for name, why in check.refusals.items() if name != check.backend
+            )
+            lines.append(f"{check.backend or 'none':<10} {check.call}   [{others}]")
+        return "\n".join(lines)
+
+
+def doctor() -> Report:
+    """What this machine can do and which backend takes which call.
+
+    Returns:
+        Versions, processor, threads, CUDA devices, the forced backend, and for each large-kernel layer of
+        RepLKNet-31B in float32 (and bfloat16 on CUDA) the backend that takes it and the others' reasons.
+    """
+    calls = [
+        Call(shape=shape, kernel=kernel, dtype=torch.float32, device="cpu", channels_last=channels_last)
+        for shape, kernel in _LAYERS
+        for channels_last in (False, True)
+    ]
+    if torch.cuda.is_available():
+        calls += [
+            Call(shape=(64, *shape[1:]), kernel=kernel, dtype=dtype, device="cuda")
+            for shape, kernel in _LAYERS
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    return Report(
+        versions={name: _version(name) for name in ("replknet", "torch", "timm", "triton")},
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        threads=torch.get_num_threads(),
+        cuda=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        forced=forced(),
+        checks=[_check(call) for call in calls],
+    )
+
+
+def _check(call: Call) -> Check:
+    try:
+        backend = choose(call).name
+    except RuntimeError:
+        backend = None
+    return Check(call=str(call), backend=backend, refusals=refusals(call))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

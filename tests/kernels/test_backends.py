@@ -1,0 +1,132 @@
+"""Every backend against the float64 definition, in y, dx, dw and db, over odd shapes, dtypes and layouts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import conv2d
+
+from oracle import excess
+from replknet.kernels import BACKENDS, Call, choose, forced, reference, refusals, use_backend
+
+SHAPES = [  # n, c, h, w, kh, kw
+    (1, 1, 1, 1, 1, 1),
+    (1, 2, 1, 1, 5, 5),  # kernel larger than the image
+    (2, 3, 4, 5, 13, 7),
+    (2, 3, 9, 7, 3, 3),
+    (3, 5, 7, 12, 1, 9),  # rectangular
+    (2, 4, 14, 14, 27, 27),
+    (1, 33, 7, 7, 13, 13),
+    (2, 8, 20, 37, 31, 5),
+    (5, 2, 19, 6, 5, 31),
+    (1, 1, 40, 3, 9, 9),
+    (9, 300, 3, 3, 5, 5),  # more image-channel pairs than one call of aten's weight gradient takes
+]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def sample(n, c, h, w, kh, kw, dtype, layout=torch.contiguous_format):
+    x, dy = (torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    return x, (torch.randn(c, 1, kh, kw) / max(kh, kw)).to(dtype), dy
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_backend_keeps_the_bound(backend, shape, dtype, layout):
+    found = excess(backend, *sample(*shape, dtype, layout))
+    assert max(found.values()) <= 1, found
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 9),
+    h=st.integers(1, 24),
+    w=st.integers(1, 24),
+    kh=st.integers(0, 20).map(lambda i: 2 * i + 1),
+    kw=st.integers(0, 20).map(lambda i: 2 * i + 1),
+    dtype=st.sampled_from(DTYPES[1:]),
+)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.automatic], ids=lambda backend: backend.name)
+def test_backend_keeps_the_bound_on_any_shape(backend, n, c, h, w, kh, kw, dtype):
+    found = excess(backend, *sample(n, c, h, w, kh, kw, dtype))
+    assert max(found.values()) <= 1, found
+
+
+def test_reference_is_torchs_convolution_in_float64():
+    x, w, _ = sample(2, 3, 9, 8, 7, 5, torch.float64)
+    bias = torch.randn(3, dtype=torch.float64)
+    expected = conv2d(x, w, bias, padding=(3, 2), groups=3)
+    torch.testing.assert_close(reference.forward(x, w, bias, False), expected)
+
+
+def test_the_oracle_rejects_a_wrong_kernel():
+    x, w, dy = sample(1, 2, 6, 6, 3, 3, torch.float32)
+    shifted = reference.forward(x, w.roll(1, 3), None, False)
+    wrong = reference.BACKEND.__class__(
+        name="wrong",
+        refusal=reference.BACKEND.refusal,
+        forward=lambda *_: shifted,
+        backward=reference.backward,
+    )
+    assert excess(wrong, x, w, dy)["y"] > 100
+
+
+def test_unwanted_gradients_are_none():
+    x, w, dy = sample(1, 2, 6, 6, 5, 5, torch.float32)
+    for backend in BACKENDS:
+        assert backend.backward(dy, x, w, [False, False, False]) == (None, None, None)
+        assert backend.backward(dy, x, w, [False, True, False])[0] is None
+
+
+CALL = Call(shape=(1, 2, 8, 8), kernel=(5, 5), dtype=torch.float32, device="cpu")
+
+
+def test_reference_is_never_chosen_unless_forced():
+    assert choose(CALL).name == "aten"
+    with use_backend("reference"):
+        assert choose(CALL).name == "reference"
+    assert choose(CALL).name == "aten"
+
+
+def test_environment_forces_a_backend_and_use_backend_goes_first(monkeypatch):
+    monkeypatch.setenv("REPLKNET_BACKEND", "reference")
+    assert choose(CALL).name == forced() == "reference"
+    with use_backend("aten"):
+        assert choose(CALL).name == "aten"
+
+
+def test_use_backend_stays_without_with():
+    use_backend("reference")
+    try:
+        assert choose(CALL).name == "reference"
+    finally:
+        use_backend(None)
+    assert choose(CALL).name == "aten"
+
+
+def test_unknown_backend_is_named_with_the_known_ones(monkeypatch):
+    with pytest.raises(ValueError, match="no backend is called 'cutlass'; there are aten, reference"):
+        use_backend("cutlass")
+    monkeypatch.setenv("REPLKNET_BACKEND", "cutlass")
+    with pytest.raises(ValueError, match="REPLKNET_BACKEND=cutlass: no backend is called 'cutlass'"):
+        choose(CALL)
+
+
+def test_a_call_that_nobody_takes_gives_every_reason():
+    call = Call(shape=(1, 2, 8, 8), kernel=(5, 5), dtype=torch.float32, device="cpu", algorithm="fft")
+    with pytest.raises(RuntimeError, match=r"no backend takes this call: x \[1, 2, 8, 8\] float32") as info:
+        choose(call)
+    for name, why in refusals(call).items():
+        assert f"{name}: {why}" in str(info.value)
+
+
+def test_a_forced_backend_that_refuses_is_an_error():
+    call = Call(shape=(1, 2, 8, 8), kernel=(5, 5), dtype=torch.float32, device="cpu", algorithm="fft")
+    with (
+        use_backend("aten"),
+        pytest.raises(RuntimeError, match="backend 'aten', which is forced, does not take this call"),
+    ):
+        choose(call)

@@ -1,0 +1,285 @@
+"""The public operator: its contract with torch, its gradients of every order, and its errors."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
+
+import replknet
+from replknet.ops import depthwise_conv2d
+
+OP = torch.ops.replknet.depthwise_conv2d
+GRADIENTS = torch.ops.replknet.depthwise_conv2d_backward
+
+
+def sample(n=2, c=3, h=7, w=9, kh=5, kw=11, dtype=torch.float64, grad=True):
+    x = torch.randn(n, c, h, w, dtype=dtype, requires_grad=grad)
+    weight = torch.randn(c, 1, kh, kw, dtype=dtype, requires_grad=grad)
+    return x, weight, torch.randn(c, dtype=dtype, requires_grad=grad)
+
+
+def expected(x, weight, bias=None, relu=False):
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    y = conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+    return y.relu() if relu else y
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_it_is_torchs_convolution(use_bias, relu):
+    x, weight, bias = sample()
+    bias = bias if use_bias else None
+    torch.testing.assert_close(depthwise_conv2d(x, weight, bias, relu), expected(x, weight, bias, relu))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_first_and_second_derivatives(relu):
+    arguments = sample(h=4, w=5, kh=3, kw=7)
+    assert gradcheck(lambda *a: depthwise_conv2d(*a, relu=relu), arguments)
+    assert gradgradcheck(lambda *a: depthwise_conv2d(*a, relu=relu), arguments)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_second_derivatives_with_one_gradient_wanted(needs):
+    arguments = [t.requires_grad_(need) for t, need in zip(sample(h=4, w=3, kh=3, kw=5), needs, strict=True)]
+    assert gradgradcheck(depthwise_conv2d, arguments)
+
+
+def test_third_derivative():
+    x, weight, _ = sample(n=1, c=1, h=3, w=3, kh=3, kw=3)
+
+    def penalty(x, weight):
+        (gx,) = torch.autograd.grad(depthwise_conv2d(x, weight).pow(3).sum(), x, create_graph=True)
+        return gx
+
+    assert gradgradcheck(penalty, (x, weight))
+
+
+def layouts(x):
+    """x in all the memory layouts that opcheck and users produce."""
+    n, c, h, w = x.shape
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "sliced": torch.nn.functional.pad(x, (1, 2, 1, 0))[:, :, 1:, 1 : 1 + w],
+        "expanded": x[:1].expand(n, c, h, w),
+        "one channel": x[:, :1],
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 3, 4, 5)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_and_result_layout(layout, dtype):
+    x, weight, bias = sample(dtype=dtype, grad=False)
+    x = layouts(x)[layout]
+    weight, bias = weight[: x.shape[1]], bias[: x.shape[1]]
+    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+    # autograd registration and AOT dispatch compare gradients with a tolerance for float32 only
+    tests = ("test_schema", "test_faketensor") + (
+        ("test_autograd_registration", "test_aot_dispatch_dynamic") if dtype == torch.float32 else ()
+    )
+    torch.library.opcheck(OP, (x, weight, bias, True, "auto"), test_utils=tests)
+    torch.library.opcheck(GRADIENTS, (torch.randn_like(x), x, weight, [True, True, False], "auto"), test_utils=tests)
+    y = depthwise_conv2d(x, weight, bias)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("make", [lambda t: t, lambda t: t.to(memory_format=torch.channels_last)])
+def test_gradient_has_the_layout_of_x(make):
+    x, weight, _ = sample()
+    x = make(x.detach()).requires_grad_()
+    depthwise_conv2d(x, weight).sum().backward()
+    assert x.grad.stride() == x.stride()
+
+
+def test_batch_of_none():
+    x, weight, bias = sample(n=0)
+    y = depthwise_conv2d(x, weight, bias)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert weight.grad.eq(0).all()
+    assert bias.grad.eq(0).all()
+
+
+def test_compiles_without_a_graph_break_and_in_both_directions():
+    x, weight, bias = sample(dtype=torch.float32)
+    step = torch.compile(lambda *a: depthwise_conv2d(*a, relu=True), fullgraph=True)
+    y, truth = step(x, weight, bias), expected(x, weight, bias, relu=True)
+    torch.testing.assert_close(y, truth)
+    dy = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, weight, bias), dy),
+        torch.autograd.grad(truth, (x, weight, bias), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_double_backward_under_compile_is_refused_by_torch():
+    x, weight, _ = sample(dtype=torch.float32)
+    y = torch.compile(lambda x: depthwise_conv2d(x, weight).pow(2), fullgraph=True, backend="aot_eager")(x)
+    (gx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=r"torch\.compile with aot_autograd does not currently support double backward"
+    ):
+        gx.sum().backward()
+
+
+def test_forward_mode_is_right():
+    x, weight, bias = sample(grad=False)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        y = depthwise_conv2d(forward_ad.make_dual(x, tangent), weight, bias)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected(tangent, weight))
+
+
+def test_the_raw_op_refuses_forward_mode_instead_of_a_zero_tangent():
+    x, weight, _ = sample(grad=False)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        OP(forward_ad.make_dual(x, x), weight, None, False, "auto")
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda x: OP(x, weight, None, False, "auto"), (x,), (x,))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: OP(x, weight, None, False, "auto").sum())(x)
+
+
+def test_functorch_grad_jvp_and_hessian_vector_product():
+    x, weight, _ = sample(h=4, w=4, kh=3, kw=3, grad=False)
+    tangent = torch.randn_like(x)
+
+    def loss(x):
+        return depthwise_conv2d(x, weight).pow(3).sum()
+
+    def truth(x):
+        return expected(x, weight).pow(3).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.func.grad(truth)(x))
+    for got, want in zip(
+        torch.func.jvp(torch.func.grad(loss), (x,), (tangent,)),
+        torch.func.jvp(torch.func.grad(truth), (x,), (tangent,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0), (1, 1)])
+def test_vmap_equals_a_loop(dims):
+    many = [torch.randn(4, 2, 3, 6, 5), torch.randn(4, 3, 1, 3, 5)]
+    moved = [many[i].movedim(0, d) if d is not None else many[i][0] for i, d in enumerate(dims)]
+    got = torch.vmap(depthwise_conv2d, in_dims=dims)(*moved)
+    loop = [
+        depthwise_conv2d(*(many[j][i] if d is not None else many[j][0] for j, d in enumerate(dims))) for i in range(4)
+    ]
+    torch.testing.assert_close(got, torch.stack(loop))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_the_arguments_and_gives_float32_gradients(dtype):
+    x, weight, bias = sample(dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = depthwise_conv2d(x, weight, bias)
+        assert y.dtype == dtype
+        y.float().pow(2).sum().backward()
+    low = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+    z = depthwise_conv2d(*low)
+    assert torch.equal(y, z)
+    z.float().pow(2).sum().backward()
+    for high, t in zip((x, weight, bias), low, strict=True):
+        assert high.grad.dtype == torch.float32
+        assert torch.equal(high.grad, t.grad.float())
+
+
+def test_autocast_leaves_float64_alone():
+    x, weight, _ = sample()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise_conv2d(x, weight).dtype == torch.float64
+
+
+def test_autocast_under_compile():
+    x, weight, bias = sample(dtype=torch.float32, grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.compile(depthwise_conv2d, fullgraph=True, backend="aot_eager")(x, weight, bias)
+        assert torch.equal(y, depthwise_conv2d(x, weight, bias))
+
+
+def test_activation_checkpointing_and_inference_mode():
+    x, weight, _ = sample()
+    y = torch.utils.checkpoint.checkpoint(depthwise_conv2d, x, weight, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected(x, weight).sum(), x)[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(depthwise_conv2d(x, weight), expected(x, weight))
+
+
+def flops(function, *arguments):
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+def test_flops_are_counted_as_torch_counts_a_convolution():
+    x, weight, _ = sample(dtype=torch.float32)
+    assert flops(depthwise_conv2d, x, weight) == flops(expected, x, weight) == 2 * x.numel() * 5 * 11
+    # torch counts a grouped convolution's weight gradient C times over, so the sum is checked by hand
+    assert flops(lambda: depthwise_conv2d(x, weight).sum().backward()) == 3 * 2 * x.numel() * 5 * 11
+
+
+def test_shift_of_the_input_shifts_the_interior():
+    x, weight, _ = sample(h=12, w=12, kh=3, kw=5, grad=False)
+    y = depthwise_conv2d(x, weight)
+    shifted = depthwise_conv2d(x.roll((1, 2), (2, 3)), weight)
+    torch.testing.assert_close(shifted[:, :, 2:-1, 4:-2], y.roll((1, 2), (2, 3))[:, :, 2:-1, 4:-2])
+
+
+def test_centre_tap_is_the_identity_and_the_operator_is_linear():
+    x, weight, _ = sample(grad=False)
+    one = torch.zeros_like(weight)
+    one[:, :, 2, 5] = 1
+    assert torch.equal(depthwise_conv2d(x, one), x)
+    both = depthwise_conv2d(2 * x, weight) + depthwise_conv2d(x, one)
+    torch.testing.assert_close(both, depthwise_conv2d(x, 2 * weight + one))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 4)}, r"x must be \[N,C,H,W\], got 3 dimensions \[3, 4, 4\]; x\[None\] adds"),
+        ({"weight": torch.zeros(2, 1, 3, 3)}, r"weight must be \[3,1,Kh,Kw\].*got \[2, 1, 3, 3\]"),
+        ({"weight": torch.zeros(3, 3, 3, 3)}, r"weight must be \[3,1,Kh,Kw\].*got \[3, 3, 3, 3\]"),
+        ({"weight": torch.zeros(3, 1, 4, 3)}, "kernel sides must be odd, got 4x3; torch.nn.Conv2d takes"),
+        ({"x": torch.zeros(2, 3, 0, 4)}, r"x must have at least one pixel, got \[2, 3, 0, 4\]"),
+        ({"bias": torch.zeros(2)}, r"bias must be \[3\], one value a channel, got \[2\]"),
+        ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, "x must be float64, .* got torch.int32"),
+        ({"weight": torch.zeros(3, 1, 3, 3).double()}, "weight must have the dtype of x, torch.float32, got"),
+        ({"bias": torch.zeros(3).half()}, "bias must have the dtype of x, torch.float32, got torch.float16"),
+        (
+            {"weight": torch.zeros(3, 1, 3, 3, device="meta")},
+            "weight must be on the device of x, cpu, got meta",
+        ),
+        ({"algorithm": "winograd"}, "algorithm must be one of auto, direct, fft, got 'winograd'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_error_says_what_was_expected_and_what_came(change, message):
+    arguments = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(3, 1, 3, 3), **change}
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(**arguments)
+
+
+def test_an_algorithm_that_no_backend_has_is_an_error():
+    with pytest.raises(RuntimeError, match="no backend takes this call"):
+        depthwise_conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), algorithm="fft")
+
+
+def test_doctor_tells_who_takes_what():
+    report = replknet.doctor()
+    assert report.versions["replknet"] == replknet.__version__
+    assert {check.backend for check in report.checks} == {"aten"}
+    assert "kernel 31x31" in str(report)
+    assert report.asdict()["forced"] is None
+    with replknet.use_backend("reference"):
+        assert {check.backend for check in replknet.doctor().checks} == {"reference"}
