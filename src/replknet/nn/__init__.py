@@ -1,0 +1,20 @@
+"""Modules on the operator, and what is done with them: merging and acceleration."""
+
+from replknet.nn.accelerate import accelerate
+from replknet.nn.blocks import ConvFFN, DropPath, RepLKBlock, stem, transition
+from replknet.nn.depthwise import DepthwiseConv2d
+from replknet.nn.merge import merge, unfolded_norms
+from replknet.nn.reparam import ReparamLargeKernelConv
+
+__all__ = [
+    "ConvFFN",
+    "DepthwiseConv2d",
+    "DropPath",
+    "RepLKBlock",
+    "ReparamLargeKernelConv",
+    "accelerate",
+    "merge",
+    "stem",
+    "transition",
+    "unfolded_norms",
+]

@@ -1,0 +1,97 @@
+"""Put the operator into any network."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from replknet.nn.depthwise import DepthwiseConv2d
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did; `str()` of it is for people."""
+
+    replaced: list[str]  # names of the convolutions that now run on the operator
+    left: dict[str, str]  # name of every other convolution -> why it stayed
+    _swaps: list[tuple[nn.Module, str, nn.Conv2d]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put the original modules back, with the parameters as they are now."""
+        for parent, name, original in self._swaps:
+            current = getattr(parent, name)
+            original.weight, original.bias = current.weight, current.bias
+            setattr(parent, name, original.train(current.training))
+        self._swaps.clear()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} convolutions run on the operator, {len(self.left)} stay"]
+        reasons = list(self.left.values())
+        lines += [f"  {reasons.count(why)} {why}" for why in sorted(set(reasons))]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Run the depthwise convolutions of any network on the operator, in place.
+
+    Exact `nn.Conv2d` children with one kernel a channel, odd sides, stride 1, dilation 1 and zero padding
+    of half the kernel become `DepthwiseConv2d` with the *same* Parameter objects, so optimisers and state
+    dicts go on as they were. A convolution used in several places stays shared.
+
+    Args:
+        model: any network. A model that is itself a convolution has no parent to hold another, and stays.
+
+    Returns:
+        What was replaced, what was left and why; its `undo()` restores the original modules.
+    """
+    report = Report(replaced=[], left={})
+    new: dict[nn.Module, DepthwiseConv2d] = {}
+    if isinstance(model, nn.Conv2d):
+        report.left["(the model)"] = "has no parent module in which it could be replaced"
+    for path, parent in list(model.named_modules()):
+        # not named_children(), which gives a module that has two names only once
+        for name, child in list(parent._modules.items()):
+            if not isinstance(child, nn.Conv2d) or isinstance(child, DepthwiseConv2d):
+                continue
+            full = f"{path}.{name}" if path else name
+            why = _reason_to_stay(child)
+            if why is not None:
+                report.left[full] = why
+                continue
+            if child not in new:
+                new[child] = _on_operator(child)
+            setattr(parent, name, new[child])
+            report.replaced.append(full)
+            report._swaps.append((parent, name, child))
+    return report
+
+
+def _reason_to_stay(conv: nn.Conv2d) -> str | None:
+    kh, kw = conv.kernel_size
+    hooks = (
+        conv._forward_hooks,
+        conv._forward_pre_hooks,
+        conv._backward_hooks,
+        conv._backward_pre_hooks,
+        conv._state_dict_hooks,
+        conv._load_state_dict_pre_hooks,
+    )
+    tests = {
+        "not depthwise": not conv.in_channels == conv.out_channels == conv.groups,
+        f"a subclass of nn.Conv2d ({type(conv).__name__})": type(conv) is not nn.Conv2d,
+        "has hooks": any(hooks),
+        f"{conv.padding_mode} padding": conv.padding_mode != "zeros",
+        f"stride {conv.stride}": conv.stride != (1, 1),
+        f"dilation {conv.dilation}": conv.dilation != (1, 1),
+        f"even kernel {kh}x{kw}": kh % 2 == 0 or kw % 2 == 0,
+        f"padding {conv.padding} with kernel {kh}x{kw}": conv.padding not in ("same", (kh // 2, kw // 2)),
+        "1x1 kernel": kh == kw == 1,
+    }
+    return next((why for why, holds in tests.items() if holds), None)
+
+
+def _on_operator(conv: nn.Conv2d) -> DepthwiseConv2d:
+    """A DepthwiseConv2d that owns the very Parameters of `conv`."""
+    kh, kw = conv.kernel_size
+    new = DepthwiseConv2d(conv.in_channels, (kh, kw), bias=conv.bias is not None, device="meta")
+    new.weight, new.bias = conv.weight, conv.bias
+    return new.train(conv.training)

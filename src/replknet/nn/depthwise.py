@@ -1,0 +1,54 @@
+"""The depthwise convolution as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from replknet.ops import depthwise_conv2d
+
+# in a traced graph the operator is one node, not its checks
+torch.fx.wrap("depthwise_conv2d")
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)` on the operator.
+
+    Parameters, state-dict keys and initialisation are those of `nn.Conv2d`, so the two load each other.
+
+    Args:
+        channels: channels of input and output.
+        kernel_size: side of the kernel in pixels, or (height, width); odd.
+        bias: whether to add a bias `[C]`.
+
+    Input and output: `[N,C,H,W]`, contiguous or channels_last.
+
+    Raises:
+        ValueError: a kernel side is even. Even, strided or dilated kernels are `nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if kh % 2 == 0 or kw % 2 == 0:
+            raise ValueError(f"kernel sides must be odd, got {kh}x{kw}; torch.nn.Conv2d takes even ones")
+        super().__init__(
+            channels,
+            channels,
+            (kh, kw),
+            padding=(kh // 2, kw // 2),
+            groups=channels,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        # TorchScript cannot call the operator: it gets torch's own convolution
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        return depthwise_conv2d(input, self.weight, self.bias)

@@ -1,0 +1,71 @@
+"""Modules on the operator: the same as torch's, in every form in which a module is run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from replknet.nn import ConvFFN, DepthwiseConv2d, DropPath, ReparamLargeKernelConv, RepLKBlock
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", [7, (5, 9)], ids=str)
+def test_depthwise_conv_loads_and_equals_nn_conv2d(kernel, bias):
+    ours = DepthwiseConv2d(4, kernel, bias=bias)
+    padding = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
+    theirs = nn.Conv2d(4, 4, kernel, padding=padding, groups=4, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 11, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.extra_repr() == theirs.extra_repr()
+
+
+def test_depthwise_conv_starts_like_nn_conv2d():
+    torch.manual_seed(3)
+    ours = DepthwiseConv2d(4, 7)
+    torch.manual_seed(3)
+    theirs = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.bias, theirs.bias)
+
+
+def test_even_kernel_is_named_in_the_error():
+    with pytest.raises(ValueError, match=r"kernel sides must be odd, got 4x4; torch\.nn\.Conv2d takes even ones"):
+        DepthwiseConv2d(4, 4)
+
+
+def test_mixed_parity_cannot_merge():
+    with pytest.raises(ValueError, match="kernels of 31 and 4 cannot merge: one side is odd and the other even"):
+        ReparamLargeKernelConv(4, 31, 4)
+
+
+def test_mixed_parity_is_refused_when_a_branch_was_exchanged():
+    block = ReparamLargeKernelConv(4, 9, 5)
+    block.small_conv.conv = nn.Conv2d(4, 4, 4, groups=4, bias=False)
+    with pytest.raises(ValueError, match="kernels of 9 and 4 cannot merge"):
+        block.fuse()
+
+
+def test_small_kernel_larger_than_the_large_one():
+    with pytest.raises(ValueError, match="small kernel must not be larger than the large one, got 5 and 3"):
+        ReparamLargeKernelConv(4, 3, 5)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    x = torch.ones(4000, 2, 3, 3)
+    drop = DropPath(0.25)
+    y = drop(x)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(y[:, :1, :1, :1].expand_as(y), y)
+    assert abs(y.mean().item() - 1) < 0.05
+    assert torch.equal(drop.eval()(x), x)
+    assert repr(drop) == "DropPath(rate=0.25)"
+
+
+@pytest.mark.parametrize("block", [RepLKBlock(6, 9, 7, 3), ConvFFN(6, 24)], ids=["large kernel", "ffn"])
+def test_blocks_have_an_identity_shortcut(block):
+    block = copy.deepcopy(block).eval()
+    nn.init.zeros_(block.pw2.bn.weight)
+    x = torch.randn(2, 6, 8, 8)
+    assert torch.equal(block(x), x)
