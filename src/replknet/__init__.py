@@ -1,0 +1,25 @@
+"""Very large convolution kernels made practical: a depthwise operator, and the RepLKNet models on it.
+
+Importing this package registers the models with timm: `timm.create_model("replknet_31b")`.
+"""
+
+from importlib.metadata import version
+
+from replknet import kernels, models, nn, ops
+from replknet.kernels import use_backend
+from replknet.models import load_checkpoint
+from replknet.nn import accelerate, merge
+from replknet.ops import doctor
+
+__version__ = version("replknet")
+__all__ = [
+    "accelerate",
+    "doctor",
+    "kernels",
+    "load_checkpoint",
+    "merge",
+    "models",
+    "nn",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,17 @@
+"""Network families, registered with timm when this is imported, and their weights."""
+
+from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
+from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
+from replknet.models.saved import Description, load_model, save_model
+
+__all__ = [
+    "CONFIGS",
+    "CheckpointError",
+    "Description",
+    "RepLKNet",
+    "RepLKNetConfig",
+    "load_checkpoint",
+    "load_model",
+    "read_state_dict",
+    "save_model",
+]

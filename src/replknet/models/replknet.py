@@ -1,0 +1,471 @@
+"""RepLKNet: the whole architecture, its variants and their registration with timm.
+
+Paper: Ding et al. 2022, "Scaling Up Your Kernels to 31x31", arXiv:2203.06717, section 4.
+Official code: DingXiaoH/RepLKNet-pytorch (MIT), read for facts: parameter names and shapes are the same, so
+its weights load. Different here: SyncBN is a choice of each model and not a global; `norm_intermediate_features`
+adds norms to the features only; the drop path rate is 0 unless given, as everywhere in timm.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from replknet.models.checkpoints import checkpoint_filter_fn
+from replknet.nn import ConvFFN, RepLKBlock, stem, transition
+from replknet.nn.conv_bn import Norm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepLKNetConfig:
+    """Everything that shapes a RepLKNet; a tuple has one value a stage, the one after the stem first."""
+
+    kernels: tuple[int, ...] = (31, 29, 27, 13)  # side of the large kernel, pixels
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # pairs of a large-kernel block and a feed-forward block
+    channels: tuple[int, ...] = (128, 256, 512, 1024)
+    small_kernel: int | None = 5  # side of the parallel branch, folded away by `merge`; None: no branch
+    dw_ratio: float = 1.0  # channels of the large kernels relative to the stage's
+    ffn_ratio: float = 4.0  # hidden channels of the feed-forward blocks relative to the stage's
+    stem_stride: int = 4  # 4 in the paper; 2 or 1 for small images
+
+    def __post_init__(self) -> None:
+        # tuples even where a file gave lists, so that configurations compare
+        for name in ("kernels", "depths", "channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.kernels) == len(self.depths) == len(self.channels) >= 1:
+            raise ValueError(
+                "kernels, depths and channels must have one value for each stage, got "
+                f"{self.kernels}, {self.depths} and {self.channels}"
+            )
+        for side in (*self.kernels, *([] if self.small_kernel is None else [self.small_kernel])):
+            if side < 1 or side % 2 == 0:
+                raise ValueError(f"kernel sides must be odd, got {side} in {self}")
+        if self.small_kernel is not None and self.small_kernel > min(self.kernels):
+            raise ValueError(
+                f"small_kernel must not be larger than the kernels {self.kernels}, got {self.small_kernel}; "
+                "None builds no small branch"
+            )
+        if self.stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
+
+
+class RepLKNetStage(nn.Module):
+    """Pairs of a large-kernel block (even index) and a feed-forward block (odd) at one resolution.
+
+    `norm` is applied to the features that leave the network here, not to what goes on to the next stage.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class RepLKNet(nn.Module):
+    """RepLKNet, with the protocol of a timm model and the official names of the parameters.
+
+    Args:
+        cfg: the architecture.
+        num_classes: outputs of the classifier; 0 for pooled features.
+        in_chans: channels of the image.
+        global_pool: timm's name of the pooling; "" for none (with num_classes=0).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate of dropped residual branches in the last block; it grows linearly from 0. A
+            large-kernel block and the feed-forward block after it share the value.
+        small_kernel_merged: build the large kernels in the form that `merge(fold_bn=False)` gives.
+        norm_intermediate_features: a norm on each stage's features, as in the XL backbones for segmentation
+            and detection. Only `features_only` models and `forward_intermediates` use them.
+        sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
+
+    Input: `[N,in_chans,H,W]`, normalised with the mean and std of `pretrained_cfg`; any size.
+    Output: logits `[N,num_classes]`, or features.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
+    """
+
+    def __init__(
+        self,
+        cfg: RepLKNetConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        small_kernel_merged: bool = False,
+        norm_intermediate_features: bool = False,
+        sync_bn: bool = False,
+    ) -> None:
+        super().__init__()
+        norm: Norm = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2d
+        self.cfg = cfg
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = cfg.channels[-1]
+        self.drop_rate = drop_rate
+        self.feature_info = [
+            {"num_chs": channels, "reduction": cfg.stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, channels in enumerate(cfg.channels)
+        ]
+
+        self.stem = stem(in_chans, cfg.channels[0], cfg.stem_stride, norm)
+        rates = iter(_linear(drop_path_rate, sum(cfg.depths)))
+        stages: list[nn.Module] = []
+        for kernel, depth, channels in zip(cfg.kernels, cfg.depths, cfg.channels, strict=True):
+            blocks: list[nn.Module] = []
+            for _ in range(depth):
+                rate = next(rates)
+                dw_channels = int(channels * cfg.dw_ratio)
+                blocks += [
+                    RepLKBlock(channels, dw_channels, kernel, cfg.small_kernel, rate, small_kernel_merged, norm),
+                    ConvFFN(channels, int(channels * cfg.ffn_ratio), rate, norm),
+                ]
+            stages.append(RepLKNetStage(blocks, norm(channels) if norm_intermediate_features else nn.Identity()))
+        self.stages = nn.ModuleList(stages)
+        # one after each stage, so that a script can walk both lists together
+        self.transitions = nn.ModuleList(
+            [transition(a, b, norm) for a, b in zip(cfg.channels[:-1], cfg.channels[1:], strict=True)] + [nn.Identity()]
+        )
+        self.norm: nn.Module = norm(self.num_features)
+        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that must not decay beyond what every recipe exempts (biases and norms): none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer-decay group of a parameter: 0 the stem, 1 to 12 as in the official code, 13 norm and head.
+
+        Args:
+            coarse: one group a stage instead.
+        """
+        return partial(_group, last_stage=len(self.stages) - 1, coarse=coarse)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        for stage in self.stages.children():
+            assert isinstance(stage, RepLKNetStage)
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last layer: nn.Linear, or nn.Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier, and a new pooling if one is named."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        old = next(self.parameters())
+        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool)
+        self.head.to(device=old.device, dtype=old.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[N,in_chans,H,W]` to the normalised map before pooling `[N,C,H/32,W/32]`."""
+        for layer in self.stem:
+            x = layer(x)
+        for stage, after in zip(self.stages, self.transitions):  # noqa: B905  # TorchScript has no strict=
+            x = after(stage(x))
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """A map `[N,C,h,w]` to logits, or to the pooled features before them."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the stages, as timm's models give them.
+
+        Args:
+            x: images `[N,in_chans,H,W]`.
+            indices: stages to take; the last n for a number, all for None.
+            norm: apply the final norm to the last stage's features.
+            stop_early: leave out the stages after the last one that is taken.
+            output_fmt: "NCHW".
+            intermediates_only: leave out the final map.
+
+        Returns:
+            The features `[N,C_i,H/r_i,W/r_i]`, after the stage's own norm if it has one; before them the
+            final map, unless `intermediates_only`.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        found = []
+        for layer in self.stem:
+            x = layer(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in taken:
+                final = norm and i == len(self.cfg.depths) - 1
+                found.append((self.norm if final else stage.get_submodule("norm"))(x))
+            if i + 1 < len(stages):
+                x = self.transitions[i](x)
+        if intermediates_only:
+            return found
+        return (self.norm(x) if len(stages) == len(self.cfg.depths) else x), found
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers that features of these stages do not need; returns the stages as numbers from 0."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        pruned = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        self.transitions = nn.ModuleList([*self.transitions[:last], nn.Identity()])
+        if prune_norm or pruned:
+            self.norm = nn.Identity()
+        if pruned:
+            self.num_features = self.head_hidden_size = self.cfg.channels[last]
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
+        return taken
+
+
+def _linear(last: float, count: int) -> list[float]:
+    """`count` values from 0 to `last`; plain numbers, so that a model can be built on the meta device."""
+    return [last * i / max(1, count - 1) for i in range(count)]
+
+
+def _group(name: str, last_stage: int, coarse: bool) -> int:
+    part, *rest = name.split(".")
+    if part == "stem":
+        return 0
+    if part not in ("stages", "transitions"):
+        return last_stage + 2 if coarse else 13
+    stage = int(rest[0])
+    if coarse or stage < 2:
+        return stage + 1
+    if stage > 2:
+        return 12
+    # what follows a stage, its norm for features and the transition, is in the stage's last group
+    return min(3 + int(rest[2]) // 4, 11) if rest[1] == "blocks" else 11
+
+
+B31 = RepLKNetConfig()
+CONFIGS: dict[str, RepLKNetConfig] = {
+    # the paper's networks
+    "replknet_31b": B31,
+    "replknet_31l": replace(B31, channels=(192, 384, 768, 1536)),
+    "replknet_xl": RepLKNetConfig(
+        kernels=(27, 27, 27, 13), channels=(256, 512, 1024, 2048), small_kernel=None, dw_ratio=1.5
+    ),
+    # the paper's kernel-size study (Table 5); its row 31-29-27-13 is replknet_31b
+    "replknet_b_k3": replace(B31, kernels=(3, 3, 3, 3), small_kernel=None),
+    "replknet_b_k7": replace(B31, kernels=(7, 7, 7, 7)),
+    "replknet_b_k13": replace(B31, kernels=(13, 13, 13, 13)),
+    "replknet_b_k25": replace(B31, kernels=(25, 25, 25, 13)),
+    # ours, not the paper's
+    "replknet_nano": replace(B31, depths=(1, 1, 4, 1), channels=(32, 64, 128, 256)),
+    "replknet_cifar": replace(
+        B31,
+        kernels=(15, 13, 7, 3),
+        depths=(1, 2, 2, 1),
+        channels=(48, 96, 192, 256),
+        small_kernel=3,
+        stem_stride=2,
+    ),
+    "replknet_test": replace(B31, kernels=(9, 7, 5, 5), depths=(1, 1, 2, 1), channels=(8, 12, 16, 24)),
+}
+
+_MIRROR = "https://download.openmmlab.com/mmclassification/v0/replknet/"
+_OFFICIAL = "https://github.com/DingXiaoH/RepLKNet-pytorch"
+
+# released weights without a direct address: tag -> (file, Google Drive id in the official README)
+_BY_HAND = {
+    "replknet_31b.in22k": ("RepLKNet-31B_ImageNet-22K.pth", "1PYJiMszZYNrkZOeYwjccvxX8UHMALB7z"),
+    "replknet_31l.in22k": ("RepLKNet-31L_ImageNet-22K.pth", "16jcPsPwo5rko7ojWS9k_W-svHX-iFknY"),
+    "replknet_xl.meg73m": ("RepLKNet-XL_MegData73M_pretrain.pth", "1CBHAEUlCzoHfiAQmMIjZhDMAIyHUmAAj"),
+}
+
+
+def _cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """timm's facts about weights; at 384 pixels the official evaluation warps to the size and crops nothing."""
+    return {
+        "url": _MIRROR + file if file else "",
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "num_classes": 1000,
+        "crop_pct": 1.0 if size >= 384 else 0.875,
+        "crop_mode": "squash" if size >= 384 else "center",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0.conv",
+        "classifier": "head",
+        "paper_ids": "arXiv:2203.06717",
+        "paper_name": "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs",
+        "origin_url": _OFFICIAL,
+        "license": "mit",
+        **kwargs,
+    }
+
+
+# XL was trained on images with mean and std 0.5
+_xl = partial(_cfg, size=320, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "replknet_31b.in1k": _cfg("replknet-31B_3rdparty_in1k_20221118-fd08e268.pth"),
+        "replknet_31b.in1k_384": _cfg("replknet-31B_3rdparty_in1k-384px_20221118-03a170ce.pth", 384),
+        "replknet_31b.in22k_ft_in1k": _cfg("replknet-31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46.pth"),
+        "replknet_31b.in22k_ft_in1k_384": _cfg("replknet-31B_in21k-pre_3rdparty_in1k-384px_20221118-76c92b24.pth", 384),
+        "replknet_31b.in22k": _cfg(num_classes=21841),
+        "replknet_31l.in22k_ft_in1k_384": _cfg("replknet-31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c.pth", 384),
+        "replknet_31l.in22k": _cfg(num_classes=21841),
+        "replknet_xl.meg73m_ft_in1k": _xl("replknet-XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth"),
+        "replknet_xl.meg73m": _xl(num_classes=0),
+        "replknet_b_k3.untrained": _cfg(),
+        "replknet_b_k7.untrained": _cfg(),
+        "replknet_b_k13.untrained": _cfg(),
+        "replknet_b_k25.untrained": _cfg(),
+        "replknet_nano.untrained": _cfg(origin_url="", license="apache-2.0"),
+        "replknet_cifar.untrained": _cfg(
+            size=32, pool_size=(2, 2), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
+        ),
+        "replknet_test.untrained": _cfg(size=64, num_classes=10, origin_url="", license="apache-2.0"),
+    }
+)
+
+
+def _build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """A registered network; fields of the configuration may be given by name, as `kernels=(3, 3, 3, 3)`."""
+    changes = {field.name: kwargs.pop(field.name) for field in fields(RepLKNetConfig) if field.name in kwargs}
+    cfg = replace(CONFIGS[variant], **changes)
+    if kwargs.get("norm_intermediate_features") and not kwargs.get("features_only") and kwargs.get("num_classes") != 0:
+        raise ValueError(
+            "norm_intermediate_features adds norms that a classifier never uses; "
+            "pass features_only=True, or num_classes=0"
+        )
+    if pretrained:
+        _require_weights(variant, kwargs)
+    return build_model_with_cfg(
+        RepLKNet,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(len(cfg.depths))), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _require_weights(variant: str, kwargs: dict[str, Any]) -> None:
+    """An error that says where the weights are, if timm cannot fetch them itself."""
+    found = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if found.has_weights:
+        return
+    name = f"{variant}.{found.tag}" if found.tag else variant
+    if name not in _BY_HAND:
+        raise RuntimeError(
+            f"no weights were released for {name}; build it with pretrained=False, or give your own file: "
+            "replknet.load_checkpoint(model, path)"
+        )
+    file, drive_id = _BY_HAND[name]
+    raise RuntimeError(
+        f"the weights of {name} have no direct address: download {file} by hand (Google Drive id {drive_id}, "
+        f"linked from {_OFFICIAL}), then build with pretrained=False and call replknet.load_checkpoint(model, {file!r})"
+    )
+
+
+@register_model
+def replknet_31b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepLKNet-31B: kernels 31, 29, 27, 13; 79.9M parameters in training, 79.5M merged."""
+    return _build("replknet_31b", pretrained, **kwargs)
+
+
+@register_model
+def replknet_31l(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepLKNet-31L: as 31B with 1.5 times the channels; 172.7M parameters in training, 172.2M merged."""
+    return _build("replknet_31l", pretrained, **kwargs)
+
+
+@register_model
+def replknet_xl(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepLKNet-XL: kernels 27, 27, 27, 13 on 1.5 times the stage's channels, no small branch; 335.4M parameters."""
+    return _build("replknet_xl", pretrained, **kwargs)
+
+
+@register_model
+def replknet_b_k3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The 3-3-3-3 row of the paper's kernel-size study; without a small branch, since 5x5 would be larger."""
+    return _build("replknet_b_k3", pretrained, **kwargs)
+
+
+@register_model
+def replknet_b_k7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The 7-7-7-7 row of the paper's kernel-size study."""
+    return _build("replknet_b_k7", pretrained, **kwargs)
+
+
+@register_model
+def replknet_b_k13(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The 13-13-13-13 row of the paper's kernel-size study, "RepLKNet-13" in its receptive-field study."""
+    return _build("replknet_b_k13", pretrained, **kwargs)
+
+
+@register_model
+def replknet_b_k25(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The 25-25-25-13 row of the paper's kernel-size study."""
+    return _build("replknet_b_k25", pretrained, **kwargs)
+
+
+@register_model
+def replknet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Ours, not the paper's: the kernels of 31B on a network that trains on a CPU, for 224-pixel images."""
+    return _build("replknet_nano", pretrained, **kwargs)
+
+
+@register_model
+def replknet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Ours, not the paper's: a stem of stride 2 for 32-pixel images, trained by `replknet demo`."""
+    return _build("replknet_cifar", pretrained, **kwargs)
+
+
+@register_model
+def replknet_test(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Ours, not the paper's: as small as possible with every part in it, for tests."""
+    return _build("replknet_test", pretrained, **kwargs)

@@ -1,0 +1,135 @@
+"""Networks in one file: safetensors with everything that is needed to build and feed them.
+
+A file without that description, such as the released weights, is understood from its keys and shapes.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from torch import Tensor
+
+from replknet.models.checkpoints import CheckpointError, form_of, mismatch, read_metadata, read_state_dict
+from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
+from replknet.nn import merge
+
+_FIELD = "replknet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a file of weights is of, and how its network wants its images.
+
+    `image_size` is the side in pixels for evaluation; `mean` and `std` are for values from 0 to 1 in RGB.
+    """
+
+    config: RepLKNetConfig
+    in_chans: int = 3
+    classes: tuple[str, ...] = ()  # names of the outputs; empty where unknown
+    num_classes: int = 1000
+    image_size: int = 224
+    crop_pct: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    @property
+    def name(self) -> str:
+        """The registered name of the architecture, or "custom"."""
+        return next((name for name, config in CONFIGS.items() if config == self.config), "custom")
+
+
+def save_model(model: RepLKNet, path: str | Path, description: Description) -> None:
+    """Write a network in any form to a safetensors file; an existing file is replaced only when all is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(state, part, metadata={"format": "pt", _FIELD: json.dumps(asdict(description))})
+    os.replace(part, path)
+
+
+def load_model(path: str | Path) -> tuple[RepLKNet, Description]:
+    """The network of a checkpoint file, in the file's form and in eval mode, and its description.
+
+    Args:
+        path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
+            understood from keys and shapes, and image size, mean and std are those of the paper's networks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file holds no weights of a RepLKNet.
+    """
+    state = read_state_dict(path)
+    text = read_metadata(path).get(_FIELD)
+    description = _parsed(text, path) if text is not None else described(state, str(path))
+    with torch.device("meta"):
+        model = RepLKNet(
+            description.config,
+            num_classes=description.num_classes,
+            in_chans=description.in_chans,
+            norm_intermediate_features=any(re.match(r"stages\.\d\.norm\.", key) for key in state),
+        )
+    form = form_of(state)
+    if form != "training":
+        model = merge(model, fold_bn=form == "folded")
+    wrong = mismatch(state, model)
+    if wrong:
+        raise CheckpointError(f"{path} holds no complete RepLKNet: {wrong}")
+    model.load_state_dict(state, assign=True)
+    return model.eval(), description
+
+
+def _parsed(text: str, path: str | Path) -> Description:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        fields["config"] = RepLKNetConfig(**fields["config"])
+        for name in ("classes", "mean", "std"):
+            fields[name] = tuple(fields[name])
+        return Description(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+
+
+def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Description:
+    """The description of official weights, from keys and shapes.
+
+    Raises:
+        CheckpointError: the keys are not those of a RepLKNet.
+    """
+    large = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.large_kernel\.(?:lkb_origin\.conv|lkb_reparam)\.weight")
+    found = {(int(m[1]), int(m[2])): value for key, value in state.items() if (m := large.fullmatch(key))}
+    if not found or "stem.0.conv.weight" not in state or "head.weight" not in state:
+        raise CheckpointError(
+            f"{where} holds no RepLKNet classifier: expected keys such as stem.0.conv.weight, head.weight and "
+            f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {', '.join(list(state)[:4])}, ..."
+        )
+    stages = sorted({stage for stage, _ in found})
+    first = [found[stage, 0] for stage in stages]
+    channels = [state[f"stages.{stage}.blocks.1.pw2.conv.weight"].shape[0] for stage in stages]
+    hidden = state["stages.0.blocks.1.pw1.conv.weight"].shape[0]
+    small = state.get("stages.0.blocks.0.large_kernel.small_conv.conv.weight")
+    config = RepLKNetConfig(
+        kernels=tuple(weight.shape[-1] for weight in first),
+        depths=tuple(sum(stage == s for s, _ in found) for stage in stages),
+        channels=tuple(channels),
+        small_kernel=None if small is None else small.shape[-1],
+        dw_ratio=first[0].shape[0] / channels[0],
+        ffn_ratio=hidden / channels[0],
+    )
+    # of the released networks XL alone was trained with other statistics and at 320 pixels
+    xl = config.channels == CONFIGS["replknet_xl"].channels
+    return Description(
+        config=config,
+        in_chans=state["stem.0.conv.weight"].shape[1],
+        num_classes=state["head.weight"].shape[0],
+        image_size=320 if xl else 224,
+        mean=IMAGENET_INCEPTION_MEAN if xl else IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_INCEPTION_STD if xl else IMAGENET_DEFAULT_STD,
+    )

@@ -1,0 +1,96 @@
+"""A layer of the package imports only from those below it, and only its own third-party packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "replknet"
+
+# from the bottom up: layer -> third-party packages that it may use beside those of the earlier ones
+LAYERS = {
+    "kernels": {"torch"},
+    "ops": set(),
+    "nn": set(),
+    "models": {"timm", "safetensors", "numpy"},
+    "data": {"torchvision", "PIL", "pycocotools", "tqdm"},
+    "analysis": set(),
+    "bench": set(),
+    "tasks": {"pytorch_lightning", "torchmetrics", "transformers", "monai", "faster_coco_eval"},
+    "recipes": set(),
+    "train": {"tensorboard"},
+    "deploy": {"onnx", "onnxruntime", "openvino", "nncf"},
+    "explore": set(),
+    "app": {"gradio"},
+    "cli": {"jsonargparse"},
+}
+ORDER = list(LAYERS)
+# packages that single files may use as well
+FILES = {"analysis/plots.py": {"matplotlib"}}
+# the only files with triton: the kernels
+TRITON = "kernels/triton_"
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at its head or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violations(file: str, names: set[str]) -> list[str]:
+    """What a file, named by its path inside the package, must not import."""
+    layer = file.split("/")[0]
+    rank = ORDER.index(layer)
+    allowed = set().union(*(LAYERS[name] for name in ORDER[: rank + 1])) | FILES.get(file, set())
+    if file.startswith(TRITON):
+        allowed |= {"triton"}
+    wrong = []
+    for name in sorted(names):
+        top, *rest = name.split(".")
+        if top == "replknet":
+            target = rest[0] if rest else ""
+            if target in LAYERS and ORDER.index(target) > rank:
+                wrong.append(f"{file} imports {name}: {target} is above {layer}")
+            elif target not in LAYERS and target not in ("", "__version__"):
+                wrong.append(f"{file} imports {name}: no layer")
+        elif top not in sys.stdlib_module_names and top not in allowed:
+            wrong.append(f"{file} imports {name}: not a package of {layer}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_layer_imports_only_from_below(path):
+    file = path.relative_to(ROOT).as_posix()
+    if "/" not in file:
+        assert file == "__init__.py", f"{file} is in no layer"
+        return
+    assert violations(file, imports(path)) == []
+
+
+def test_the_rule_finds_what_it_should():
+    assert violations("kernels/x.py", {"replknet.ops.depthwise"})
+    assert violations("kernels/x.py", {"timm"})
+    assert violations("models/x.py", {"torchvision"})
+    assert violations("analysis/x.py", {"matplotlib.pyplot"})
+    assert violations("kernels/x.py", {"triton"})
+    assert not violations("kernels/triton_x.py", {"triton.language"})
+    assert not violations("analysis/plots.py", {"matplotlib.pyplot", "replknet.models"})
+
+
+def test_importing_the_package_loads_no_optional_package():
+    optional = [
+        *["pytorch_lightning", "torchmetrics", "matplotlib", "transformers", "onnx", "openvino"],
+        "jsonargparse",
+    ]
+    code = f"import sys, replknet; print([name for name in {optional} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
