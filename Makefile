@@ -21,7 +21,7 @@ check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: .venv/installed-demo  ## time the operator against torch; records go to benchmarks/results
-	$(BIN)/python benchmarks/depthwise.py $(RUN)
+	$(BIN)/replknet bench --output benchmarks/results/depthwise.jsonl $(RUN)
 
 gpu:  ## correctness and times on a CUDA device; needs torch, timm and numpy alone, installs nothing
 	PYTHONPATH=src python3 -m replknet.bench.gpu $(RUN)

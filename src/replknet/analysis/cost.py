@@ -1,0 +1,34 @@
+"""What a network costs: parameters and multiply-adds, counted without running it."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-adds for one image; the paper prints the latter as FLOPs."""
+
+    parameters: int
+    multiply_adds: int
+    image_size: int
+
+
+def cost(model: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
+    """Count a network on the meta device, where nothing is computed.
+
+    Args:
+        model: any network whose operators have shape functions; it stays as it was.
+        image_size: side of the image in pixels.
+        in_chans: channels of the image.
+
+    Returns:
+        Parameters, and multiply-adds of convolutions and matrix products for one image.
+    """
+    ghost = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(1, in_chans, image_size, image_size, device="meta"))
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, image_size)

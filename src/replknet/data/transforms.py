@@ -1,0 +1,65 @@
+"""What happens to an image before the network: timm's and torchvision's transforms, put together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torchvision.transforms import InterpolationMode, v2
+
+IMAGENET_MEAN: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+IMAGENET_STD: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+
+def small_image_transform(
+    size: int, mean: Sequence[float], std: Sequence[float], padding: int | None = None
+) -> Callable[[Any], Any]:
+    """For images that have the network's size: normalisation, and in training a shift and a flip.
+
+    Args:
+        size: side in pixels of the images; PIL images and tensors of another size are resized.
+        mean: per channel, for values from 0 to 1.
+        std: per channel.
+        padding: pixels of zero padding from which a random crop is taken, with a random horizontal flip;
+            None for evaluation.
+    """
+    steps: list[Any] = [v2.ToImage(), v2.Resize((size, size), InterpolationMode.BICUBIC)]
+    if padding is not None:
+        steps += [v2.RandomCrop(size, padding), v2.RandomHorizontalFlip()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return v2.Compose(steps)
+
+
+def train_transform(
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    auto_augment: str | None = None,
+    random_erasing: float = 0.0,
+    color_jitter: float = 0.4,
+) -> Callable[[Any], Any]:
+    """timm's training transform for PIL images: random resized crop, flip, augmentation, random erasing."""
+    return create_transform(
+        size,
+        is_training=True,
+        auto_augment=auto_augment,
+        color_jitter=color_jitter,
+        re_prob=random_erasing,
+        re_mode="pixel",
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def eval_transform(size: int, mean: Sequence[float], std: Sequence[float], crop_pct: float) -> Callable[[Any], Any]:
+    """The official evaluation: up to 383 pixels a resize by 1 / crop_pct and a centre crop, above a warp."""
+    squash = size >= 384
+    return create_transform(
+        size,
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+        crop_pct=1.0 if squash else crop_pct,
+        crop_mode="squash" if squash else "center",
+    )

