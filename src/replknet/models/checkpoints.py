@@ -79,7 +79,7 @@ def _content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         if head[:1] == b"\x80":
             return _pickled(path)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as weights ({str(error).splitlines()[0]}); it is cut short, or holds "
             "objects other than tensors"

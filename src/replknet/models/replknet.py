@@ -303,9 +303,10 @@ CONFIGS: dict[str, RepLKNetConfig] = {
     "replknet_cifar": replace(
         B31,
         kernels=(15, 13, 7, 3),
-        depths=(1, 2, 2, 1),
-        channels=(48, 96, 192, 256),
+        depths=(1, 1, 1, 1),
+        channels=(16, 64, 128, 192),
         small_kernel=3,
+        ffn_ratio=2.0,
         stem_stride=2,
     ),
     "replknet_test": replace(B31, kernels=(9, 7, 5, 5), depths=(1, 1, 2, 1), channels=(8, 12, 16, 24)),

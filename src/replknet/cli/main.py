@@ -1,0 +1,87 @@
+"""The `replknet` command: one file a command, found by name."""
+
+import difflib
+import importlib
+import sys
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from replknet.data.download import DownloadError
+
+COMMANDS = {
+    "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
+    "info": "list the models with their parameters and multiply-adds",
+    "train": "train a classifier from a recipe",
+    "eval": "score a trained network on a data set",
+    "predict": "name the likeliest classes of image files",
+    "merge": "turn a checkpoint into the inference form",
+    "erf": "compute and draw the effective receptive field",
+    "bench": "time the depthwise operator against torch",
+    "doctor": "show what this machine can do and which backend takes which call",
+}
+
+
+class Parser(ArgumentParser):
+    """Options are never abbreviated, and an unknown one gets its nearest match."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.replace("=", " ").split():
+            nearest = difflib.get_close_matches(word, known, 1)
+            if word.startswith("--") and word not in known and nearest:
+                message += f"; did you mean {nearest[0]}?"
+        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help shows every option\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for a check that failed, 2 for a wrong call or file."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    name, *rest = words
+    if name == "--version":
+        print(version("replknet"))
+        return 0
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(COMMANDS)}"
+        print(f"replknet: no command is called {name!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
+    except (ValueError, FileNotFoundError, DownloadError) as error:
+        print(f"replknet {name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("replknet"):
+            raise
+        extra = {"matplotlib": "viz", "pytorch_lightning": "train", "torchmetrics": "train"}.get(
+            error.name or "", "all"
+        )
+        print(f'replknet {name}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nreplknet {name}: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def parser(name: str, example: str) -> Parser:
+    """The parser of a command, with an example below its help."""
+    return Parser(prog=f"replknet {name}", description=COMMANDS[name], epilog=f"example: {example}")
+
+
+def _overview() -> str:
+    lines = ["usage: replknet COMMAND [options]; replknet COMMAND --help shows them", ""]
+    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "example: replknet demo"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Runnable experiments; `demo` is the main job."""

@@ -1,0 +1,71 @@
+"""What a training is: everything that decides its result, in one frozen record."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training of a classifier.
+
+    Args:
+        model: registered name of the network.
+        kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
+        dataset: "cifar10", or "folder" for images in {train,val}/<class>/.
+        image_size: side of the images in pixels.
+        epochs: passes over the training images.
+        batch_size: images a step, over all devices.
+        lr: peak learning rate.
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: decay of weights; biases and norms are exempt.
+        layer_decay: factor of the learning rate from one layer group to the one before, or None.
+        label_smoothing: probability spread over all classes.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        drop_path: rate of dropped residual branches in the last block.
+        crop_padding: pixels of padding for random crops of small images; None for random resized crops.
+        auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1; None for none.
+        random_erasing: probability of erasing a rectangle.
+        ema_decay: decay of the average of the weights, or None.
+        clip_grad: largest L2 norm of the gradients, or None.
+        precision: of Lightning: "32-true", "bf16-mixed" or "16-mixed".
+        workers: processes that load images.
+        seed: of all random numbers.
+    """
+
+    model: str
+    dataset: Literal["cifar10", "folder"]
+    kernels: tuple[int, ...] | None = None
+    image_size: int = 224
+    epochs: int
+    batch_size: int
+    lr: float
+    min_lr: float = 1e-6
+    warmup_epochs: int = 0
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+    crop_padding: int | None = None
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    ema_decay: float | None = None
+    clip_grad: float | None = None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    workers: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("drop_path", "label_smoothing", "random_erasing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}; null for no average")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}")

@@ -1,0 +1,1 @@
+"""Tasks: loss, prediction and metric."""

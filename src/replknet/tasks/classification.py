@@ -1,0 +1,185 @@
+"""Image classification: loss and optimisation for training, scores, and predictions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+
+class Classification(pl.LightningModule):
+    """A classifier in training: timm's losses, mixing, optimiser, schedule and weight average.
+
+    Args:
+        model: images `[N,3,H,W]` to logits `[N,classes]`.
+        num_classes: number of outputs.
+        epochs: length of the schedule.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: decay of weights; biases and norms are exempt.
+        layer_decay: factor of the learning rate from one layer group to the one before it, or None.
+        label_smoothing: probability spread over all classes.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        ema_decay: decay of the average of the weights, which is then what validation scores; None for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        epochs: int,
+        lr: float,
+        min_lr: float = 1e-6,
+        warmup_epochs: int = 0,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.lr, self.min_lr = lr, min_lr
+        self.weight_decay, self.layer_decay = weight_decay, layer_decay
+        self.mix: Mixup | None = None
+        self.loss: nn.Module = LabelSmoothingCrossEntropy(label_smoothing)
+        if mixup > 0 or cutmix > 0:
+            self.mix = Mixup(
+                mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes
+            )
+            self.loss = SoftTargetCrossEntropy()
+        # a short training would never reach a long average, so its decay grows with the steps
+        self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network to be scored and kept: the average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, target = batch
+        if self.mix is not None:
+            x, target = self.mix(x, target)
+        loss: Tensor = self.loss(self.model(_channels_last(x)), target)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, target = batch
+        logits = self.weights.eval()(_channels_last(x))
+        n = len(x)
+        self.log("val_loss", nn.functional.cross_entropy(logits, target), batch_size=n, sync_dist=True)
+        top1 = (logits.argmax(1) == target).float().mean()
+        self.log("val_top1", top1, prog_bar=True, batch_size=n, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = create_optimizer_v2(
+            self.model, "adamw", lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches) // self.epochs)
+        scheduler, _ = create_scheduler_v2(
+            optimiser,
+            "cosine",
+            num_epochs=self.epochs,
+            min_lr=self.min_lr,
+            warmup_lr=0.0,
+            warmup_epochs=self.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        scheduler.step_update(0)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # timm's schedulers take the number of the step
+        scheduler.step_update(self.global_step)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a network classifies a data set; shares are from 0 to 1."""
+
+    images: int
+    top1: float
+    top5: float | None  # None for five classes or fewer
+    loss: float  # mean cross entropy, nats
+    per_class: list[float]  # share of each class's images that were right
+    confusion: list[list[int]]  # images of the row's class that were taken for the column's
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
+    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`.
+
+    Raises:
+        ValueError: there is no image, or a label that the network has no output for.
+    """
+    model = model.eval()
+    logits, labels = [], []
+    for x, target in batches:
+        logits.append(model(_channels_last(x)).float())
+        labels.append(target)
+    if not logits:
+        raise ValueError("no images to evaluate")
+    y, t = torch.cat(logits), torch.cat(labels)
+    classes = y.shape[1]
+    if int(t.max()) >= classes:
+        raise ValueError(f"the data set has a class {int(t.max())}, the network has {classes} outputs")
+    confusion = multiclass_confusion_matrix(y.argmax(1), t, classes)
+    top5 = None if classes <= 5 else (y.topk(5).indices == t[:, None]).any(1).double().mean().item()
+    return Scores(
+        images=len(t),
+        top1=(y.argmax(1) == t).double().mean().item(),
+        top5=top5,
+        loss=nn.functional.cross_entropy(y, t).item(),
+        per_class=(confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(),
+        confusion=confusion.tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One of the likeliest classes of an image."""
+
+    label: int
+    name: str
+    probability: float
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int = 5) -> list[list[Guess]]:
+    """The likeliest classes of each image of a batch `[N,3,H,W]`, best first.
+
+    Args:
+        model: a network, run in eval mode.
+        x: normalised images.
+        classes: names of the outputs; where there are none, their numbers.
+        top: how many; at most as many as there are classes.
+    """
+    p = model.eval()(_channels_last(x)).softmax(1)
+    found = p.topk(min(top, p.shape[1]))
+    return [
+        [Guess(label, classes[label] if classes else str(label), q) for label, q in zip(labels, values, strict=True)]
+        for labels, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]

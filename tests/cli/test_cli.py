@@ -1,0 +1,283 @@
+"""The commands as a person types them, on a small stand-in for CIFAR-10; errors are one line and code 2."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from replknet.cli.main import COMMANDS, main
+from replknet.data.images import PHOTOS
+from replknet.models import CONFIGS, load_model
+
+pytestmark = [
+    # Lightning 2.6 uses what torch 2.14 deprecates
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    # its logger and torch's loaders leave the closing of files to Python
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    # timm's scheduler is no torch scheduler
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _ci(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A folder with a decoded data set of the right form: two colours for ten classes of 24 images."""
+    folder = tmp_path_factory.mktemp("cifar")
+    generator = torch.Generator().manual_seed(0)
+    arrays = {}
+    for split, n in (("train", 240), ("test", 60)):
+        labels = torch.arange(n) % 10
+        noise = torch.randint(0, 40, (n, 3, 32, 32), generator=generator)
+        arrays[f"{split}_images"] = (noise + 20 * labels[:, None, None, None]).to(torch.uint8)
+        arrays[f"{split}_labels"] = labels
+    save_file(arrays, folder / "cifar10.safetensors")
+    return folder
+
+
+SHORT = ["--model", "replknet_test", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "40", "--workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def trained(cifar, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert main(["train", "cifar10", "--data", str(cifar), "--output", str(output), *SHORT]) == 0
+    return output
+
+
+def test_training_leaves_weights_state_recipe_and_metrics(trained, capsys):
+    assert {"model.safetensors", "last.ckpt", "recipe.json", "metrics.csv"} <= {p.name for p in trained.iterdir()}
+    model, description = load_model(trained / "model.safetensors")
+    assert description.classes[3] == "cat"
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
+    assert checkpoint["replknet_recipe"]["epochs"] == 2
+    assert checkpoint["global_step"] == 12
+
+
+def test_a_result_is_not_overwritten_and_another_recipe_does_not_resume(trained, cifar, capsys):
+    command = ["train", "cifar10", "--data", str(cifar), "--output", str(trained), *SHORT]
+    assert main(command) == 2
+    assert "last.ckpt has the state of an earlier training: --resume goes on" in capsys.readouterr().err
+    assert main([*command, "--lr", "0.5", "--resume"]) == 2
+    assert "is of another recipe (lr was 0.01, now 0.5)" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+
+
+def test_resume_without_a_state(cifar, tmp_path, capsys):
+    assert main(["train", "cifar10", "--data", str(cifar), "--output", str(tmp_path), "--resume"]) == 2
+    assert f"nothing to resume: there is no {tmp_path}/last.ckpt" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_state_and_resume_finishes(cifar, tmp_path):
+    command = [sys.executable, "-m", "replknet.cli.main", "train", "cifar10", "--data", str(cifar)]
+    command += ["--output", str(tmp_path / "out"), *SHORT, "--epochs", "300"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (tmp_path / "out" / "last.ckpt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Go on with: replknet train cifar10" in errors
+    state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
+    assert 0 < state["global_step"] < 1800
+    assert load_model(tmp_path / "out" / "model.safetensors")
+
+
+def test_eval(trained, cifar, capsys):
+    checkpoint = str(trained / "model.safetensors")
+    assert main(["eval", checkpoint, "--data", str(cifar), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["images"] == 60
+    assert sum(map(sum, scores["confusion"])) == 60
+    assert scores["top1"] == pytest.approx(sum(scores["confusion"][i][i] for i in range(10)) / 60)
+    assert main(["eval", checkpoint, "--data", str(cifar)]) == 0
+    assert "60 images  top-1" in capsys.readouterr().out
+
+
+def test_predict(trained, capsys, tmp_path):
+    checkpoint = str(trained / "model.safetensors")
+    assert main(["predict", checkpoint, *map(str, PHOTOS), "--top", "2", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == list(map(str, PHOTOS))
+    assert all(len(line["top"]) == 2 for line in lines)
+    assert lines[0]["top"][0]["probability"] >= lines[0]["top"][1]["probability"]
+    assert main(["predict", checkpoint, str(tmp_path)]) == 2
+    assert "no images in" in capsys.readouterr().err
+
+
+def test_merge_verifies_on_random_and_real_images(trained, capsys, tmp_path):
+    checkpoint, output = str(trained / "model.safetensors"), tmp_path / "m.safetensors"
+    assert main(["merge", checkpoint, str(output), "--verify", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["norms_left"] == ["norm"]
+    assert result["parameters_after"] < result["parameters_before"]
+    assert {name: d["inputs"] for name, d in result["differences"].items()} == {"random": 2, "images": 2}
+    assert all(d["relative_l2"] <= result["bound"] == 2e-5 for d in result["differences"].values())
+    assert main(["merge", checkpoint, str(output), "--branches-only"]) == 0
+    assert "norms left: stem.0.bn" in capsys.readouterr().out
+    assert main(["merge", checkpoint, str(tmp_path / "m.pth")]) == 2
+    assert "the result is a .safetensors file, got" in capsys.readouterr().err
+
+
+def test_merge_fails_above_the_bound(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("replknet.cli.merge.BOUND", 0.0)
+    assert main(["merge", str(trained / "model.safetensors"), str(tmp_path / "m.safetensors"), "--verify"]) == 1
+    assert "more than the bound" in capsys.readouterr().err
+
+
+def test_erf(trained, capsys, tmp_path):
+    picture = tmp_path / "erf.png"
+    command = ["erf", str(trained / "model.safetensors"), "--size", "64", "-o", str(picture)]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 2
+    assert Image.open(picture).format == "PNG"
+    assert main(command) == 0
+    assert "50 %: side" in capsys.readouterr().out
+
+
+def test_training_on_a_folder_and_its_errors(tmp_path, capsys):
+    for split in ("train", "val"):
+        for label, colour in (("dark", 30), ("light", 220)):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 36), (colour, colour + i, colour)).save(tmp_path / split / label / f"{i}.png")
+    command = ["train", "folder", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    short = ["--model", "replknet_test", "--image-size", "32", "--epochs", "1", "--warmup-epochs", "0"]
+    short += ["--batch-size", "4", "--workers", "0", "--mixup", "0.2", "--clip-grad", "1.0", "--layer-decay", "0.8"]
+    assert main([*command, *short]) == 0
+    checkpoint = str(tmp_path / "out" / "model.safetensors")
+    assert load_model(checkpoint)[1].classes == ("dark", "light")
+    assert main(["eval", checkpoint, "--dataset", "folder", "--data", str(tmp_path), "--json"]) == 0
+    capsys.readouterr()
+    assert main(["eval", checkpoint, "--dataset", "folder"]) == 2
+    assert "name the folder of the images with --data DIR" in capsys.readouterr().err
+    assert main(["train", "folder", "--output", str(tmp_path / "new"), *short]) == 2
+    assert "trains on your images: name their folder with --data DIR" in capsys.readouterr().err
+    (tmp_path / "val" / "extra").mkdir()
+    (tmp_path / "val" / "dark" / "0.png").rename(tmp_path / "val" / "extra" / "0.png")
+    assert main(["train", "folder", "--data", str(tmp_path), "--output", str(tmp_path / "new"), *short]) == 2
+    assert "must have the same classes; only one of them has extra" in capsys.readouterr().err
+
+
+def test_configuration_is_printed_and_read_back(tmp_path, capsys):
+    assert main(["train", "cifar10", "--lr", "0.003", "--kernels", "[9, 7, 5, 5]", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text)["lr"] == 0.003
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    assert main(["train", "cifar10", "--config", str(file), "--epochs", "9", "--print-config"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == {**json.loads(text), "epochs": 9}
+    file.write_text('{"learning_rate": 3}')
+    assert main(["train", "cifar10", "--config", str(file)]) == 2
+    assert "has learning_rate, which no recipe knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "epochs must be positive, got 0"),
+        (["--drop-path", "1"], "drop_path must be at least 0 and below 1, got 1"),
+        (["--ema-decay", "2"], "ema_decay must be between 0 and 1, got 2.0; null for no average"),
+        (["--warmup-epochs", "50"], "warmup_epochs must be below the 5 epochs, got 50"),
+        (
+            ["--model", "resnet18", "--output", "OUT", "--data", "DATA"],
+            "model must be one of replknet's, got 'resnet18'",
+        ),
+    ],
+)
+def test_recipe_errors_are_one_line(options, message, capsys, tmp_path, cifar):
+    options = [{"OUT": str(tmp_path), "DATA": str(cifar)}.get(word, word) for word in options]
+    assert main(["train", "cifar10", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_words_get_their_nearest_match(capsys):
+    assert main(["tran"]) == 2
+    assert "no command is called 'tran'; did you mean train?" in capsys.readouterr().err
+    assert main(["train", "cifar"]) == 2
+    assert "no recipe is called 'cifar'; did you mean cifar10?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as info:
+        main(["train", "cifar10", "--epoch", "3"])
+    assert info.value.code == 2
+    assert "did you mean --epochs?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as info:
+        main([command, "--help"])
+    assert info.value.code == 0
+    assert f"example: replknet {command}" in capsys.readouterr().out
+
+
+def test_overview_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "receptive field" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+
+
+def test_info_and_doctor(capsys):
+    assert main(["info", "--json"]) == 0
+    text = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(text)}
+    assert rows.keys() == CONFIGS.keys()
+    assert rows["replknet_31b"]["parameters"] == 79_864_168
+    assert rows["replknet_31b"]["multiply_adds_merged"] == pytest.approx(15.354e9, rel=1e-4)
+    assert len(rows["replknet_31b"]["pretrained"]) == 4
+    assert main(["info"]) == 0
+    assert "replknet_xl" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    assert {check["backend"] for check in json.loads(capsys.readouterr().out)["checks"]} == {"aten"}
+
+
+def test_bench_appends_records(tmp_path, capsys):
+    file = tmp_path / "r.jsonl"
+    for _ in range(2):
+        assert main(["bench", "--case", "small.k3.n32", "--runs", "3", "--output", str(file)]) == 0
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 12
+    assert records[0]["case"] == "small.k3.n32"
+    assert records[0]["timing"]["p50_ms"] > 0
+    assert main(["bench", "--case", "nothing"]) == 2
+    assert "no case is called nothing; there are 31b.stage1" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_one_line(capsys):
+    assert main(["eval", "nowhere.pth"]) == 2
+    assert capsys.readouterr().err == "replknet eval: no checkpoint at nowhere.pth\n"
+
+
+def test_official_weights_merge_from_the_command_line(tmp_path, capsys):
+    model = timm.create_model("replknet_31b", depths=(1, 1, 1, 1), channels=(8, 16, 24, 32)).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
+    assert main(["merge", str(tmp_path / "official.pth"), str(tmp_path / "m.safetensors"), "--verify"]) == 0
+    assert "largest difference on 2 images inputs" in capsys.readouterr().out
+    _, description = load_model(tmp_path / "m.safetensors")
+    assert description.config.kernels == (31, 29, 27, 13)
+    assert main(["merge", str(tmp_path / "m.safetensors"), str(tmp_path / "again.safetensors"), "--verify"]) == 0
+
+
+def test_an_optional_package_that_is_missing_names_its_extra(monkeypatch, capsys, trained):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "replknet.analysis.plots", raising=False)
+    assert main(["erf", str(trained / "model.safetensors"), "--size", "32"]) == 2
+    assert 'pip install "replknet[viz]"' in capsys.readouterr().err
