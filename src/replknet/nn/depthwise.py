@@ -48,7 +48,8 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        # TorchScript cannot call the operator: it gets torch's own convolution
-        if torch.jit.is_scripting():
+        # TorchScript cannot call the operator, and a trace would record the checks' sizes as tensors:
+        # both get torch's own convolution
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
         return depthwise_conv2d(input, self.weight, self.bias)

@@ -51,6 +51,8 @@ def depthwise_conv2d(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    if torch.jit.is_tracing():  # sizes are tensors there, which the checks would record
+        return _plain(x, weight, bias, relu)
     _check(x, weight, bias, algorithm)
     if _must_be_plain():
         return _plain(x, weight, bias, relu)
@@ -96,7 +98,6 @@ def _must_be_plain() -> bool:
     """
     return (
         torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
