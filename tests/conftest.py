@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 # each worker of pytest-xdist gets its share of the processors
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -34,3 +35,18 @@ def _poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A folder with a decoded data set of the right form: two colours for ten classes of 24 images."""
+    folder = tmp_path_factory.mktemp("cifar")
+    generator = torch.Generator().manual_seed(0)
+    arrays = {}
+    for split, n in (("train", 240), ("test", 60)):
+        labels = torch.arange(n) % 10
+        noise = torch.randint(0, 40, (n, 3, 32, 32), generator=generator)
+        arrays[f"{split}_images"] = (noise + 20 * labels[:, None, None, None]).to(torch.uint8)
+        arrays[f"{split}_labels"] = labels
+    save_file(arrays, folder / "cifar10.safetensors")
+    return folder

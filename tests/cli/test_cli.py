@@ -10,41 +10,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from replknet.cli.main import COMMANDS, main
 from replknet.data.images import PHOTOS
 from replknet.models import CONFIGS, load_model
 
-pytestmark = [
-    # Lightning 2.6 uses what torch 2.14 deprecates
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
-    # its logger and torch's loaders leave the closing of files to Python
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # timm's scheduler is no torch scheduler
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-]
-
 
 @pytest.fixture(autouse=True)
 def _ci(monkeypatch):
     monkeypatch.setenv("CI", "true")
-
-
-@pytest.fixture(scope="session")
-def cifar(tmp_path_factory):
-    """A folder with a decoded data set of the right form: two colours for ten classes of 24 images."""
-    folder = tmp_path_factory.mktemp("cifar")
-    generator = torch.Generator().manual_seed(0)
-    arrays = {}
-    for split, n in (("train", 240), ("test", 60)):
-        labels = torch.arange(n) % 10
-        noise = torch.randint(0, 40, (n, 3, 32, 32), generator=generator)
-        arrays[f"{split}_images"] = (noise + 20 * labels[:, None, None, None]).to(torch.uint8)
-        arrays[f"{split}_labels"] = labels
-    save_file(arrays, folder / "cifar10.safetensors")
-    return folder
 
 
 SHORT = ["--model", "replknet_test", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "40", "--workers", "0"]
@@ -58,13 +32,16 @@ def trained(cifar, tmp_path_factory):
 
 
 def test_training_leaves_weights_state_recipe_and_metrics(trained, capsys):
-    assert {"model.safetensors", "last.ckpt", "recipe.json", "metrics.csv"} <= {p.name for p in trained.iterdir()}
+    assert {"model.safetensors", "last.ckpt", "recipe.json", "metrics.json"} <= {p.name for p in trained.iterdir()}
     model, description = load_model(trained / "model.safetensors")
     assert description.classes[3] == "cat"
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
     assert checkpoint["replknet_recipe"]["epochs"] == 2
     assert checkpoint["global_step"] == 12
+    curve = json.loads((trained / "metrics.json").read_text())
+    assert [row["epoch"] for row in curve] == [0, 1]
+    assert all({"train_loss", "val_loss", "val_top1"} <= row.keys() for row in curve)
 
 
 def test_a_result_is_not_overwritten_and_another_recipe_does_not_resume(trained, cifar, capsys):

@@ -3,9 +3,9 @@
 A twin with 3x3 kernels and the same recipe is trained beside it, so that the receptive fields compare.
 """
 
-import csv
 import dataclasses
 import html
+import json
 import os
 import sys
 import time
@@ -102,7 +102,7 @@ def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Out
     return Outcome(
         title=title,
         recipe=recipe,
-        curve=_curve(folder / "metrics.csv"),
+        curve=json.loads((folder / "metrics.json").read_text()),
         minutes=minutes,
         parameters=(_parameters(model), _parameters(merged)),
         scores=scores,
@@ -125,16 +125,6 @@ def _enlarged(data: Path | None) -> Iterator[Tensor]:
     transform = transforms.small_image_transform(_FIELD_PIXELS, MEAN, STD)
     for image in load(data)["test_images"][:_FIELD_IMAGES].split(16):
         yield torch.stack([transform(x) for x in image])
-
-
-def _curve(path: Path) -> list[dict[str, float]]:
-    """One row an epoch from Lightning's CSV, whose rows are partly empty."""
-    epochs: dict[int, dict[str, float]] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            found = {key: float(value) for key, value in row.items() if value}
-            epochs.setdefault(int(found["epoch"]), {}).update(found)
-    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def _page(outcomes: list[Outcome], minutes: float) -> str:

@@ -97,9 +97,7 @@ def _must_be_plain() -> bool:
     tangent, and functorch has no batching rule for it.
     """
     return (
-        torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 

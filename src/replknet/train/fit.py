@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import timm
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
 
 from replknet.models import Description, RepLKNet
 from replknet.recipes import Recipe
@@ -33,7 +32,7 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
     Args:
         recipe: what to train.
         folder: where the result goes: `model.safetensors` (weights with their description), `last.ckpt`
-            (the state to go on from), `recipe.json` and `metrics.csv` (a row an epoch).
+            (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch).
         data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
         resume: go on from `folder/last.ckpt`.
 
@@ -63,7 +62,7 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
         mean=sets.mean,
         std=sets.std,
     )
-    trainer = _trainer(recipe, folder, KeepLast(folder, description, _plain(recipe)))
+    trainer = _trainer(recipe, KeepLast(folder, description, _plain(recipe)))
     before = signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
@@ -138,7 +137,7 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
     )
 
 
-def _trainer(recipe: Recipe, folder: Path, keep: KeepLast) -> pl.Trainer:
+def _trainer(recipe: Recipe, keep: KeepLast) -> pl.Trainer:
     quiet = bool(os.environ.get("CI"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     return pl.Trainer(
@@ -147,20 +146,18 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast) -> pl.Trainer:
         precision=recipe.precision,
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.clip_grad,
-        logger=CSVLogger(str(folder.parent), name=folder.name, version=""),
+        logger=False,
         callbacks=[keep] if quiet else [keep, TQDMProgressBar()],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=not quiet,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
     )
 
 
 def _ignore_lightnings_advice() -> None:
     for text in (
         ".*does not have many workers.*",  # two cores have none to spare
-        ".*exists and is not empty.*",  # the folder of a training that goes on
         ".*lr_scheduler.step.*",  # timm's schedulers count steps themselves
         ".*in eval mode at the start of training.*",  # the average of the weights always is
         ".*LeafSpec.*",  # Lightning 2.6 uses what torch 2.14 deprecates
