@@ -1,10 +1,10 @@
 """Sphinx configuration; the pages are Markdown."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 project = "replknet"
 author = "the replknet authors"
-release = version("replknet")
+release = importlib.metadata.version("replknet")
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
 html_theme = "furo"
 exclude_patterns = ["_build"]
