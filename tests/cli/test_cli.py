@@ -1,6 +1,7 @@
 """The commands as a person types them, on a small stand-in for CIFAR-10; errors are one line and code 2."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+import replknet.train
 from replknet.cli.main import COMMANDS, main
 from replknet.data.images import PHOTOS
 from replknet.models import CONFIGS, load_model
@@ -58,21 +60,53 @@ def test_resume_without_a_state(cifar, tmp_path, capsys):
     assert f"nothing to resume: there is no {tmp_path}/last.ckpt" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_the_state_and_resume_finishes(cifar, tmp_path):
-    command = [sys.executable, "-m", "replknet.cli.main", "train", "cifar10", "--data", str(cifar)]
-    command += ["--output", str(tmp_path / "out"), *SHORT, "--epochs", "300"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_from_a_terminal_keeps_the_state(cifar, tmp_path):
+    # a shell may have started this test with the signal ignored, which a child would inherit
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from replknet.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", "cifar10", "--data", str(cifar)]
+    command += ["--output", str(tmp_path / "out"), *SHORT, "--epochs", "300", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(1200):
         if (tmp_path / "out" / "last.ckpt").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    # a terminal sends it to the worker that loads images as well
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Go on with: replknet train cifar10" in errors
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
     assert 0 < state["global_step"] < 1800
     assert load_model(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monkeypatch):
+    def interrupted(recipe, folder, data, resume):
+        if kept:
+            (folder / "last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replknet.train, "fit", interrupted)
+    output = tmp_path / "my runs"
+    output.mkdir()
+    assert main(["train", "cifar10", "--kernels", "[9, 7, 5, 5]", "--output", str(output)]) == 130
+    command = f"replknet train cifar10 --kernels '[9, 7, 5, 5]' --output '{output}'"
+    if kept:
+        text = f"interrupted; the state is in {output}/last.ckpt. Go on with: {command} --resume\n"
+    else:
+        text = f"interrupted before there was a state to keep. Start again with: {command}\n"
+    assert capsys.readouterr().err == "\n" + text
+
+
+def test_other_commands_just_stop(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("replknet.cli.doctor.main", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\nreplknet doctor: interrupted\n"
 
 
 def test_eval(trained, cifar, capsys):

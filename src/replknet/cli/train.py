@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import re
+import shlex
 import sys
 import typing
 from pathlib import Path
@@ -71,8 +72,11 @@ def main(argv: list[str]) -> int:
     try:
         weights = fit(recipe, output, args.data, args.resume)
     except KeyboardInterrupt:
-        command = f"replknet train {' '.join(word for word in argv if word != '--resume')} --resume"
-        print(f"\ninterrupted; the state is in {output}/last.ckpt. Go on with: {command}", file=sys.stderr)
+        again = shlex.join(["replknet", "train", *(word for word in argv if word != "--resume")])
+        if (output / "last.ckpt").exists():
+            print(f"\ninterrupted; the state is in {output}/last.ckpt. Go on with: {again} --resume", file=sys.stderr)
+        else:
+            print(f"\ninterrupted before there was a state to keep. Start again with: {again}", file=sys.stderr)
         return 130
     print(weights)
     return 0

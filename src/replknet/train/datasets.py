@@ -1,5 +1,6 @@
 """The data of a recipe, ready for training and for evaluation."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,4 +85,10 @@ def batches(dataset: Any, batch_size: int, *, train: bool = False, workers: int 
         drop_last=train and len(dataset) > batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_interrupts_to_the_parent,
     )
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to workers as well, and a training that ends its step still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,10 @@ class ResumeError(ValueError):
 
 
 def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = False) -> Path:
-    """Train a classifier; Ctrl-C keeps the state of that moment, and `resume` goes on from it.
+    """Train a classifier; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
+
+    A second Ctrl-C stops at once, with the state of the last whole epoch. An epoch that was interrupted goes
+    on with other images of the same set, and its training loss in the curve is the mean of those steps.
 
     Args:
         recipe: what to train.
@@ -43,12 +49,13 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
         ResumeError: there is a result in the folder already and `resume` is not asked for, or there is
             none to go on from, or it is of another recipe.
         ImageError, DownloadError: the data cannot be had.
-        KeyboardInterrupt: after the state was kept.
+        KeyboardInterrupt: the training was interrupted.
     """
     last = folder / "last.ckpt"
-    _check_resume(last, recipe, resume)
+    done = _steps_done(last, recipe, resume)
     keep_freed_memory()
-    pl.seed_everything(recipe.seed, verbose=False)
+    # other random numbers than at the start, which would give the first epoch's images once more
+    pl.seed_everything(recipe.seed + done, verbose=False)
     sets = splits(recipe, data)
     model = _network(recipe, sets)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,23 +69,49 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
         mean=sets.mean,
         std=sets.std,
     )
-    trainer = _trainer(recipe, KeepLast(folder, description, _plain(recipe)))
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with warnings.catch_warnings():
-            _ignore_lightnings_advice()
-            trainer.fit(
-                _task(recipe, model, sets),
-                batches(sets.train, recipe.batch_size, train=True, workers=recipe.workers),
-                batches(sets.val, 2 * recipe.batch_size, workers=recipe.workers),
-                ckpt_path=str(last) if resume else None,
-                weights_only=True,
-            )
-    except SystemExit:
-        # Lightning turns Ctrl-C into an exit, and ignores the signal from then on
-        signal.signal(signal.SIGINT, before)
-        raise KeyboardInterrupt from None
+    keep = KeepLast(folder, description, _plain(recipe))
+    with warnings.catch_warnings(), _interrupts_wait_for(keep):
+        _ignore_lightnings_advice()
+        _trainer(recipe, keep).fit(
+            _task(recipe, model, sets),
+            batches(sets.train, recipe.batch_size, train=True, workers=recipe.workers),
+            batches(sets.val, 2 * recipe.batch_size, workers=recipe.workers),
+            ckpt_path=str(last) if resume else None,
+            weights_only=True,
+        )
+    if keep.interrupted:
+        # it came after the last step
+        raise KeyboardInterrupt
     return folder / "model.safetensors"
+
+
+@contextmanager
+def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
+    """Have the first Ctrl-C end the training at its next step, and the second at once.
+
+    Lightning can go on from a state inside a step or inside validation, but then trains a step twice or
+    forgets what the epoch had logged.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+
+    def first(number: int, frame: object) -> None:
+        keep.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # print() could be interrupted by itself
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once and keeps the last epoch's state\n")
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    except SystemExit:
+        # Lightning turns a KeyboardInterrupt into an exit
+        raise KeyboardInterrupt from None
+    finally:
+        # Lightning ignores the signal from then on
+        signal.signal(signal.SIGINT, before)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -87,22 +120,24 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-def _check_resume(last: Path, recipe: Recipe, resume: bool) -> None:
+def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
+    """Steps of the training that goes on, 0 for a new one."""
     if not resume:
         if last.exists():
             raise ResumeError(
                 f"{last} has the state of an earlier training: --resume goes on with it, "
                 "another --output starts a new one"
             )
-        return
+        return 0
     if not last.exists():
         raise ResumeError(f"nothing to resume: there is no {last}")
-    before = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get("replknet_recipe")
-    now = _plain(recipe)
+    state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    before, now = state.get("replknet_recipe"), _plain(recipe)
     if before != now:
         differing = sorted(key for key in now if (before or {}).get(key) != now[key])
         told = ", ".join(f"{key} was {(before or {}).get(key)!r}, now {now[key]!r}" for key in differing)
         raise ResumeError(f"{last} is of another recipe ({told}); give the same options, or another --output")
+    return int(state["global_step"])
 
 
 def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
@@ -161,6 +196,6 @@ def _ignore_lightnings_advice() -> None:
         ".*lr_scheduler.step.*",  # timm's schedulers count steps themselves
         ".*in eval mode at the start of training.*",  # the average of the weights always is
         ".*LeafSpec.*",  # Lightning 2.6 uses what torch 2.14 deprecates
-        ".*mid-epoch.*",  # an interrupted epoch goes on with other images of the same set
+        ".*ended before the epoch ended.*",  # an interrupted epoch goes on with other images of the same set
     ):
         warnings.filterwarnings("ignore", text)
