@@ -140,9 +140,18 @@ def test_merge_verifies_on_random_and_real_images(trained, capsys, tmp_path):
     assert {name: d["inputs"] for name, d in result["differences"].items()} == {"random": 2, "images": 2}
     assert all(d["relative_l2"] <= result["bound"] == 2e-5 for d in result["differences"].values())
     assert main(["merge", checkpoint, str(output), "--branches-only"]) == 0
-    assert "norms left: stem.0.bn" in capsys.readouterr().out
+    assert "norms left: stem.0.bn, stem.1.bn, stem.2.bn, stem.3.bn, ... (41 in all)" in capsys.readouterr().out
     assert main(["merge", checkpoint, str(tmp_path / "m.pth")]) == 2
     assert "the result is a .safetensors file, got" in capsys.readouterr().err
+
+
+def test_merge_verifies_other_channels_on_random_images_alone(tmp_path, capsys):
+    model = timm.create_model("replknet_test", in_chans=1).eval()
+    torch.save(model.state_dict(), tmp_path / "gray.pth")
+    assert main(["merge", str(tmp_path / "gray.pth"), str(tmp_path / "m.safetensors"), "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert "largest difference on 2 random inputs" in text
+    assert "real images" not in text
 
 
 def test_merge_fails_above_the_bound(trained, capsys, tmp_path, monkeypatch):
@@ -281,7 +290,7 @@ def test_official_weights_merge_from_the_command_line(tmp_path, capsys):
     model = timm.create_model("replknet_31b", depths=(1, 1, 1, 1), channels=(8, 16, 24, 32)).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
     assert main(["merge", str(tmp_path / "official.pth"), str(tmp_path / "m.safetensors"), "--verify"]) == 0
-    assert "largest difference on 2 images inputs" in capsys.readouterr().out
+    assert "largest difference on 2 real images" in capsys.readouterr().out
     _, description = load_model(tmp_path / "m.safetensors")
     assert description.config.kernels == (31, 29, 27, 13)
     assert main(["merge", str(tmp_path / "m.safetensors"), str(tmp_path / "again.safetensors"), "--verify"]) == 0

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     model, description = load_model(args.checkpoint)
     merged = merge(model, fold_bn=not args.branches_only)
     save_model(merged, args.output, description)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "output": str(args.output),
         "parameters_before": sum(p.numel() for p in model.parameters()),
         "parameters_after": sum(p.numel() for p in merged.parameters()),
@@ -44,12 +45,13 @@ def main(argv: list[str]) -> int:
         transform = transforms.eval_transform(
             description.image_size, description.mean, description.std, description.crop_pct
         )
-        files = images.files([*images.PHOTOS, *args.images])
         side = description.image_size
         inputs = {
-            "random": torch.randn(2, description.in_chans, side, side, generator=torch.Generator().manual_seed(0)),
-            "images": images.batch(files, transform),
+            "random": torch.randn(2, description.in_chans, side, side, generator=torch.Generator().manual_seed(0))
         }
+        # photographs are in RGB
+        if description.in_chans == 3:
+            inputs["images"] = images.batch(images.files([*images.PHOTOS, *args.images]), transform)
         differences = {}
         for name, x in inputs.items():
             with torch.inference_mode():
@@ -65,16 +67,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _text(result: dict[str, object]) -> str:
+def _text(result: dict[str, Any]) -> str:
+    norms = result["norms_left"]
+    more = f", ... ({len(norms)} in all)" if len(norms) > 4 else ""
     lines = [
         f"{result['output']}: {result['parameters_before']:,} parameters before, {result['parameters_after']:,} after",
-        f"norms left: {', '.join(result['norms_left']) or 'none'}",  # type: ignore[arg-type]  # a list of names
+        f"norms left: {', '.join(norms[:4]) or 'none'}{more}",
     ]
-    differences = result.get("differences")
-    if isinstance(differences, dict):
+    if "differences" in result:
         lines += [
-            f"largest difference on {d['inputs']} {name} inputs: {d['largest_absolute']:.2e} absolute, "
+            f"largest difference on {d['inputs']} {name}: {d['largest_absolute']:.2e} absolute, "
             f"{d['relative_l2']:.2e} of the logits' norm (bound {result['bound']:.0e})"
-            for name, d in differences.items()
+            for name, d in zip(("random inputs", "real images"), result["differences"].values(), strict=False)
         ]
     return "\n".join(lines)
