@@ -240,6 +240,15 @@ def test_load_model_understands_the_architecture(tmp_path, form, wrap):
         assert description.name == "replknet_test"
 
 
+def test_a_saved_model_is_a_file_like_any_other(tmp_path):
+    model = network()
+    path = tmp_path / "new folder" / "x.safetensors"
+    replknet.models.save_model(model, path, replknet.models.Description(config=model.cfg, num_classes=10))
+    (tmp_path / "y").touch()
+    assert path.stat().st_mode == (tmp_path / "y").stat().st_mode
+    assert [file.name for file in path.parent.iterdir()] == ["x.safetensors"]
+
+
 def test_xl_is_known_by_its_channels(tmp_path):
     with torch.device("meta"):
         state = timm.create_model("replknet_xl").state_dict()

@@ -51,7 +51,11 @@ def save_model(model: RepLKNet, path: str | Path, description: Description) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
+    # safetensors makes files that only their owner may read
+    part.touch()
+    mode = part.stat().st_mode
     save_file(state, part, metadata={"format": "pt", _FIELD: json.dumps(asdict(description))})
+    part.chmod(mode)
     os.replace(part, path)
 
 
