@@ -203,9 +203,42 @@ def test_configuration_is_printed_and_read_back(tmp_path, capsys):
     assert main(["train", "cifar10", "--config", str(file), "--epochs", "9", "--print-config"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again == {**json.loads(text), "epochs": 9}
-    file.write_text('{"learning_rate": 3}')
+    assert main(["train", "--config", str(tmp_path / "missing.json"), "cifar10"]) == 2
+    assert "missing.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"learning_rate": 3}', "c.json has learning_rate, which no recipe knows; there are model, dataset"),
+        ("lr: 3", "c.json is no JSON, as --print-config writes it: Expecting value"),
+        ("[1, 2]", "c.json must hold one JSON object, as --print-config writes it, got [1, 2]"),
+        ('{"lr": -1}', "lr must be positive, got -1"),
+    ],
+)
+def test_configuration_file_errors_are_one_line(content, message, tmp_path, capsys):
+    file = tmp_path / "c.json"
+    file.write_text(content)
     assert main(["train", "cifar10", "--config", str(file)]) == 2
-    assert "has learning_rate, which no recipe knows" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("epochs", "many"), ("precision", "8-bit"), ("kernels", 3)])
+def test_values_of_a_configuration_file_are_checked_like_options(key, value, tmp_path, capsys):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({key: value}))
+    with pytest.raises(SystemExit) as info:
+        main(["train", "cifar10", "--config", str(file), "--print-config"])
+    assert info.value.code == 2
+    assert f'Parser key "{key}"' in capsys.readouterr().err
+
+
+def test_the_recipe_is_the_one_named_wherever_it_stands(capsys):
+    assert main(["train", "--lr", "0.003", "folder", "--print-config"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["lr"]) == ("replknet_nano", 0.003)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +267,10 @@ def test_unknown_words_get_their_nearest_match(capsys):
     assert "no command is called 'tran'; did you mean train?" in capsys.readouterr().err
     assert main(["train", "cifar"]) == 2
     assert "no recipe is called 'cifar'; did you mean cifar10?" in capsys.readouterr().err
+    assert main(["fly"]) == 2
+    assert "no command is called 'fly'; there are demo, info, train" in capsys.readouterr().err
+    assert main(["train", "imagenet"]) == 2
+    assert "no recipe is called 'imagenet'; there are cifar10, folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as info:
         main(["train", "cifar10", "--epoch", "3"])
     assert info.value.code == 2

@@ -37,28 +37,33 @@ def recipe_parser(recipe: Recipe) -> Parser:
 
 def resolved(argv: list[str]) -> tuple[Recipe, Any]:
     """The recipe after its preset, a --config file and the options, and the other arguments."""
-    name = argv[0] if argv and argv[0] in RECIPES else None
-    if name is None and argv and not argv[0].startswith("-"):
+    if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"no recipe is called {argv[0]!r}{hint} There are {', '.join(RECIPES)}")
-    recipe = RECIPES[name or "cifar10"]()
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(RECIPES)}"
+        raise ValueError(f"no recipe is called {argv[0]!r}; {hint}")
+    # which preset and which file are known only after a first reading, with any defaults
+    first = recipe_parser(next(iter(RECIPES.values()))()).parse_args(argv)
+    p = recipe_parser(RECIPES[first.recipe]())
+    args = p.parse_args(argv if first.config is None else [*_options(first.config), *argv])
+    return Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}), args
+
+
+def _options(file: Path) -> list[str]:
+    """The fields in a file that --print-config wrote, as the options that they stand for."""
     names = [field.name for field in dataclasses.fields(Recipe)]
-    file = recipe_parser(recipe).parse_args(argv).config
-    if file is not None:
-        recipe = dataclasses.replace(recipe, **_read(file, names))
-    args = recipe_parser(recipe).parse_args(argv)
-    return Recipe(**{field: getattr(args, field) for field in names}), args
-
-
-def _read(file: Path, names: list[str]) -> dict[str, Any]:
-    content = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON, as --print-config writes it: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold one JSON object, as --print-config writes it, got {content!r:.40}")
     unknown = sorted(set(content) - set(names))
     if unknown:
         raise ValueError(f"{file} has {', '.join(unknown)}, which no recipe knows; there are {', '.join(names)}")
-    if content.get("kernels") is not None:
-        content["kernels"] = tuple(content["kernels"])
-    return dict(content)
+    return [
+        f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in content.items()
+    ]
 
 
 def main(argv: list[str]) -> int:
