@@ -2,6 +2,8 @@
 BIN     := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 RUN     ?=
+# for `make gpu`: ours if it is there, else the machine's, which has the torch that fits its driver
+PYTHON  ?= $(firstword $(wildcard $(BIN)/python) python3)
 
 .PHONY: help demo test check bench gpu docs format clean
 
@@ -24,7 +26,9 @@ bench: .venv/installed-demo  ## time the operator against torch; records go to b
 	$(BIN)/replknet bench --output benchmarks/results/depthwise.jsonl $(RUN)
 
 gpu:  ## correctness and times on a CUDA device; needs torch, timm and numpy alone, installs nothing
-	PYTHONPATH=src python3 -m replknet.bench.gpu $(RUN)
+	@$(PYTHON) -c 'import torch, timm, numpy' 2>/dev/null || { \
+		echo 'no CUDA device was looked for: $(PYTHON) has no torch, timm or numpy; PYTHON=... names another' >&2; exit 1; }
+	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu $(RUN)
 
 docs: .venv/installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html

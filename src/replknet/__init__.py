@@ -3,7 +3,7 @@
 Importing this package registers the models with timm: `timm.create_model("replknet_31b")`.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from replknet import kernels, models, nn, ops
 from replknet.kernels import use_backend
@@ -11,7 +11,11 @@ from replknet.models import load_checkpoint
 from replknet.nn import accelerate, merge
 from replknet.ops import doctor
 
-__version__ = version("replknet")
+try:
+    __version__ = version("replknet")
+except PackageNotFoundError:
+    # a source tree that was not installed, as `make gpu` runs it
+    __version__ = "0+source"
 __all__ = [
     "accelerate",
     "doctor",

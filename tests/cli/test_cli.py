@@ -285,11 +285,21 @@ def test_help_has_an_example(command, capsys):
     assert f"example: replknet {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["info", "eval", "predict", "merge", "erf", "doctor"])
+def test_results_can_be_had_as_json(command, capsys):
+    # train and demo print the path of their result, and bench writes JSON lines to --output
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--json" in capsys.readouterr().out
+
+
 def test_overview_and_version(capsys):
     assert main(["--help"]) == 0
     assert "receptive field" in capsys.readouterr().out
     assert main([]) == 2
+    capsys.readouterr()
     assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{replknet.__version__}\n"
 
 
 def test_info_and_doctor(capsys):

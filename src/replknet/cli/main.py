@@ -3,11 +3,11 @@
 import difflib
 import importlib
 import sys
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from replknet import __version__
 from replknet.data.download import DownloadError
 
 COMMANDS = {
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name == "--version":
-        print(version("replknet"))
+        print(__version__)
         return 0
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1)

@@ -1,0 +1,49 @@
+"""The targets of the Makefile, without running what takes long."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def make(*words, folder=ROOT):
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_help_explains_every_target():
+    text = make("help").stdout
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [line.split()[1] for line in text.splitlines()] == targets
+    assert all(len(line.split()) > 3 for line in text.splitlines())
+
+
+def test_the_second_time_nothing_is_installed(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    assert "pip install" in make("-n", "demo", folder=tmp_path).stdout
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("bin/python", "installed-demo", "installed-test"):
+        (tmp_path / ".venv" / name).touch()
+    for target, command in (("demo", "replknet demo"), ("test", "pytest")):
+        commands = make("-n", target, folder=tmp_path).stdout
+        assert "pip install" not in commands
+        assert command in commands
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "new.cpp").touch()
+    assert "pip install" in make("-n", "test", folder=tmp_path).stdout
+
+
+def test_gpu_says_what_the_python_lacks(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    result = make("gpu", f"PYTHON={python}")
+    assert result.returncode == 2
+    assert f"no CUDA device was looked for: {python} has no torch, timm or numpy" in result.stderr
