@@ -21,13 +21,16 @@ CONTENT = bytes(range(256)) * 5000
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves CONTENT, honours Range, and stops half-way when asked for /broken."""
+    """Serves CONTENT, honours Range, stops half-way when asked for /broken, and knows no /missing."""
 
     asked: list = []  # noqa: RUF012  # shared on purpose: the test reads it
 
     def do_GET(self):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         self.asked.append(start)
+        if self.path == "/missing":
+            self.send_error(404)
+            return
         if start >= len(CONTENT):  # nothing left
             self.send_error(416)
             return
@@ -86,6 +89,38 @@ def test_another_file_is_refused_and_removed(tmp_path, server):
 def test_unreachable_source_is_named(tmp_path):
     with pytest.raises(DownloadError, match=r"http://127\.0\.0\.1:9/x cannot be reached: "):
         fetch("http://127.0.0.1:9/x", DIGEST, tmp_path / "x")
+
+
+def test_an_answer_that_is_no_file_is_named(tmp_path, server):
+    with pytest.raises(DownloadError, match=rf"{server}/missing answered 404 Not Found"):
+        fetch(f"{server}/missing", DIGEST, tmp_path / "x")
+
+
+def npm_that(tmp_path, monkeypatch, script):
+    """The only command on the path: an npm that runs this line of shell."""
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!/bin/sh\n{script}\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), [("echo no network >&2; exit 1", "no network"), ("exit 0", "no archive came")]
+)
+def test_npm_that_fails_gives_its_reason(script, reason, tmp_path, monkeypatch):
+    npm_that(tmp_path, monkeypatch, script)
+    with pytest.raises(DownloadError, match=f"npm pack x@1 failed: {reason}"):
+        download.fetch_npm("x@1", DIGEST, tmp_path / "x.tgz")
+
+
+def test_npm_archive_is_checked_before_it_gets_its_name(tmp_path, monkeypatch):
+    # npm pack --silent x@1 --pack-destination FOLDER
+    npm_that(tmp_path, monkeypatch, 'printf content > "$5/x-1.tgz"')
+    with pytest.raises(DownloadError, match=r"npm package x@1 gave a file with SHA-256 \w{64}, expected 0000"):
+        download.fetch_npm("x@1", "0000", tmp_path / "x.tgz")
+    download.fetch_npm("x@1", hashlib.sha256(b"content").hexdigest(), tmp_path / "x.tgz")
+    assert (tmp_path / "x.tgz").read_text() == "content"
 
 
 def test_without_npm(tmp_path, monkeypatch):

@@ -23,3 +23,11 @@ def test_demo_writes_a_self_contained_report(cifar, tmp_path, capsys, monkeypatc
     weights = (tmp_path / "demo" / "small" / "model.safetensors").read_bytes()
     assert main(command) == 0
     assert (tmp_path / "demo" / "small" / "model.safetensors").read_bytes() == weights
+    assert main([*command[:-1], "3"]) == 2
+    assert "large/last.ckpt is of another recipe (epochs was 2, now 3)" in capsys.readouterr().err
+
+
+def test_a_demo_of_no_epoch_is_refused_before_anything_is_made(cifar, tmp_path, capsys):
+    assert main(["demo", "--data", str(cifar), "--output", str(tmp_path / "demo"), "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "replknet demo: epochs must be positive, got 0\n"
+    assert not (tmp_path / "demo").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from replknet.nn import ConvFFN, DepthwiseConv2d, DropPath, ReparamLargeKernelConv, RepLKBlock
+from replknet.nn import ConvFFN, DepthwiseConv2d, DropPath, ReparamLargeKernelConv, RepLKBlock, stem
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -50,6 +50,11 @@ def test_mixed_parity_is_refused_when_a_branch_was_exchanged():
 def test_small_kernel_larger_than_the_large_one():
     with pytest.raises(ValueError, match="small kernel must not be larger than the large one, got 5 and 3"):
         ReparamLargeKernelConv(4, 3, 5)
+
+
+def test_stem_of_another_stride():
+    with pytest.raises(ValueError, match="the stem's stride must be 4, 2 or 1, got 3"):
+        stem(3, 8, 3)
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():

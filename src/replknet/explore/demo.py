@@ -59,10 +59,14 @@ def run(output: Path, data: Path | None = None, epochs: int = 5) -> Path:
 
     Returns:
         The path of the report, one HTML file with everything inside.
+
+    Raises:
+        ValueError: `epochs` is not positive, or another than that of the run to go on with.
+        DownloadError: CIFAR-10 cannot be had.
     """
     started = time.perf_counter()
     load(data)
-    large = dataclasses.replace(cifar10(), epochs=epochs)
+    large = dataclasses.replace(cifar10(), epochs=epochs, warmup_epochs=min(1, epochs - 1))
     small = dataclasses.replace(large, kernels=_SMALL_KERNELS)
     outcomes = [
         _outcome("large kernels", large, output / "large", data),

@@ -98,8 +98,14 @@ def stem(in_chans: int, channels: int, stride: int = 4, norm: Norm = nn.BatchNor
         stride: 4 as in the paper, 2 or 1 for small images; the first halving goes to the first
             convolution, the second to the last.
         norm: builds a norm from the number of channels.
+
+    Raises:
+        ValueError: another stride.
     """
-    first, last = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
+    halvings = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
+    if stride not in halvings:
+        raise ValueError(f"the stem's stride must be 4, 2 or 1, got {stride}")
+    first, last = halvings[stride]
     return nn.ModuleList(
         [
             ConvBN(in_chans, channels, 3, first, activation=nn.ReLU(), norm=norm),

@@ -176,7 +176,12 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
         x: normalised images.
         classes: names of the outputs; where there are none, their numbers.
         top: how many; at most as many as there are classes.
+
+    Raises:
+        ValueError: `top` is not positive.
     """
+    if top < 1:
+        raise ValueError(f"top must be positive, got {top}")
     p = model.eval()(_channels_last(x)).softmax(1)
     found = p.topk(min(top, p.shape[1]))
     return [
