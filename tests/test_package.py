@@ -2,8 +2,14 @@
 
 import importlib
 import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import replknet
+
+SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
 
 
 def test_version_is_the_installed_one_and_a_source_tree_has_its_own(monkeypatch):
@@ -16,3 +22,16 @@ def test_version_is_the_installed_one_and_a_source_tree_has_its_own(monkeypatch)
         patch.setattr(importlib.metadata, "version", nowhere)
         assert importlib.reload(replknet).__version__ == "0+source"
     assert importlib.reload(replknet).__version__ == importlib.metadata.version("replknet")
+
+
+def test_importing_changes_no_search_path_and_prints_nothing():
+    # official code: sys.path was changed to find the operator, and the model printed as it was built
+    code = "import sys; before = list(sys.path); import replknet; assert sys.path == before"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_no_name_that_its_package_has_given_up_is_used():
+    # official code: it stopped running when these went
+    gone = r"timm\.models\.layers|timm\.optim\.optim_factory|torch\.cuda\.amp|torch\.distributed\.launch|seaborn"
+    assert [path.name for path in SOURCES if re.search(gone, path.read_text())] == []

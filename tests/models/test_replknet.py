@@ -165,6 +165,24 @@ def test_intermediates():
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+@pytest.mark.parametrize("indices", [[], ()])
+def test_no_stage_at_all_is_an_error(indices):
+    # official code: `if self.out_indices:` took () for a classifier's None
+    with pytest.raises(ValueError, match=r"indices must name one of the 4 stages at least, got .*None takes all"):
+        timm.create_model("replknet_test").forward_intermediates(torch.zeros(1, 3, 64, 64), indices=indices)
+    with pytest.raises(ValueError, match="indices must name one of the 4 stages at least, got"):
+        timm.create_model("replknet_test", features_only=True, out_indices=indices)
+
+
+def test_every_depthwise_convolution_of_stride_1_runs_on_the_operator():
+    # mmpretrain: plain nn.Conv2d throughout
+    model = timm.create_model("replknet_test")
+    depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    plain = [m for m in depthwise if not isinstance(m, replknet.nn.DepthwiseConv2d)]
+    assert {m.stride for m in plain} == {(2, 2)}
+    assert len(depthwise) - len(plain) == 1 + 2 * 5
+
+
 def test_pruned_features_equal_the_whole_networks():
     whole = timm.create_model("replknet_test").eval()
     part = timm.create_model("replknet_test", features_only=True, out_indices=(1, -2)).eval()

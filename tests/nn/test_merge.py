@@ -55,6 +55,21 @@ def test_merging_twice_gives_an_equal_copy(fold_bn):
     assert all(a is not b for a, b in zip(once.parameters(), twice.parameters(), strict=True))
 
 
+def test_a_model_built_in_the_merged_form_merges():
+    # official code: AttributeError, since the branches are not there
+    model = trained(small_kernel_merged=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert largest_difference(model(x), merge(model)(x))[1] < BOUND[torch.float32]
+    same = merge(model, fold_bn=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_merging_prints_nothing(capsys):
+    # official code: a line a block
+    merge(trained())
+    assert capsys.readouterr() == ("", "")
+
+
 def test_keys_are_the_official_ones():
     model = trained()
     merged, folded = merge(model, fold_bn=False), merge(model)
@@ -128,8 +143,12 @@ def test_sync_bn_is_a_choice_of_one_model():
     # official code: one model with SyncBN turned a module-wide switch on for all later ones
     synced = timm.create_model("replknet_test", sync_bn=True)
     plain = timm.create_model("replknet_test")
-    assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in plain.modules())
+    # mmpretrain: the kind of norm did not reach every layer
+    norms = {name for name, m in plain.named_modules() if is_batch_norm(m)}
+    assert norms == {name for name, m in synced.named_modules() if isinstance(m, nn.SyncBatchNorm)}
+    # official code: the default was SyncBN, which failed without a GPU
+    assert torch.isfinite(plain.train()(torch.randn(2, 3, 64, 64))).all()
 
 
 def test_a_merged_network_still_trains_and_keeps_frozen_parameters_frozen():

@@ -129,6 +129,14 @@ def test_a_second_ctrl_c_stops_at_once_with_the_last_epochs_state(cifar, tmp_pat
     check_complete(tmp_path)
 
 
+def test_without_an_average_of_the_weights(cifar, tmp_path):
+    # official code: AttributeError in each epoch's end where the average was off, as in its own 22K recipe
+    recipe = dataclasses.replace(RECIPE, ema_decay=None, epochs=1)
+    weights = load_model(fit(recipe, tmp_path, cifar))[0].state_dict()
+    trained = state(tmp_path)["state_dict"]
+    assert all(torch.equal(value, trained[f"model.{key}"]) for key, value in weights.items())
+
+
 def test_a_resumed_epoch_gets_other_images_than_it_began_with(cifar, tmp_path, monkeypatch):
     seen = []
     real = Classification.training_step

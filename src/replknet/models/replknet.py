@@ -227,11 +227,11 @@ class RepLKNet(nn.Module):
             final map, unless `intermediates_only`.
 
         Raises:
-            ValueError: another `output_fmt`.
+            ValueError: another `output_fmt`, or `indices` without any stage.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.stages), indices)
+        taken, last = _taken(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
         found = []
         for layer in self.stem:
@@ -252,7 +252,7 @@ class RepLKNet(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the layers that features of these stages do not need; returns the stages as numbers from 0."""
-        taken, last = feature_take_indices(len(self.stages), indices)
+        taken, last = _taken(len(self.stages), indices)
         pruned = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         self.transitions = nn.ModuleList([*self.transitions[:last], nn.Identity()])
@@ -263,6 +263,14 @@ class RepLKNet(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0, "")
         return taken
+
+
+def _taken(stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """timm's reading of `indices`: the stages to take, as numbers from 0, and the last of them."""
+    if not isinstance(indices, int | None) and not indices:
+        raise ValueError(f"indices must name one of the {stages} stages at least, got {indices}; None takes all")
+    taken, last = feature_take_indices(stages, indices)
+    return taken, last
 
 
 def _linear(last: float, count: int) -> list[float]:
