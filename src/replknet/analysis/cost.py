@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and multiply-adds for one image; the paper prints the latter as FLOPs."""
+    """What `cost` counts.
+
+    Args:
+        parameters: numbers that are trained.
+        multiply_adds: of one image, a multiplication and an addition counted as one; the paper prints them as FLOPs.
+        image_size: side of that image in pixels.
+    """
 
     parameters: int
     multiply_adds: int
@@ -26,7 +32,9 @@ def cost(model: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
         in_chans: channels of the image.
 
     Returns:
-        Parameters, and multiply-adds of convolutions and matrix products for one image.
+        Parameters, and multiply-adds of convolutions and matrix products for one image, padding included.
+
+    Source: the counts of Ding et al. 2022, arXiv:2203.06717, Tables 5 and 6.
     """
     ghost = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

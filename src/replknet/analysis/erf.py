@@ -18,9 +18,12 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 class ERF:
     """An effective receptive field.
 
-    `map` is `[H,W]`, float64: the mean over images of the summed rectified gradients. `sides` gives for
-    each threshold the side in pixels of the smallest centred square that holds more than this share of the
-    log-scaled map, or None where even the largest does not; `areas` that square's share of the image.
+    Args:
+        map: `[H,W]`, float64: the mean over images of the summed rectified gradients.
+        sides: for each threshold the side in pixels of the smallest centred square that holds more than this
+            share of the log-scaled map, or None where even the largest does not.
+        areas: that square's share of the image, from 0 to 1.
+        images: how many there were.
     """
 
     map: Tensor
@@ -44,8 +47,8 @@ def effective_receptive_field(
 
     Args:
         model: any network; it is put into eval mode.
-        images: batches of normalised images `[N,C,H,W]`, all of one size. Large images show more: the
-            official protocol resizes to 1024x1024.
+        images: batches of normalised images `[N,C,H,W]`, all of one size, in the dtype and on the device of the
+            model. Large images show more: the official protocol resizes to 1024x1024.
         features: from images to the last feature map `[N,C,h,w]`. By default the last stage's features
             before the final norm, for models with timm's `forward_intermediates`.
         thresholds: shares, from 0 to 1.
@@ -56,6 +59,9 @@ def effective_receptive_field(
     Raises:
         ValueError: there is no image; images of different sizes; a model without `forward_intermediates`
             and no `features`; or gradients that are all zero or not finite.
+
+    Source: Luo et al. 2016, arXiv:1701.04128; protocol of Ding et al. 2022, arXiv:2203.06717, section 5 and its
+    `erf/` scripts.
     """
     take = features or _last_features(model)
     model.eval()

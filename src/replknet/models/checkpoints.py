@@ -41,6 +41,9 @@ def read_state_dict(path: str | Path) -> State:
     Args:
         path: safetensors, a PyTorch file (read with `weights_only`), or a MegEngine pickle.
 
+    Returns:
+        Key -> tensor on the CPU, in the dtype of the file. Keys of no known format stay as they are.
+
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is cut short, holds something else, or needs code to be read.
@@ -283,7 +286,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load weights of any known key format into a model, strictly: all keys fit, or nothing is changed.
 
     Args:
-        model: a RepLKNet in the form of the checkpoint (training, merged or folded).
+        model: a RepLKNet in the form of the checkpoint (training, merged or folded). Its parameters keep their
+            dtype and device.
         path: see `read_state_dict`.
 
     Raises:

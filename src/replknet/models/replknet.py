@@ -32,15 +32,31 @@ from replknet.nn.conv_bn import Norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepLKNetConfig:
-    """Everything that shapes a RepLKNet; a tuple has one value a stage, the one after the stem first."""
+    """Everything that shapes a RepLKNet; a tuple has one value a stage, the one after the stem first.
 
-    kernels: tuple[int, ...] = (31, 29, 27, 13)  # side of the large kernel, pixels
-    depths: tuple[int, ...] = (2, 2, 18, 2)  # pairs of a large-kernel block and a feed-forward block
+    Args:
+        kernels: side of the large kernel, pixels, odd.
+        depths: pairs of a large-kernel block and a feed-forward block.
+        channels: of the stage.
+        small_kernel: side of the parallel branch, pixels, odd, folded away by `merge`; None for no branch.
+        dw_ratio: channels of the large kernels relative to the stage's.
+        ffn_ratio: hidden channels of the feed-forward blocks relative to the stage's.
+        stem_stride: 4 as in the paper, 2 or 1 for small images.
+
+    Raises:
+        ValueError: tuples of different lengths, an even side, a small kernel that is the larger one, or another
+            stride; the text has the values.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1; the defaults are RepLKNet-31B.
+    """
+
+    kernels: tuple[int, ...] = (31, 29, 27, 13)
+    depths: tuple[int, ...] = (2, 2, 18, 2)
     channels: tuple[int, ...] = (128, 256, 512, 1024)
-    small_kernel: int | None = 5  # side of the parallel branch, folded away by `merge`; None: no branch
-    dw_ratio: float = 1.0  # channels of the large kernels relative to the stage's
-    ffn_ratio: float = 4.0  # hidden channels of the feed-forward blocks relative to the stage's
-    stem_stride: int = 4  # 4 in the paper; 2 or 1 for small images
+    small_kernel: int | None = 5
+    dw_ratio: float = 1.0
+    ffn_ratio: float = 4.0
+    stem_stride: int = 4
 
     def __post_init__(self) -> None:
         # tuples even where a file gave lists, so that configurations compare
@@ -100,8 +116,9 @@ class RepLKNet(nn.Module):
             and detection. Only `features_only` models and `forward_intermediates` use them.
         sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
 
-    Input: `[N,in_chans,H,W]`, normalised with the mean and std of `pretrained_cfg`; any size.
-    Output: logits `[N,num_classes]`, or features.
+    Input: `[N,in_chans,H,W]`, the dtype of the parameters, normalised with the mean and std of `pretrained_cfg`;
+    any size.
+    Output: logits `[N,num_classes]`, or pooled features `[N,C]` with num_classes=0.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
     """
@@ -163,12 +180,19 @@ class RepLKNet(nn.Module):
 
         Args:
             coarse: one group a stage instead.
+
+        Returns:
+            A function from a parameter's name to its group.
         """
         return partial(_group, last_stage=len(self.stages) - 1, coarse=coarse)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
+        """Recompute each block's activations in the backward pass, which saves memory and costs a forward pass.
+
+        Args:
+            enable: False goes back to keeping them.
+        """
         for stage in self.stages.children():
             assert isinstance(stage, RepLKNetStage)
             stage.grad_checkpointing = enable
@@ -179,7 +203,12 @@ class RepLKNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and a new pooling if one is named."""
+        """A new classifier, and a new pooling if one is named.
+
+        Args:
+            num_classes: its outputs; 0 for none.
+            global_pool: timm's name of the pooling; None for the one there is.
+        """
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         old = next(self.parameters())
@@ -187,7 +216,7 @@ class RepLKNet(nn.Module):
         self.head.to(device=old.device, dtype=old.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[N,in_chans,H,W]` to the normalised map before pooling `[N,C,H/32,W/32]`."""
+        """Images `[N,in_chans,H,W]` to the normalised map before pooling, `[N,C,H/32,W/32]` with the paper's stem."""
         for layer in self.stem:
             x = layer(x)
         for stage, after in zip(self.stages, self.transitions):  # noqa: B905  # TorchScript has no strict=

@@ -27,12 +27,20 @@ _FIELD = "replknet"
 class Description:
     """What a file of weights is of, and how its network wants its images.
 
-    `image_size` is the side in pixels for evaluation; `mean` and `std` are for values from 0 to 1 in RGB.
+    Args:
+        config: the architecture.
+        in_chans: channels of the image.
+        classes: names of the outputs; empty where unknown.
+        num_classes: number of outputs.
+        image_size: side in pixels for evaluation.
+        crop_pct: share of the resized image that the centre crop takes.
+        mean: per channel, for values from 0 to 1 in RGB.
+        std: per channel.
     """
 
     config: RepLKNetConfig
     in_chans: int = 3
-    classes: tuple[str, ...] = ()  # names of the outputs; empty where unknown
+    classes: tuple[str, ...] = ()
     num_classes: int = 1000
     image_size: int = 224
     crop_pct: float = 0.875
@@ -46,7 +54,13 @@ class Description:
 
 
 def save_model(model: RepLKNet, path: str | Path, description: Description) -> None:
-    """Write a network in any form to a safetensors file; an existing file is replaced only when all is written."""
+    """Write a network to a safetensors file; an existing file is replaced only when all is written.
+
+    Args:
+        model: in any form: training, merged or folded. Tensors keep their dtype.
+        path: the file; its folder is made.
+        description: what is needed to build the network again and to feed it, written into the file's header.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -65,6 +79,9 @@ def load_model(path: str | Path) -> tuple[RepLKNet, Description]:
     Args:
         path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
             understood from keys and shapes, and image size, mean and std are those of the paper's networks.
+
+    Returns:
+        The network on the CPU, in the dtype of the file, and its description.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -8,7 +8,15 @@ from replknet.nn.reparam import ReparamLargeKernelConv
 
 
 class DropPath(nn.Module):
-    """Zero the residual branch of a random part of the images in training, and scale up the rest."""
+    """Zero the residual branch of a random part of the images in training, and scale up the rest.
+
+    Args:
+        rate: probability that the branch of an image is dropped, from 0 to below 1.
+
+    Input and output: `[N,C,H,W]`, any float dtype; the same tensor in eval mode.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382.
+    """
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
@@ -36,7 +44,12 @@ class RepLKBlock(nn.Module):
         merged: build the large kernel in the merged form.
         norm: builds a norm from the number of channels.
 
-    Input and output: `[N,C,H,W]`.
+    Input and output: `[N,C,H,W]`, the dtype of the parameters.
+
+    Raises:
+        ValueError: kernel sides that do not fit, as in `ReparamLargeKernelConv`.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
     """
 
     def __init__(
@@ -72,7 +85,9 @@ class ConvFFN(nn.Module):
         drop_path: rate of dropped residual branches.
         norm: builds a norm from the number of channels.
 
-    Input and output: `[N,C,H,W]`.
+    Input and output: `[N,C,H,W]`, the dtype of the parameters.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
     """
 
     def __init__(
@@ -99,8 +114,14 @@ def stem(in_chans: int, channels: int, stride: int = 4, norm: Norm = nn.BatchNor
             convolution, the second to the last.
         norm: builds a norm from the number of channels.
 
+    Returns:
+        The four layers, to be run one after the other: `[N,in_chans,H,W]` to `[N,channels,H/stride,W/stride]`,
+        rounded up.
+
     Raises:
         ValueError: another stride.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1; the strides 2 and 1 are ours.
     """
     halvings = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
     if stride not in halvings:
@@ -117,7 +138,18 @@ def stem(in_chans: int, channels: int, stride: int = 4, norm: Norm = nn.BatchNor
 
 
 def transition(in_channels: int, out_channels: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
-    """Between two stages: 1x1 to the new channels, then depthwise 3x3 of stride 2, with a ReLU each."""
+    """Between two stages: 1x1 to the new channels, then depthwise 3x3 of stride 2, with a ReLU each.
+
+    Args:
+        in_channels: channels of the stage before.
+        out_channels: channels of the stage after.
+        norm: builds a norm from the number of channels.
+
+    Returns:
+        A module from `[N,in_channels,H,W]` to `[N,out_channels,H/2,W/2]`, rounded up.
+
+    Source: Ding et al. 2022, arXiv:2203.06717, section 4.1.
+    """
     return nn.Sequential(
         ConvBN(in_channels, out_channels, 1, activation=nn.ReLU(), norm=norm),
         ConvBN(out_channels, out_channels, 3, 2, depthwise=True, activation=nn.ReLU(), norm=norm),

@@ -18,8 +18,11 @@ class DepthwiseConv2d(nn.Conv2d):
         channels: channels of input and output.
         kernel_size: side of the kernel in pixels, or (height, width); odd.
         bias: whether to add a bias `[C]`.
+        device: of the parameters.
+        dtype: of the parameters: float64, float32, float16 or bfloat16.
 
-    Input and output: `[N,C,H,W]`, contiguous or channels_last.
+    Input and output: `[N,C,H,W]`, the dtype of the parameters, contiguous or channels_last; sums and errors as
+    in `replknet.ops.depthwise_conv2d`.
 
     Raises:
         ValueError: a kernel side is even. Even, strided or dilated kernels are `nn.Conv2d`.

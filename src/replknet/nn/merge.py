@@ -20,7 +20,8 @@ def merge(model: Model, fold_bn: bool = True) -> Model:
     1e-10 in float64 and 2e-5 in float32. Merging a merged model gives an equal copy.
 
     Args:
-        model: any network with the blocks of this package in it; other layers are copied unchanged.
+        model: any network with the blocks of this package in it, of any float dtype; other layers are copied
+            unchanged.
         fold_bn: also fold each batch norm that has a linear neighbour: the norm after a convolution, and
             the norm before a block's first 1x1. `unfolded_norms` lists those that stay, such as the final
             norm and the norms of intermediate features. False merges only the parallel branches, which
@@ -56,7 +57,14 @@ def merge(model: Model, fold_bn: bool = True) -> Model:
 
 
 def unfolded_norms(model: nn.Module) -> list[str]:
-    """Names of the batch norms that a model still applies on their own."""
+    """Names of the batch norms that a model still applies on their own, such as those `merge` had to leave.
+
+    Args:
+        model: any network.
+
+    Returns:
+        Names as in `named_modules`.
+    """
     return [name for name, module in model.named_modules() if is_batch_norm(module)]
 
 

@@ -22,10 +22,10 @@ class ReparamLargeKernelConv(nn.Module):
         merged: build the merged form, one convolution with a bias.
         norm: builds the norm of a branch from the number of channels.
 
-    Input and output: `[N,C,H,W]`.
+    Input and output: `[N,C,H,W]`, the dtype of the parameters.
 
     Raises:
-        ValueError: the small kernel is larger, or one side is odd and the other even.
+        ValueError: a side is even, or the small kernel is larger.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """

@@ -63,6 +63,9 @@ def doctor() -> Report:
     Returns:
         Versions, processor, threads, CUDA devices, the forced backend, and for each large-kernel layer of
         RepLKNet-31B in float32 (and bfloat16 on CUDA) the backend that takes it and the others' reasons.
+
+    Raises:
+        ValueError: REPLKNET_BACKEND names no backend.
     """
     calls = [
         Call(shape=shape, kernel=kernel, dtype=torch.float32, device="cpu", channels_last=channels_last)
