@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import replknet
+from replknet.cli.main import COMMANDS
 
-SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
 def test_version_is_the_installed_one_and_a_source_tree_has_its_own(monkeypatch):
@@ -35,3 +37,9 @@ def test_no_name_that_its_package_has_given_up_is_used():
     # official code: it stopped running when these went
     gone = r"timm\.models\.layers|timm\.optim\.optim_factory|torch\.cuda\.amp|torch\.distributed\.launch|seaborn"
     assert [path.name for path in SOURCES if re.search(gone, path.read_text())] == []
+
+
+def test_readme_and_changelog_name_every_command():
+    assert f"`replknet {' | '.join(COMMANDS)}`" in (ROOT / "CHANGELOG.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in COMMANDS if not re.search(rf"^replknet .*\b{name}\b", readme, re.MULTILINE)] == []
