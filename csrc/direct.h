@@ -1,0 +1,233 @@
+// The convolution as sums of products, for small kernels and small maps.
+//
+// Two forms. `tile`: T neighbouring outputs stay in registers while the taps go by; a line has zeros at both
+// ends. `dense`: a map so narrow that each output of a row sees every input of a row; the whole row stays in
+// registers and no padding is multiplied.
+#pragma once
+
+#include "spectral.h"
+
+namespace {
+
+constexpr int WIDEST = 14;  // outputs in registers: two of the 16 registers are left for a tap and an input
+
+struct TileArgs {
+  const float* lines;  // of the first input row and the first output, of a group of channels
+  int64_t pitch;       // floats from line to line
+  int rows;            // input rows that the outputs see
+  const float* taps;   // [row][column][LANES], from the row that meets the first line
+  int columns;         // of the taps
+  V bias, floor;
+  float* y;
+  int64_t stride, y_row;  // floats from output to output, and from row to row
+  int outputs;            // to be stored
+};
+
+template <int T>
+NOINLINE void tile(const TileArgs& a) {
+  V sum[T];
+  unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] = a.bias; });
+  const float* tap = a.taps;
+  for (int r = 0; r < a.rows; r++) {
+    const float* x = a.lines + r * a.pitch;
+    for (int j = 0; j < a.columns; j++, x += BLOCK, tap += LANES) {
+      const V w = load(tap);
+      unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] += w * load(x + BLOCK * t); });
+    }
+  }
+  unrolled<T>([&](auto t) INLINE_LAMBDA {
+    if (t < a.outputs) store(a.y + t * a.stride, at_least(a.floor, sum[t]));
+  });
+}
+
+// R rows of W outputs; `taps` is the row that meets the first line for the first of the R
+template <int W, int R>
+NOINLINE void dense(const TileArgs& a) {
+  V sum[R][W];
+  unrolled<R>([&](auto r) INLINE_LAMBDA { unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] = a.bias; }); });
+  const int64_t row = static_cast<int64_t>(a.columns) * LANES;
+  for (int i = 0; i < a.rows; i++) {
+    const float *x = a.lines + i * a.pitch, *taps = a.taps + i * row + (W - 1) * LANES;
+    unrolled<W>([&](auto j) INLINE_LAMBDA {
+      const V in = load(x + BLOCK * j);
+      unrolled<R>([&](auto r) INLINE_LAMBDA {
+        unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * row + (j - t) * LANES); });
+      });
+      asm volatile("" ::: "memory");  // or all taps of the row are loaded ahead, and spilled
+    });
+  }
+  unrolled<R>([&](auto r) INLINE_LAMBDA {
+    unrolled<W>([&](auto t) INLINE_LAMBDA { store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t])); });
+  });
+}
+
+typedef void Tile(const TileArgs&);
+template <int... I>
+constexpr Tile* tile_of(std::integer_sequence<int, I...>, int n) {
+  constexpr Tile* all[] = {tile<I + 1>...};
+  return all[n - 1];
+}
+template <int... I>
+constexpr Tile* dense_of(std::integer_sequence<int, I...>, int n) {
+  constexpr Tile* all[] = {dense<I + 1, 1>...};
+  return all[n - 1];
+}
+template <int... I>
+constexpr Tile* dense_pair_of(std::integer_sequence<int, I...>, int n) {
+  constexpr Tile* all[] = {dense<I + 1, 2>...};
+  return all[n - 1];
+}
+
+INLINE bool is_dense(const Axis& width) { return width.size <= WIDEST && width.reach == width.size - 1; }
+// equal tiles, as few as the registers allow
+INLINE int tile_outputs(int64_t n) {
+  const int64_t tiles = (n + WIDEST - 1) / WIDEST;
+  return static_cast<int>((n + tiles - 1) / tiles);
+}
+// pixels of a packed line: zeros at both ends, and for what the last tile computes in vain
+INLINE int64_t line_pixels(int64_t pixels, int reach) { return pixels + 2 * reach + WIDEST; }
+
+// the taps of a block as [group][row][column][LANES]
+NOINLINE void prepare_direct(const Job& job, int64_t block, float* line) {
+  const Axis &height = job.height, &width = job.width;
+  const Plane plane = weight_plane(job, job.weight, block);
+  float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
+  for (int j = 0; j < height.side; j++) {
+    read_line(plane, height.skipped + j, width.skipped, width.side, line);
+    const int row = job.call.rotated ? height.side - 1 - j : j;
+    for (int g = 0; g < GROUPS; g++) {
+      float* taps = prepared + (static_cast<int64_t>(g) * height.side + row) * width.side * LANES;
+      for (int i = 0; i < width.side; i++) {
+        const int column = job.call.rotated ? width.side - 1 - i : i;
+        store(taps + column * LANES, load(line + BLOCK * i + LANES * g));
+      }
+    }
+  }
+}
+
+// Packs rows [top, top + rows) with `reach` zeros before each.
+NOINLINE void pack_rows(const Plane& plane, int64_t top, int64_t rows, int64_t pixels, int reach, int64_t pitch,
+                        float* lines) {
+  for (int64_t r = 0; r < rows; r++, lines += pitch) {
+    memset(lines, 0, sizeof(float) * BLOCK * reach);
+    read_line(plane, top + r, 0, static_cast<int>(pixels), lines + BLOCK * reach);
+    memset(lines + BLOCK * (reach + pixels), 0, sizeof(float) * (pitch - BLOCK * (reach + pixels)));
+  }
+}
+
+NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64_t strip, float* memory) {
+  const Axis &height = job.height, &width = job.width;
+  const int64_t h = height.size, w = width.size, top = strip * height.tile;
+  const int64_t bottom = top + height.tile < h ? top + height.tile : h;
+  const int64_t first = top > height.reach ? top - height.reach : 0;
+  const int64_t last = bottom + height.reach < h ? bottom + height.reach : h;
+  const bool narrow = is_dense(width);
+  const int reach = narrow ? 0 : width.reach;
+  const int64_t pitch = BLOCK * line_pixels(w, reach);
+  float* line = memory;
+  float* lines = line + BLOCK * line_pixels(w, 0);
+  pack_rows(image_plane(job, job.x, image, block), first, last - first, w, reach, pitch, lines);
+  const Plane plane = image_plane(job, job.y, image, block);
+  const bool in_place = is_packed(plane);
+  V bias[GROUPS];
+  block_bias(job, block, bias);
+  TileArgs a;
+  a.pitch = pitch, a.columns = width.side;
+  a.floor = all(job.relu ? 0.0f : -__builtin_inff());
+  const int64_t taps_row = static_cast<int64_t>(width.side) * LANES;
+  const float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
+  // two rows at once where both see all input rows, and both fit the registers
+  const bool pairs = narrow && 2 * w <= WIDEST && height.reach == h - 1 && in_place;
+  const int step = narrow ? static_cast<int>(w) : tile_outputs(w);
+  constexpr auto sizes = std::make_integer_sequence<int, WIDEST>{};
+  for (int64_t r = top; r < bottom;) {
+    const bool pair = pairs && r + 1 < bottom;
+    const int64_t from = r > height.reach ? r - height.reach : 0;
+    const int64_t until = r + height.reach + 1 < h ? r + height.reach + 1 : h;
+    a.rows = static_cast<int>(until - from);
+    a.y_row = plane.row;
+    Tile* const run = pair     ? dense_pair_of(std::make_integer_sequence<int, WIDEST / 2>{}, step)
+                      : narrow ? dense_of(sizes, step)
+                               : tile_of(sizes, step);
+    for (int g = 0; g < GROUPS; g++) {
+      a.bias = bias[g];
+      a.taps = prepared + (g * height.side + from - r + height.reach) * taps_row;
+      for (int64_t left = 0; left < w; left += step) {
+        a.lines = lines + (from - first) * pitch + left * BLOCK + LANES * g;
+        a.outputs = static_cast<int>(w - left < step ? w - left : step);
+        if (in_place) {
+          a.y = address<Float32>(plane, r, left) + LANES * g, a.stride = plane.pixel;
+        } else {
+          a.y = line + left * BLOCK + LANES * g, a.stride = BLOCK;
+        }
+        run(a);
+      }
+    }
+    if (!in_place) write_line(plane, r, 0, static_cast<int>(w), line);
+    r += pair ? 2 : 1;
+  }
+}
+
+// sum[t] += over j of dy[j] x[j + t], for T taps of a row of the kernel
+template <int T>
+NOINLINE void add_products(const float* dy, const float* x, int64_t pitch_y, int64_t pitch_x, int rows, int pixels,
+                           float* sums) {
+  V sum[T] = {};
+  for (int r = 0; r < rows; r++, dy += pitch_y, x += pitch_x) {
+    for (int j = 0; j < pixels; j++) {
+      const V g = load(dy + BLOCK * j);
+      unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] += g * load(x + BLOCK * (j + t)); });
+    }
+  }
+  unrolled<T>([&](auto t) INLINE_LAMBDA { store(sums + BLOCK * t, load(sums + BLOCK * t) + sum[t]); });
+}
+typedef void AddProducts(const float*, const float*, int64_t, int64_t, int, int, float*);
+template <int... I>
+constexpr AddProducts* add_products_of(std::integer_sequence<int, I...>, int n) {
+  constexpr AddProducts* all[] = {add_products<I + 1>...};
+  return all[n - 1];
+}
+
+// dw of a block. Partial sums of about a hundred products keep the rounding errors of long sums apart.
+NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
+  const Axis &height = job.height, &width = job.width;
+  const int64_t h = height.size, w = width.size;
+  const int step = tile_outputs(width.side);
+  const int64_t pitch_x = BLOCK * line_pixels(w, width.reach), pitch_y = BLOCK * line_pixels(w, 0);
+  const int64_t sums_row = BLOCK * (width.side + WIDEST);
+  float* sums = memory;
+  float* xs = sums + height.side * sums_row;
+  float* dys = xs + (height.tile + 2 * height.reach) * pitch_x;
+  memset(sums, 0, sizeof(float) * height.side * sums_row);
+  AddProducts* const add = add_products_of(std::make_integer_sequence<int, WIDEST>{}, step);
+  const int64_t together = w < 96 ? 96 / w : 1;  // rows a partial sum
+  for (int64_t image = 0; image < job.call.n; image++) {
+    const Plane x = image_plane(job, job.x, image, block), dy = image_plane(job, job.dy, image, block);
+    for (int64_t top = 0; top < h; top += height.tile) {
+      const int64_t bottom = top + height.tile < h ? top + height.tile : h;
+      const int64_t first = top > height.reach ? top - height.reach : 0;
+      const int64_t last = bottom + height.reach < h ? bottom + height.reach : h;
+      pack_rows(x, first, last - first, w, width.reach, pitch_x, xs);
+      pack_rows(dy, top, bottom - top, w, 0, pitch_y, dys);
+      for (int j = 0; j < height.side; j++) {
+        const int64_t shift = j - height.reach;  // row of x that meets row 0 of dy
+        const int64_t from = top + shift < 0 ? -shift : top, until = bottom + shift > h ? h - shift : bottom;
+        for (int64_t r = from; r < until; r += together) {
+          const int rows = static_cast<int>(until - r < together ? until - r : together);
+          for (int i = 0; i < width.side; i += step) {
+            for (int g = 0; g < GROUPS; g++) {
+              add(dys + (r - top) * pitch_y + LANES * g, xs + (r + shift - first) * pitch_x + BLOCK * i + LANES * g,
+                  pitch_y, pitch_x, rows, static_cast<int>(w), sums + j * sums_row + BLOCK * i + LANES * g);
+            }
+          }
+        }
+      }
+    }
+  }
+  const Plane plane = weight_plane(job, job.dw, block);
+  for (int j = 0; j < height.side; j++) {
+    write_line(plane, height.skipped + j, width.skipped, width.side, sums + j * sums_row);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,36 @@
+// The kernels of one instruction set as a table; the including file defines LANES, ISA and RUNS_HERE.
+#pragma once
+
+#include "checksum.h"
+#include "direct.h"
+
+namespace {
+
+void prepare(const Job& job, int64_t block, char* workspace) {
+  if (job.call.algorithm == RK_FFT) {
+    prepare_spectral(job, block, reinterpret_cast<V*>(workspace));
+  } else {
+    prepare_direct(job, block, reinterpret_cast<float*>(workspace));
+  }
+}
+
+void forward(const Job& job, int64_t block, int64_t image, int64_t tile, char* workspace) {
+  if (job.call.algorithm == RK_FFT) {
+    forward_spectral(job, block, image, tile, reinterpret_cast<V*>(workspace));
+  } else {
+    forward_direct(job, block, image, tile, reinterpret_cast<float*>(workspace));
+  }
+}
+
+void backward(const Job& job, int64_t block, char* workspace) {
+  if (job.call.algorithm == RK_FFT) {
+    backward_spectral(job, block, reinterpret_cast<V*>(workspace));
+  } else {
+    backward_direct(job, block, reinterpret_cast<float*>(workspace));
+  }
+}
+
+}  // namespace
+
+extern const Isa ISA;
+const Isa ISA = {ISA_NAME, LANES, [] { return static_cast<bool>(RUNS_HERE); }, prepare, forward, backward, checksum};
