@@ -1,8 +1,12 @@
 """The bound that every kernel keeps: y, dx and dw are sums of products, rounded once to the dtype.
 
 Run on absolute values, the reference gives the sum of |products| of every element; summing them in float32
-in any order errs by a small multiple of eps(float32) times that sum.
+in any order errs by a small multiple of eps(float32) times that sum. Through Fourier transforms the error of
+an element is relative to the norms of the two signals of its channel instead, and grows with the logarithm
+of the transform's length.
 """
+
+from math import log2
 
 import torch
 from torch import Tensor
@@ -12,27 +16,38 @@ from replknet.kernels import Backend, reference
 EPS_SUM = torch.finfo(torch.float32).eps
 
 
-def everything(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def everything(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor, algorithm: str = "direct") -> dict[str, Tensor]:
     """y, dx, dw and db of one backend."""
-    y = backend.forward(x, weight, None, False)
-    dx, dw, db = backend.backward(dy, x, weight, [True, True, True])
+    y = backend.forward(x, weight, None, False, algorithm)
+    dx, dw, db = backend.backward(dy, x, weight, [True, True, True], algorithm)
     return {"y": y, "dx": dx, "dw": dw, "db": db}
 
 
-def excess(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, float]:
+def excess(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor, algorithm: str = "direct") -> dict[str, float]:
     """For y, dx, dw and db, the largest error as a multiple of what arithmetic allows; at most 1 is right."""
-    got = everything(backend, x, weight, dy)
+    got = everything(backend, x, weight, dy, algorithm)
     wide = [t.double() for t in (x, weight, dy)]
     truth = everything(reference.BACKEND, *wide)
-    terms = everything(reference.BACKEND, *(t.abs() for t in wide))
     eps = torch.finfo(x.dtype).eps
     # a float64 call sums in float64
     eps_sum = min(eps, EPS_SUM)
+    terms = everything(reference.BACKEND, *(t.abs() for t in wide))
+    bounds = {name: 4 * eps_sum * term for name, term in terms.items()}
+    if algorithm == "fft":
+        bounds |= {name: eps_sum * norm for name, norm in _norms(*wide).items()}
     # results below this are subnormal in the dtype, spaced by tiny * eps
     step = torch.finfo(x.dtype).smallest_normal * eps
     found = {}
     for name, t in truth.items():
-        error = (got[name].double() - t).abs() / (eps * t.abs() + 4 * eps_sum * terms[name] + step)
+        error = (got[name].double() - t).abs() / (eps * t.abs() + bounds[name] + step)
         assert not error.isnan().any(), f"{name} has NaN where the reference has none"
         found[name] = error.max().item()
     return found
+
+
+def _norms(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """|x| |w|, |dy| |w| and the sum over images of |x| |dy|, by channel, times log2 of the transform's size."""
+    nx, ny = x.norm(dim=(2, 3), keepdim=True), dy.norm(dim=(2, 3), keepdim=True)
+    nw = weight.norm(dim=(2, 3)).reshape(1, -1, 1, 1)
+    size = log2((x.shape[2] + weight.shape[2]) * (x.shape[3] + weight.shape[3]))
+    return {"y": size * nx * nw, "dx": size * ny * nw, "dw": size * (nx * ny).sum(0)[:, None]}

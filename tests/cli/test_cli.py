@@ -313,7 +313,7 @@ def test_info_and_doctor(capsys):
     assert main(["info"]) == 0
     assert "replknet_xl" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 0
-    assert {check["backend"] for check in json.loads(capsys.readouterr().out)["checks"]} == {"aten"}
+    assert {check["backend"] for check in json.loads(capsys.readouterr().out)["checks"]} == {"native"}
 
 
 def test_bench_appends_records(tmp_path, capsys):

@@ -39,15 +39,15 @@ def _check(case: Case, dtype: torch.dtype) -> bool:
     for backend in BACKENDS:
         if not backend.automatic or backend.refusal(call) is not None:
             continue
-        forward = partial(backend.forward, x, w, None, False)
-        found = forward(), backend.backward(dy, x, w, [False, True, False])[1]
+        forward = partial(backend.forward, x, w, None, False, "direct")
+        found = forward(), backend.backward(dy, x, w, [False, True, False], "direct")[1]
         errors = [_relative(f, t) for f, t in zip(found, (truth, dw), strict=True)]
         text = f"{case.name} {dtype} {backend.name}: y {errors[0]:.1e}, dw {errors[1]:.1e}"
         if not max(errors) <= _BOUNDS[dtype]:
             print(f"{text} WRONG, bound {_BOUNDS[dtype]:.0e}")
             good = False
             continue
-        backward = partial(backend.backward, dy, x, w, [True, True, False])
+        backward = partial(backend.backward, dy, x, w, [True, True, False], "direct")
         times = interleaved({"forward": forward, "backward": backward})
         print(f"{text}; " + ", ".join(f"{name} {t.p50_ms:.3f} ms" for name, t in times.items()))
     return good

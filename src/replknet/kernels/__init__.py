@@ -6,11 +6,11 @@ A new backend is one file with a `Backend` record, and one line in `BACKENDS`.
 import os
 from types import TracebackType
 
-from replknet.kernels import aten, reference
+from replknet.kernels import aten, native, reference
 from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
 
 # in the order in which they are asked; the first that accepts a call takes it
-BACKENDS: tuple[Backend, ...] = (aten.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (native.BACKEND, aten.BACKEND, reference.BACKEND)
 
 VARIABLE = "REPLKNET_BACKEND"
 _forced: str | None = None

@@ -52,7 +52,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return conv2d(_fast_layout(x, weight), weight, bias, padding=(kh // 2, kw // 2), groups=x.shape[1])
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "direct") -> Tensor:
     dtype = x.dtype
     if _in_float(x):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
@@ -77,7 +77,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str = "direct"
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dtype = x.dtype
     if _in_float(x):

@@ -41,9 +41,9 @@ class Backend:
     name: str
     # why it cannot take the call, or None
     refusal: Callable[[Call], str | None]
-    # x [N,C,H,W], weight [C,1,Kh,Kw], bias [C] or None, relu -> y [N,C,H,W]
-    forward: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
-    # dy, x, weight, which of (dx, dw, db) are wanted -> those, None where not wanted
-    backward: Callable[[Tensor, Tensor, Tensor, list[bool]], tuple[Tensor | None, Tensor | None, Tensor | None]]
+    # x [N,C,H,W], weight [C,1,Kh,Kw], bias [C] or None, relu, algorithm -> y [N,C,H,W]
+    forward: Callable[[Tensor, Tensor, Tensor | None, bool, str], Tensor]
+    # dy, x, weight, which of (dx, dw, db) are wanted, algorithm -> those, None where not wanted
+    backward: Callable[[Tensor, Tensor, Tensor, list[bool], str], tuple[Tensor | None, Tensor | None, Tensor | None]]
     # false: taken only when forced by name
     automatic: bool = True

@@ -14,7 +14,7 @@ def _shifted(x: Tensor, kh: int, kw: int) -> list[tuple[int, int, Tensor]]:
     return [(i, j, padded[:, :, i : i + h, j : j + w]) for i in range(kh) for j in range(kw)]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "direct") -> Tensor:
     """y[n,c,h,w] = sum over i,j of x[n,c,h+i-Kh//2,w+j-Kw//2] * weight[c,0,i,j], plus bias[c]."""
     y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for i, j, part in _shifted(x, *weight.shape[2:]):
@@ -25,7 +25,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str = "direct"
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The exact adjoints: dx is the operator with the kernel rotated, dw sums x times dy for each tap."""
     dx = forward(dy, weight.flip(2, 3), None, False) if wanted[0] else None

@@ -155,7 +155,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorit
         return y
     with _without_autocast(x):
         backend = choose(_call(x, weight, algorithm))
-        return _settled(backend.forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu), y)
+        return _settled(
+            backend.forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, algorithm), y
+        )
 
 
 def _settled(result: Tensor, empty: Tensor) -> Tensor:
@@ -198,6 +200,7 @@ def _gradients(
             x.contiguous(memory_format=layout),
             weight.contiguous(),
             wanted,
+            algorithm,
         )
     dx, dw, db = (e if f is None else _settled(f, e) for f, e in zip(found, empty, strict=True))
     return dx, dw, db

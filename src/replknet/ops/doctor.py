@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from replknet.kernels import Call, choose, forced, refusals
+from replknet.kernels import Call, choose, forced, native, refusals
 
 # layers of RepLKNet-31B at 224 pixels: the calls people care about
 _LAYERS = (
@@ -35,6 +35,7 @@ class Report:
     versions: dict[str, str]
     machine: str
     threads: int
+    native: str  # how the C++ core runs, or why it does not
     cuda: list[str]
     forced: str | None
     checks: list[Check]
@@ -46,6 +47,7 @@ class Report:
         lines = [
             "  ".join(f"{name} {found}" for name, found in self.versions.items()),
             f"{self.machine}, {self.threads} torch threads, CUDA: {', '.join(self.cuda) or 'none'}",
+            f"native kernel: {self.native}",
             f"forced backend: {self.forced or 'none'}",
             "",
         ]
@@ -82,6 +84,7 @@ def doctor() -> Report:
         versions={name: _version(name) for name in ("replknet", "torch", "timm", "triton")},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         threads=torch.get_num_threads(),
+        native=native.status(),
         cuda=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         forced=forced(),
         checks=[_check(call) for call in calls],

@@ -1,0 +1,376 @@
+"""The C++ core on CPUs: direct kernels and Fourier transforms, vectorised over channels.
+
+The core (csrc/) knows neither torch nor Python: this file hands it pointers, memory and torch's own threads.
+What it prepares from the weights (spectra, or taps in another order) is kept from call to call. Neither the
+address of the weights nor torch's version counter proves that they are what they were (fused optimisers,
+`.data` and numpy change neither; freed addresses come back), so the address only says where to look, and a
+checksum of the bytes, taken by the core in each call, decides.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from replknet.kernels.backend import Backend, Call
+from replknet.kernels.native_plan import BLOCK, Plan, candidates, plan
+
+VARIABLE = "REPLKNET_ISA"
+# prepared weights that are kept, bytes
+CACHE_BYTES = 512 << 20
+# outputs from here on get huge pages where the system offers them: else each is faulted in by 4 KB pages,
+# which costs more than the convolution
+_HUGE_BYTES = 4 << 20
+_ALIGNMENT = 64
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ALGORITHMS = {"direct": 0, "fft": 1}
+# compiled, but never yet seen to run: taken only when REPLKNET_ISA names it
+_UNTRIED = ("avx512",)
+
+
+class _Call(ctypes.Structure):
+    """rk_call of csrc/replknet.h"""
+
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in ("n", "c", "h", "w")],
+        *[(name, ctypes.c_int32) for name in ("kh", "kw", "dtype", "channels_last", "algorithm")],
+        *[(name, ctypes.c_int32) for name in ("lh", "lw", "th", "tw", "rotated")],
+    )
+
+
+class _Run(ctypes.Structure):
+    """rk_run of csrc/replknet.h"""
+
+    _fields_ = (
+        ("isa", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        *[(name, ctypes.c_void_p) for name in ("parallel_for", "workspace", "prepared", "checksums")],
+    )
+
+
+def library_path() -> Path | None:
+    """The built core, or None if this installation has none."""
+    spec = find_spec("replknet.replknet_native")
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    path = library_path()
+    if path is None:
+        return None
+    core = ctypes.CDLL(str(path))
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    core.rk_isa_name.restype = ctypes.c_char_p
+    core.rk_workspace.argtypes, core.rk_workspace.restype = [pointer, integer, integer], size
+    core.rk_prepared.argtypes, core.rk_prepared.restype = [pointer], size
+    core.rk_forward.argtypes = [pointer] * 5 + [integer, pointer]
+    core.rk_backward.argtypes = [pointer] * 7
+    core.rk_checksum.argtypes, core.rk_checksum.restype = [pointer, size, integer], ctypes.c_uint64
+    return core
+
+
+@cache
+def _parallel_for() -> int | None:
+    """The address of torch's own parallel loop, which torch 2.10 and later export; without it, one thread."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not path.exists():
+        return None
+    found = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+    return ctypes.cast(found, ctypes.c_void_p).value if found is not None else None
+
+
+def instruction_sets() -> dict[str, bool]:
+    """The instruction sets that the core was built for, best first, and whether each runs here."""
+    core = _library()
+    found: dict[str, bool] = {}
+    while core is not None and (name := core.rk_isa_name(len(found))) is not None:
+        found[name.decode()] = bool(core.rk_isa_runs(len(found)))
+    return found
+
+
+def instruction_set() -> str:
+    """The instruction set that calls run with: the one that REPLKNET_ISA names, else the best.
+
+    Raises:
+        RuntimeError: there is no core, or REPLKNET_ISA names a set that it does not have or that does not run here.
+    """
+    return _instruction_set(os.environ.get(VARIABLE) or None)
+
+
+@cache
+def _instruction_set(wanted: str | None) -> str:
+    found = instruction_sets()
+    if not found:
+        raise RuntimeError("the native kernel was not built with this installation")
+    if wanted is None:
+        return next(name for name, runs in found.items() if runs and name not in _UNTRIED)
+    if wanted not in found:
+        raise RuntimeError(f"{VARIABLE}={wanted}: this build has {', '.join(found)}")
+    if not found[wanted]:
+        running = ", ".join(name for name, runs in found.items() if runs)
+        raise RuntimeError(f"{VARIABLE}={wanted}: this processor does not have it; it runs {running}")
+    return wanted
+
+
+def status() -> str:
+    """How the core runs here, in a line."""
+    found = instruction_sets()
+    if not found:
+        return "not built: calls run on aten; `pip install -v` shows why the build failed"
+    others = ", ".join(f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in found.items())
+    threads = "torch's threads" if _parallel_for() is not None else "one thread: torch 2.10 and later share theirs"
+    return f"{instruction_set()}, {threads}; built for {others}"
+
+
+def _aligned(n: int) -> Tensor:
+    buffer = torch.empty(n + _ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % _ALIGNMENT
+    return buffer[start : start + n]
+
+
+class _Workspace(threading.local):
+    """Scratch memory of the calling thread, which grows to what its largest call needs."""
+
+    def __init__(self) -> None:
+        self.buffer = _aligned(0)
+
+    def address(self, n: int) -> int:
+        if self.buffer.numel() < n:
+            self.buffer = _aligned(n)
+        return self.buffer.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Weights in the form that the kernels use, and a checksum for each block of channels; 0: not made yet."""
+
+    buffer: Tensor
+    checksums: Tensor
+
+
+@dataclass(slots=True)
+class PreparedCache:
+    """Prepared weights by where the weights were. An entry in use is taken out, so no two calls share one."""
+
+    limit: int  # bytes
+    size: int = 0
+    entries: OrderedDict[tuple[object, ...], Prepared] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, key: tuple[object, ...], nbytes: int, blocks: int) -> Prepared:
+        with self.lock:
+            found = self.entries.pop(key, None)
+            if found is not None:
+                self.size -= found.buffer.numel()
+                return found
+        return Prepared(_aligned(nbytes), torch.zeros(blocks, dtype=torch.int64))
+
+    def give(self, key: tuple[object, ...], prepared: Prepared) -> None:
+        with self.lock:
+            before = self.entries.pop(key, None)
+            self.size += prepared.buffer.numel() - (before.buffer.numel() if before is not None else 0)
+            self.entries[key] = prepared
+            while self.size > self.limit:
+                self.size -= self.entries.popitem(last=False)[1].buffer.numel()
+
+    def clear(self) -> None:
+        with self.lock:
+            self.entries.clear()
+            self.size = 0
+
+
+PREPARED = PreparedCache(CACHE_BYTES)
+_workspace = _Workspace()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all calls of one shape and plan have in common."""
+
+    call: _Call
+    isa: int
+    blocks: int
+    prepared_bytes: int
+    workspace_bytes: int  # of all threads
+    threads: int
+
+
+@lru_cache(maxsize=1024)
+def _job(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    how: Plan,
+    rotated: bool,
+    backward: bool,
+    isa: str,
+    threads: int,
+) -> _Job:
+    core = _core()
+    call = _Call(
+        *shape, *kernel, _DTYPES[dtype], channels_last, _ALGORITHMS[how.algorithm], *how.lengths, *how.tile, rotated
+    )
+    workspace = core.rk_workspace(ctypes.byref(call), threads, backward)
+    prepared = core.rk_prepared(ctypes.byref(call))
+    assert min(workspace, prepared) >= 0, f"the core does not take {how} for {shape}, kernel {kernel}"
+    blocks = (shape[1] + BLOCK - 1) // BLOCK
+    return _Job(call, list(instruction_sets()).index(isa), blocks, 4 * prepared, workspace, threads)
+
+
+def _core() -> ctypes.CDLL:
+    core = _library()
+    if core is None:
+        raise RuntimeError("the native kernel was not built with this installation")
+    return core
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _job_of(x: Tensor, weight: Tensor, how: Plan, rotated: bool = False, backward: bool = False) -> _Job:
+    kh, kw = weight.shape[2:]
+    threads = torch.get_num_threads() if _parallel_for() is not None else 1
+    return _job(
+        tuple(x.shape), (kh, kw), x.dtype, _is_channels_last(x), how, rotated, backward, instruction_set(), threads
+    )
+
+
+def _plan_of(x: Tensor, weight: Tensor, algorithm: str) -> Plan:
+    h, w = x.shape[2:]
+    kh, kw = weight.shape[2:]
+    return plan(h, w, kh, kw, algorithm)
+
+
+class _Prepare:
+    """The run of a job, with prepared weights that belong to it until the end of the block."""
+
+    def __init__(self, job: _Job, weight: Tensor) -> None:
+        c = job.call
+        self.key = (
+            weight.data_ptr(), c.c, c.kh, c.kw, c.dtype, c.algorithm, c.h, c.w, c.lh, c.lw, c.th, c.tw, c.rotated,
+            job.isa,
+        )  # fmt: skip
+        self.job = job
+
+    def __enter__(self) -> _Run:
+        job = self.job
+        self.prepared = PREPARED.take(self.key, job.prepared_bytes, job.blocks)
+        return _Run(
+            job.isa,
+            job.threads,
+            _parallel_for(),
+            _workspace.address(job.workspace_bytes),
+            self.prepared.buffer.data_ptr(),
+            self.prepared.checksums.data_ptr(),
+        )
+
+    def __exit__(self, *_: object) -> None:
+        PREPARED.give(self.key, self.prepared)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    if y.nbytes >= _HUGE_BYTES and (advise := _madvise()) is not None:
+        first = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(first, y.data_ptr() + y.nbytes - first, mmap.MADV_HUGEPAGE)
+    return y
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    if platform.system() != "Linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, how: Plan, rotated: bool = False) -> Tensor:
+    job = _job_of(x, weight, how, rotated)
+    y = _empty_like(x)
+    with _Prepare(job, weight) as run:
+        code = _forward_code(job, run, x, weight, bias, relu, y)
+    assert code >= 0, f"the core answered {code} to {how}"
+    return y
+
+
+def _forward_code(job: _Job, run: _Run, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, y: Tensor) -> int:
+    """The number of blocks of weights that were prepared anew, or a negative error."""
+    return _core().rk_forward(
+        ctypes.byref(job.call),
+        ctypes.byref(run),
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        relu,
+        y.data_ptr(),
+    )
+
+
+def checksum(t: Tensor) -> int:
+    """The core's checksum of a contiguous tensor's bytes."""
+    return _core().rk_checksum(t.data_ptr(), t.nbytes, list(instruction_sets()).index(instruction_set()))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "auto") -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    return _convolved(x, weight, bias, relu, _plan_of(x, weight, algorithm))
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str = "auto"
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    how = _plan_of(x, weight, algorithm)
+    dx = dw = None
+    # one pass gives both gradients, and transforms each image once, if an image is one tile
+    whole = how.algorithm == "fft" and how.tile == tuple(x.shape[2:])
+    both = whole and wanted[0] and wanted[1]
+    if wanted[0]:
+        dx = _empty_like(x) if both else _convolved(dy, weight, None, False, how, rotated=True)
+    if wanted[1]:
+        job = _job_of(x, weight, how, backward=True)
+        # taps that only ever see padding are not written
+        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        with _Prepare(job, weight) as run:
+            code = _core().rk_backward(
+                ctypes.byref(job.call),
+                ctypes.byref(run),
+                dy.data_ptr(),
+                x.data_ptr(),
+                weight.data_ptr(),
+                dx.data_ptr() if both and dx is not None else None,
+                dw.data_ptr(),
+            )
+        assert code >= 0, f"the core answered {code} to {how}"
+    db = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if wanted[2] else None
+    return dx, dw, db
+
+
+def _refusal(call: Call) -> str | None:
+    if call.device != "cpu":
+        return "runs on CPUs only"
+    if call.dtype not in _DTYPES:
+        return "takes float32, float16 and bfloat16"
+    if _library() is None:
+        return "was not built with this installation"
+    instruction_set()
+    if call.algorithm == "fft" and not any(p.algorithm == "fft" for p in candidates(*call.shape[2:], *call.kernel)):
+        return "has no transform long enough for this kernel"
+    return None
+
+
+BACKEND = Backend(name="native", refusal=_refusal, forward=forward, backward=backward)

@@ -1,0 +1,274 @@
+"""The C++ core: that it was built and runs, that its prepared weights are never stale, and what it promises."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from replknet.kernels import Call, native, reference
+from replknet.kernels.native import PreparedCache
+from replknet.nn import DepthwiseConv2d
+from replknet.ops import depthwise_conv2d
+
+SHAPE, KERNEL = (2, 24, 20, 18), (13, 13)  # large enough for transforms to be chosen
+LAST = torch.channels_last
+
+
+def test_the_core_was_built_and_runs():
+    assert native.library_path() is not None, "the native kernel was not built: see the log of pip install -v"
+    assert native.instruction_sets()["plain"]
+    assert native._parallel_for() is not None, "torch's parallel loop was not found"
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+PRINT_RESULT = """
+import torch
+from replknet.kernels import native
+x = torch.linspace(-1, 1, 2 * 16 * 20 * 20).reshape(2, 16, 20, 20)
+w = torch.linspace(-1, 1, 16 * 81).reshape(16, 1, 9, 9)
+y = native.forward(x, w, None, False)
+print(native.instruction_set(), hash(tuple(y.flatten().tolist())))
+"""
+
+
+def test_the_forced_instruction_set_is_the_one_that_runs():
+    found = {name: run(PRINT_RESULT, REPLKNET_ISA=name) for name, runs in native.instruction_sets().items() if runs}
+    results = {name: process.stdout.split() for name, process in found.items()}
+    for name, words in results.items():
+        assert words[0] == name, found[name].stderr
+    if "avx2" in results:
+        # one fuses multiplication and addition, the other rounds between them
+        assert results["avx2"][1] != results["plain"][1]
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("REPLKNET_ISA", "mmx")
+    with pytest.raises(RuntimeError, match=r"REPLKNET_ISA=mmx: this build has .*plain"):
+        depthwise_conv2d(torch.randn(1, 16, 8, 8), torch.randn(16, 1, 5, 5))
+
+
+@pytest.mark.parametrize("missing", [name for name, runs in native.instruction_sets().items() if not runs])
+def test_an_instruction_set_that_the_processor_lacks_is_an_error(monkeypatch, missing):
+    monkeypatch.setenv("REPLKNET_ISA", missing)
+    with pytest.raises(
+        RuntimeError, match=rf"REPLKNET_ISA={missing}: this processor does not have it; it runs .*plain"
+    ):
+        native.instruction_set()
+
+
+def test_avx512_is_not_chosen_before_it_was_seen_to_run():
+    assert native._instruction_set(None) != "avx512"
+
+
+def image(*shape, dtype=torch.float32):
+    return torch.randn(*(shape or SHAPE)).to(dtype).contiguous(memory_format=LAST)
+
+
+def check(x, weight):
+    got = depthwise_conv2d(x, weight)
+    truth = reference.forward(x.double(), weight.double(), None, False)
+    assert (got.double() - truth).norm() < 1e-6 * truth.norm()
+
+
+def steps(change):
+    """Weights that `change` alters, checked before and after, twice each so that the second call finds them."""
+    layer = DepthwiseConv2d(SHAPE[1], KERNEL, bias=False)
+    x = image()
+    with torch.no_grad():
+        check(x, layer.weight)
+        check(x, layer.weight)
+        change(layer)
+        check(x, layer.weight)
+        check(x, layer.weight)
+
+
+def optimiser_step(**options):
+    def step(layer):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        torch.optim.AdamW(layer.parameters(), lr=0.1, **options).step()
+
+    return step
+
+
+def assign_data(layer):
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def write_through_numpy(layer):
+    layer.weight.detach().numpy()[3, 0, 5, 5] += 1
+
+
+def load_with_assign(layer):
+    layer.load_state_dict({"weight": torch.randn_like(layer.weight)}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        optimiser_step(fused=True),
+        optimiser_step(foreach=True),
+        lambda layer: layer.weight.data.mul_(2),
+        lambda layer: layer.weight.data.neg_(),
+        assign_data,
+        write_through_numpy,
+        load_with_assign,
+    ],
+    ids=["fused", "foreach", "data.mul_", "data.neg_", "data=", "numpy", "load_state_dict"],
+)
+def test_changed_weights_are_never_stale(change):
+    steps(change)
+
+
+def test_weights_at_a_freed_address_are_not_stale():
+    x = image()
+    for _ in range(20):
+        weight = torch.randn(SHAPE[1], 1, *KERNEL)
+        check(x, weight)
+        del weight
+        gc.collect()
+
+
+def test_weights_under_autocast_are_not_stale():
+    x, weight = image(), torch.randn(SHAPE[1], 1, *KERNEL)
+    for _ in range(3):
+        weight.data.add_(torch.randn_like(weight))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = depthwise_conv2d(x, weight)
+        truth = reference.forward(x.bfloat16().double(), weight.bfloat16().double(), None, False)
+        assert (got.double() - truth).norm() < 5e-3 * truth.norm()
+
+
+def test_inference_tensors_are_taken():
+    with torch.inference_mode():
+        x, weight = image(), torch.randn(SHAPE[1], 1, *KERNEL)
+        check(x, weight)
+        weight.mul_(-3)
+        check(x, weight)
+
+
+def test_only_the_changed_block_is_prepared_anew():
+    x, weight = image(1, 40, 20, 18), torch.randn(40, 1, *KERNEL)
+    how = native._plan_of(x, weight, "fft")
+    job = native._job_of(x, weight, how)
+    y = torch.empty_like(x)
+
+    def remade():
+        with native._Prepare(job, weight) as now:
+            return native._forward_code(job, now, x, weight, None, False, y)
+
+    assert remade() == 3
+    assert remade() == 0
+    weight[17, 0, 12, 12] += 1e-6
+    assert remade() == 1
+
+
+def test_a_checksum_sees_a_change_of_any_bit_and_place():
+    data = torch.randn(300)
+    sums = {native.checksum(data)}
+    for i in range(data.numel()):
+        for bit in (0, 13, 31):
+            data.view(torch.int32)[i] ^= -(1 << 31) if bit == 31 else 1 << bit
+            sums.add(native.checksum(data))
+            data.view(torch.int32)[i] ^= -(1 << 31) if bit == 31 else 1 << bit
+    assert len(sums) == 1 + 3 * data.numel()
+    swapped = data.clone()
+    swapped[[10, 18]] = data[[18, 10]]
+    assert native.checksum(swapped) != native.checksum(data)
+    signs = data.clone()
+    signs[[4, 6]] *= -1
+    assert native.checksum(signs) != native.checksum(data)
+
+
+def test_the_cache_is_bounded_and_hands_an_entry_to_one_call():
+    cache = PreparedCache(limit=250)
+    first = cache.take(("a",), 100, 1)
+    assert cache.take(("a",), 100, 1) is not first
+    cache.give(("a",), first)
+    assert cache.take(("a",), 100, 1) is first
+    for name in "abcd":
+        cache.give((name,), cache.take((name,), 100, 1))
+    assert cache.size <= 250
+    assert list(cache.entries) == [("c",), ("d",)]
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "fft"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["nchw", "nhwc"])
+def test_results_repeat_to_the_bit_and_with_any_number_of_threads(algorithm, layout):
+    x, dy = (torch.randn(3, 40, 30, 23).contiguous(memory_format=layout) for _ in range(2))
+    weight = torch.randn(40, 1, 11, 11)
+
+    def everything():
+        dx, dw, _ = native.backward(dy, x, weight, [True, True, False], algorithm)
+        return native.forward(x, weight, None, False, algorithm), dx, dw
+
+    before = torch.get_num_threads()
+    first = everything()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for a, b in zip(first, everything(), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "fft"])
+def test_bias_and_relu_at_the_store(algorithm):
+    x, weight, bias = image(), torch.randn(SHAPE[1], 1, *KERNEL), 10 * torch.randn(SHAPE[1])
+    truth = reference.forward(x.double(), weight.double(), bias.double(), True)
+    for layout in (LAST, torch.contiguous_format):
+        got = depthwise_conv2d(x.contiguous(memory_format=layout), weight, bias, relu=True, algorithm=algorithm)
+        assert (got >= 0).all()
+        assert (got.double() - truth).norm() < 1e-6 * truth.norm()
+
+
+def test_direct_keeps_nan_and_infinity_where_they_are_seen():
+    x, weight = torch.randn(1, 16, 30, 30), torch.randn(16, 1, 5, 5)
+    x[0, 3, 10, 10] = float("nan")
+    x[0, 4, 20, 20] = float("inf")
+    y = depthwise_conv2d(x, weight, relu=True, algorithm="direct")
+    seen = torch.zeros(30, 30, dtype=torch.bool)
+    seen[8:13, 8:13] = True
+    assert torch.equal(y[0, 3].isnan(), seen)
+    assert torch.isfinite(y[0, 4][seen]).all()
+    assert torch.isfinite(y[0, 5:]).all()
+
+
+def test_fft_spreads_nan_over_its_channel_and_no_further():
+    x, weight = torch.randn(2, 16, 30, 30), torch.randn(16, 1, 21, 21)
+    x[0, 3, 10, 10] = float("nan")
+    y = depthwise_conv2d(x, weight, algorithm="fft")
+    assert y[0, 3].isnan().all()
+    y[0, 3] = 0
+    assert torch.isfinite(y).all()
+
+
+def test_border_rows_are_as_exact_as_the_interior():
+    x, weight = image(1, 16, 56, 56), torch.randn(16, 1, 31, 31)
+    error = (
+        depthwise_conv2d(x, weight, algorithm="fft").double()
+        - reference.forward(x.double(), weight.double(), None, False)
+    ).abs()
+    border = torch.ones(56, 56, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    assert error[..., border].square().mean() < 2 * error[..., ~border].square().mean()
+
+
+def test_other_devices_and_float64_are_refused():
+    call = Call(shape=(1, 16, 8, 8), kernel=(5, 5), dtype=torch.float64, device="cpu")
+    assert native.BACKEND.refusal(call) == "takes float32, float16 and bfloat16"
+    call = Call(shape=(1, 16, 8, 8), kernel=(5, 5), dtype=torch.float32, device="cuda")
+    assert native.BACKEND.refusal(call) == "runs on CPUs only"
+
+
+def test_a_kernel_too_large_for_any_transform_is_direct():
+    call = Call(shape=(1, 16, 400, 400), kernel=(301, 301), dtype=torch.float32, device="cpu", algorithm="fft")
+    assert native.BACKEND.refusal(call) == "has no transform long enough for this kernel"
