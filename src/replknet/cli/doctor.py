@@ -4,12 +4,36 @@ import json
 
 from replknet.cli.main import parser
 from replknet.ops import doctor
+from replknet.ops.depthwise import DTYPES
+from replknet.ops.doctor import Explanation, Report, explain
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def _numbers(text: str, option: str, form: str, counts: tuple[int, ...]) -> list[int]:
+    words = text.split(",")
+    if len(words) not in counts or not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{option} must be {form}, got {text}")
+    return [int(word) for word in words]
 
 
 def main(argv: list[str]) -> int:
-    p = parser("doctor", "replknet doctor --json")
+    p = parser("doctor", "replknet doctor --shape 1,128,56,56 --kernel 31 --channels-last")
+    p.add_argument(
+        "--shape", type=str, metavar="N,C,H,W", help="explain the choice for one call: the sizes of its images"
+    )
+    p.add_argument("--kernel", type=str, metavar="KH[,KW]", help="with --shape: sides of the kernel in pixels, odd")
+    p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="with --shape: dtype of the call")
+    p.add_argument("--channels-last", action="store_true", help="with --shape: layout of the images")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     args = p.parse_args(argv)
-    report = doctor()
+    if (args.shape is None) != (args.kernel is None):
+        raise ValueError("--shape N,C,H,W and --kernel KH[,KW] explain a call together; only one of them was given")
+    if args.shape is None:
+        report: Report | Explanation = doctor()
+    else:
+        n, c, h, w = _numbers(args.shape, "--shape", "N,C,H,W, such as 1,128,56,56", (4,))
+        sides = _numbers(args.kernel, "--kernel", "KH or KH,KW, such as 31 or 51,5", (1, 2))
+        report = explain((n, c, h, w), (sides[0], sides[-1]), _DTYPES[args.dtype], args.channels_last)
     print(json.dumps(report.asdict(), indent=1) if args.json else report)
     return 0

@@ -47,3 +47,5 @@ class Backend:
     backward: Callable[[Tensor, Tensor, Tensor, list[bool], str], tuple[Tensor | None, Tensor | None, Tensor | None]]
     # false: taken only when forced by name
     automatic: bool = True
+    # why it would carry out the call as it does, in lines for people
+    explanation: Callable[[Call], list[str]] | None = None

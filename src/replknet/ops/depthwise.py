@@ -113,6 +113,16 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
+    """The call that `depthwise_conv2d` would make with these arguments, which may be on the meta device.
+
+    Raises:
+        ValueError: the operator does not accept them.
+    """
+    _check(x, weight, None, algorithm)
+    return _call(x, weight, algorithm)
+
+
 def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
     n, c, h, w = x.shape
     kh, kw = weight.shape[2:]

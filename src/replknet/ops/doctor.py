@@ -2,13 +2,14 @@
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from replknet.kernels import Call, choose, forced, native, refusals
+from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, native, refusals
+from replknet.ops.depthwise import call_of
 
 # layers of RepLKNet-31B at 224 pixels: the calls people care about
 _LAYERS = (
@@ -89,6 +90,84 @@ def doctor() -> Report:
         forced=forced(),
         checks=[_check(call) for call in calls],
     )
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What one backend says about one call."""
+
+    name: str
+    automatic: bool  # whether it is asked when none is forced
+    refusal: str | None
+    explanation: list[str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one backend takes one call; `str()` of it is for people, `asdict()` for programs."""
+
+    call: str
+    backend: str | None
+    forced: str | None
+    error: str | None  # what the operator would raise
+    opinions: list[Opinion]
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        how = f"which {VARIABLE} or use_backend forces" if self.forced else "the first that accepts"
+        lines = [self.call, f"{self.backend} takes it, {how}" if self.backend else f"error: {self.error}", ""]
+        for opinion in self.opinions:
+            lines.append(f"  {opinion.name:<10} {self._word(opinion)}")
+            lines += [f"  {'':<10}   {line}" for line in opinion.explanation]
+        return "\n".join(lines)
+
+    def _word(self, opinion: Opinion) -> str:
+        if opinion.refusal is not None:
+            return f"refuses: {opinion.refusal}"
+        if opinion.name == self.backend:
+            return "takes it"
+        return "would take it" if opinion.automatic else "would take it when asked by name"
+
+
+def explain(
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    device: str = "cpu",
+) -> Explanation:
+    """Which backend takes one call, and what each backend says about it.
+
+    Args:
+        shape: of x, `[N,C,H,W]`.
+        kernel: height and width, pixels, both odd.
+        dtype: float64, float32, float16 or bfloat16.
+        channels_last: layout of x.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The choice; for each backend its refusal, and its explanation if it has one and does not refuse.
+
+    Raises:
+        ValueError: the operator does not accept such arguments, or REPLKNET_BACKEND names no backend.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+    weight = torch.empty(shape[1], 1, *kernel, dtype=dtype, device="meta")
+    call = replace(call_of(x, weight), device=device)
+    error = None
+    try:
+        backend = choose(call).name
+    except RuntimeError as reason:
+        backend, error = None, str(reason)
+    opinions = []
+    for b in BACKENDS:
+        refusal = b.refusal(call)
+        lines = b.explanation(call) if refusal is None and b.explanation is not None else []
+        opinions.append(Opinion(b.name, b.automatic, refusal, lines))
+    return Explanation(str(call), backend, forced(), error, opinions)
 
 
 def _check(call: Call) -> Check:

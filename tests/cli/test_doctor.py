@@ -1,0 +1,95 @@
+"""replknet doctor --shape: the choice for one call, explained."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import replknet
+from replknet.cli.main import main
+from replknet.kernels import BACKENDS, Call, choose, reference
+from replknet.ops.doctor import explain
+
+LAYER = ["--shape", "1,8,14,14", "--kernel", "13,5"]
+
+
+def registered(monkeypatch, backend):
+    """Put a backend before all others."""
+    # the function `replknet.ops.doctor` hides the module of the same name
+    for module in ("replknet.kernels", "replknet.ops.doctor"):
+        monkeypatch.setattr(sys.modules[module], "BACKENDS", (backend, *BACKENDS))
+
+
+def test_the_named_backend_is_the_one_that_the_operator_takes(capsys):
+    assert main(["doctor", *LAYER, "--channels-last", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    call = Call(shape=(1, 8, 14, 14), kernel=(13, 5), dtype=torch.float32, device="cpu", channels_last=True)
+    assert found["call"] == str(call)
+    assert found["backend"] == choose(call).name
+    assert found["error"] is None
+    assert [opinion["name"] for opinion in found["opinions"]] == [backend.name for backend in BACKENDS]
+
+
+def test_people_read_who_takes_the_call_and_who_must_be_asked_by_name(capsys):
+    assert main(["doctor", *LAYER, "--dtype", "float64"]) == 0
+    text = capsys.readouterr().out
+    assert "x [1, 8, 14, 14] float64 contiguous on cpu, kernel 13x5, algorithm=auto" in text
+    assert "aten takes it, the first that accepts" in text
+    assert "reference  would take it when asked by name" in text
+
+
+def test_a_forced_backend_is_said_to_be_forced(capsys):
+    with replknet.use_backend("reference"):
+        assert main(["doctor", *LAYER]) == 0
+    assert "reference takes it, which REPLKNET_BACKEND or use_backend forces" in capsys.readouterr().out
+
+
+def test_a_backend_explains_its_choice(monkeypatch, capsys):
+    def explanation(call):
+        return [f"fft of length 30 for {call.kernel[0]} taps", "direct would cost 3 times as much"]
+
+    registered(monkeypatch, replace(reference.BACKEND, name="new", automatic=True, explanation=explanation))
+    assert main(["doctor", *LAYER]) == 0
+    text = capsys.readouterr().out
+    assert "  new        takes it\n               fft of length 30 for 13 taps\n               direct would" in text
+    assert main(["doctor", *LAYER, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["opinions"][0]["explanation"][0].startswith("fft of length 30")
+
+
+def test_a_refusal_has_its_reason_and_no_explanation(monkeypatch):
+    def explanation(call):
+        raise AssertionError("asked about a call that it refuses")
+
+    new = replace(reference.BACKEND, name="new", refusal=lambda call: "takes no 5", explanation=explanation)
+    registered(monkeypatch, new)
+    found = explain((1, 8, 14, 14), (5, 5))
+    assert found.opinions[0].refusal == "takes no 5"
+    assert "new        refuses: takes no 5" in str(found)
+    monkeypatch.setattr("replknet.kernels._forced", "new")
+    found = explain((1, 8, 14, 14), (5, 5))
+    assert found.backend is None
+    assert "error: backend 'new', which is forced, does not take this call" in str(found)
+
+
+def test_a_layout_that_is_both_counts_as_contiguous_as_in_the_operator():
+    assert "contiguous" in explain((1, 1, 5, 5), (3, 3), channels_last=True).call
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "1,8,14,14"], "--shape N,C,H,W and --kernel KH[,KW] explain a call together"),
+        (["--kernel", "3"], "only one of them was given"),
+        (["--shape", "1,8,14", "--kernel", "3"], "--shape must be N,C,H,W, such as 1,128,56,56, got 1,8,14"),
+        (["--shape", "1,8,0,14", "--kernel", "3"], "--shape must be N,C,H,W, such as 1,128,56,56, got 1,8,0,14"),
+        (["--shape", "1,8,14,14", "--kernel", "3,3,3"], "--kernel must be KH or KH,KW, such as 31 or 51,5, got 3,3,3"),
+        (["--shape", "1,8,14,14", "--kernel", "4"], "kernel sides must be odd, got 4x4"),
+    ],
+)
+def test_errors_are_one_line(options, message, capsys):
+    assert main(["doctor", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
