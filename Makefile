@@ -23,7 +23,7 @@ check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: .venv/installed-demo  ## time the operator against torch; records go to benchmarks/results
-	$(BIN)/replknet bench --output benchmarks/results/depthwise.jsonl $(RUN)
+	$(BIN)/replknet bench ops --backward --output benchmarks/results/ops.jsonl $(RUN)
 
 gpu:  ## correctness and times on a CUDA device; needs torch, timm and numpy alone, installs nothing
 	@$(PYTHON) -c 'import torch, timm, numpy' 2>/dev/null || { \

@@ -28,7 +28,10 @@ LAYERS = {
 }
 ORDER = list(LAYERS)
 # packages that single files may use as well
-FILES = {"analysis/plots.py": {"matplotlib"}}
+FILES = {
+    "analysis/plots.py": {"matplotlib"},
+    "bench/runtimes.py": {"onnx", "onnxruntime", "openvino"},
+}
 # the only files with triton: the kernels
 TRITON = "kernels/triton_"
 

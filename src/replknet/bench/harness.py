@@ -1,16 +1,22 @@
 """Times that can be compared: interleaved in one process, as quantiles, one JSON record each."""
 
 import json
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
+
+# a call that takes less is made once untimed before each timed one
+_SHORT_MS = 100.0
 
 
 @dataclass(frozen=True)
@@ -23,63 +29,165 @@ class Timing:
     runs: int
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], runs: int = 20, limit_s: float = 60.0) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], runs: int = 20, limit_s: float = 20.0, pause_s: float = 0.0
+) -> dict[str, Timing]:
     """Time several ways of doing the same, in turns, so that a disturbance hits all alike.
 
+    Before a short call is timed it is made once untimed, so that each finds the caches and the threads as
+    itself left them, not as its neighbour did. A long one is warmed up once only.
+
     Args:
-        calls: name -> what to time; each is called once beforehand, untimed.
-        runs: rounds.
-        limit_s: after at least three rounds, stop when this much time has passed.
+        calls: name -> what to time.
+        runs: rounds, at least 2.
+        limit_s: a way that has used up this much time sits out after three rounds.
+        pause_s: wait before each call; the threads of OpenMP go on spinning for some milliseconds after a
+            call, and would take the processor from another runtime's.
     """
-    for call in calls.values():
-        call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
+    spent = dict.fromkeys(calls, 0.0)
     for done in range(runs):
-        if done >= 3 and time.perf_counter() - start > limit_s:
-            break
         for name, call in calls.items():
-            before = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - before))
+            if done >= 3 and spent[name] > limit_s:
+                continue
+            time.sleep(pause_s)
+            start = time.perf_counter()
+            if not times[name] or times[name][-1] < _SHORT_MS:
+                _milliseconds(call)
+            times[name].append(_milliseconds(call))
+            spent[name] += time.perf_counter() - start
     return {name: _timing(values) for name, values in times.items()}
 
 
+def _milliseconds(call: Callable[[], Any]) -> float:
+    before = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - before)
+
+
 def _timing(values: list[float]) -> Timing:
-    fifths = quantiles(values, n=10)
-    return Timing(fifths[1], fifths[4], fifths[7], len(values))
+    # "inclusive": the other method would extrapolate beyond the few values of a slow way, even below zero
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Timing(tenths[1], tenths[4], tenths[7], len(values))
+
+
+class Load:
+    """How busy the machine is with other things, from here to `end()`: a disturbed time is no time."""
+
+    def __init__(self) -> None:
+        self._average, self._busy, self._own, self._wall = _load_average(), _busy_s(), _own_s(), time.perf_counter()
+
+    def end(self) -> dict[str, float | None]:
+        """Load averages before and after, and processors that other processes kept busy meanwhile."""
+        busy, wall = _busy_s(), time.perf_counter() - self._wall
+        others = None
+        if busy is not None and self._busy is not None and wall > 0:
+            others = round(max(0.0, (busy - self._busy - (_own_s() - self._own)) / wall), 2)
+        return {"load_before": self._average, "load_after": _load_average(), "others": others}
+
+
+def _load_average() -> float | None:
+    # Windows has none
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _busy_s() -> float | None:
+    """Seconds that all processors have worked, time taken by other virtual machines included."""
+    if platform.system() != "Linux":
+        return None
+    user, nice, kernel, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + kernel + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+@cache
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # torch's own text names its build, too
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("replknet", "timm", "onnxruntime", "openvino"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """Settings that change times."""
+    prefixes = ("REPLKNET_", "OMP_", "KMP_", "MKL_", "GOMP_", "MALLOC_", "ATEN_CPU_CAPABILITY", "ONEDNN_", "LD_PRELOAD")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
+
+
+@cache
+def _commit() -> str:
+    """The commit that this file is of, with a mark if anything differs from it; "unknown" when installed."""
+    here = Path(__file__)
+    try:
+        tracked = _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+        found = _git("describe", "--always", "--dirty", "--exclude=*", folder=here.parent) if tracked else ""
+    except FileNotFoundError:  # no git
+        return "unknown"
+    return found or "unknown"
+
+
+def _git(*words: str, folder: Path) -> str:
+    result = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One measurement, as a line of a file under benchmarks/results."""
+    """One measurement, as a line of a file under benchmarks/results; docs/benchmarks.md explains the fields."""
 
+    suite: str
     case: str
+    shape: tuple[int, ...] | None  # of x, None for several layers
+    kernel: int | None
     what: str
+    way: str
+    backend: str
     timing: Timing
-    device: str = field(default_factory=lambda: _device())
+    excess: float | None = None
+    flops: int | None = None
+    useful_flops: int | None = None
+    peak_gflops: float | None = None
+    peak_from: str | None = None
+    load: dict[str, float | None] = field(default_factory=dict)
+    device: str = field(default_factory=_device)
     threads: int = field(default_factory=torch.get_num_threads)
-    torch: str = str(torch.__version__)
-    commit: str = field(default_factory=lambda: _commit())
-    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+    versions: dict[str, str] = field(default_factory=_versions)
+    environment: dict[str, str] = field(default_factory=_environment)
+    commit: str = field(default_factory=_commit)
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
+
+    def json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def append(path: Path, records: list[Record]) -> None:
     """Add records to a file; earlier ones are never edited."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        file.writelines(record.json() + "\n" for record in records)
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def peak_gflops() -> float:
+    """What one product of 1024x1024 matrices reaches with torch's threads: the best of twenty, float32."""
+    a = torch.randn(1024, 1024)
+    best = min(_milliseconds(lambda: a @ a) for _ in range(21))
+    return round(2 * 1024**3 / best / 1e6, 1)

@@ -1,91 +1,215 @@
-"""The depthwise benchmark: the operator against torch's own convolution, forward and backward.
+"""The depthwise benchmark: the operator against torch's own convolution and other runtimes.
 
-A case whose result misses the float64 reference prints the error and no time.
+A result that misses the float64 reference prints its error and gets no time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from replknet.bench.cases import CASES, Case
-from replknet.bench.harness import Record, append, interleaved
-from replknet.kernels import reference
+from replknet.bench import runtimes
+from replknet.bench.cases import Case, Stack, Suite, What
+from replknet.bench.gate import excess, truths
+from replknet.bench.harness import Load, Record, interleaved
+from replknet.kernels import BACKENDS, Backend, choose, use_backend
 from replknet.ops import depthwise_conv2d
+from replknet.ops.depthwise import call_of
 
-# relative L2 error of float32 results that is taken for right; kernels have a sharper bound in their tests
-_GATE = 1e-5
+# x, weight, dy -> the results, which are new tensors
+Function = Callable[[Tensor, Tensor, Tensor], Any]
 
-
-def run(names: list[str] | None, runs: int, output: Path | None) -> int:
-    """Time the named cases, print a table, and append the records to `output`.
-
-    Returns:
-        0, or 1 if a result was wrong.
-
-    Raises:
-        ValueError: a case of that name does not exist.
-    """
-    known = {case.name: case for case in CASES}
-    unknown = [name for name in names or [] if name not in known]
-    if unknown:
-        raise ValueError(f"no case is called {', '.join(unknown)}; there are {', '.join(known)}")
-    failed = False
-    print(f"{'case':<20} {'what':<10} {'ms':>9} {'torch':>9} {'torch nhwc':>11} {'speed-up':>9}")
-    for case in [known[name] for name in names] if names else CASES:
-        for what, calls, error in _ways(case):
-            if not error <= _GATE:
-                print(f"{case.name:<20} {what:<10} wrong by {error:.1e}, not timed")
-                failed = True
-                continue
-            times = interleaved(calls, runs)
-            ours, nchw, nhwc = (times[name].p50_ms for name in ("operator", "torch", "torch nhwc"))
-            best = min(nchw, nhwc) / ours
-            print(f"{case.name:<20} {what:<10} {ours:>9.3f} {nchw:>9.3f} {nhwc:>11.3f} {best:>8.2f}x", flush=True)
-            if output is not None:
-                append(output, [Record(case=case.name, what=f"{what}, {who}", timing=t) for who, t in times.items()])
-    return int(failed)
+# longer than the threads of OpenMP spin; see `interleaved`
+_PAUSE_S = 0.02
 
 
-def _ways(case: Case) -> list[tuple[str, dict[str, Callable[[], Any]], float]]:
-    """Forward and backward, each in three ways, and how far the operator's result is from the truth."""
-    x, dy = torch.randn(case.shape), torch.randn(case.shape)
-    w = torch.randn(case.shape[1], 1, case.kernel, case.kernel) / case.kernel
-    x_last, dy_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    pad, groups = case.kernel // 2, case.shape[1]
-    # one image is enough to judge by, and the reference is slow
-    one = reference.forward(x[:1].double(), w.double(), None, False)
-    error_y = _relative(depthwise_conv2d(x_last[:1], w), one)
-    _, dw, _ = reference.backward(dy[:1].double(), x[:1].double(), w.double(), [False, True, False])
-    assert dw is not None
-    error_dw = _relative(_operator_backward(dy_last[:1], x_last[:1], w)[1], dw)
-    forward: dict[str, Callable[[], Any]] = {
-        "operator": partial(depthwise_conv2d, x_last, w),
-        "torch": partial(conv2d, x, w, padding=pad, groups=groups),
-        "torch nhwc": partial(conv2d, x_last, w, padding=pad, groups=groups),
-    }
-    backward: dict[str, Callable[[], Any]] = {
-        "operator": partial(_operator_backward, dy_last, x_last, w),
-        "torch": partial(_torch_backward, dy, x, w),
-        "torch nhwc": partial(_torch_backward, dy_last, x_last, w),
-    }
-    return [("forward", forward, error_y), ("backward", backward, error_dw)]
+@dataclass(frozen=True)
+class Wrong:
+    """A way whose result is not the reference's; it is not timed."""
+
+    case: str
+    what: str
+    way: str
+    excess: float
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth).norm() / truth.norm()).item()
+Found = Record | Wrong
 
 
-def _operator_backward(dy: Tensor, x: Tensor, w: Tensor) -> Any:
-    return torch.ops.replknet.depthwise_conv2d_backward(dy, x, w, [True, True, False], "auto")
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: rounds, seconds a way, and the FMA peak in GFLOP/s with its source."""
+
+    runs: int
+    limit_s: float
+    peak_gflops: float
+    peak_from: str
 
 
-def _torch_backward(dy: Tensor, x: Tensor, w: Tensor) -> Any:
-    p, c = w.shape[-1] // 2, x.shape[1]
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one case, in both layouts."""
+
+    case: Case
+    nchw: tuple[Tensor, Tensor, Tensor]  # x, weight, dy
+    nhwc: tuple[Tensor, Tensor, Tensor]
+
+    def tensors(self, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.nhwc if layout == "nhwc" else self.nchw
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of computing every layer of a workload."""
+
+    name: str
+    backend: str  # who computes
+    calls: tuple[Callable[[], Any], ...]  # one a layer
+
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def measure(
+    name: str, suite: Suite, cases: Sequence[Case | Stack], whats: Sequence[What], settings: Settings
+) -> Iterator[list[Found]]:
+    """For each workload, and forward and gradients apart: one record for each way, or what is wrong with it."""
+    for case in cases:
+        layers = _layers(case)
+        for what in whats:
+            yield _measure(name, case, what, layers, settings, suite.runtimes and what == "forward")
+        # before the next workload is made: the largest tensors have 400 MB
+        del layers
+
+
+def _measure(
+    suite: str, case: Case | Stack, what: What, layers: list[Layer], settings: Settings, others: bool
+) -> list[Found]:
+    ways = _ways(what, layers)
+    if others:
+        ways += _runtimes(layers)
+    excesses = _excesses(what, layers, ways)
+    wrong: list[Found] = [Wrong(case.name, what, way, e) for way, e in excesses.items() if not e <= 1]
+    right = {way.name: way for way in ways if excesses[way.name] <= 1}
+    load = Load()
+    calls = {way.name: way.calls[0] if len(way.calls) == 1 else way.run for way in right.values()}
+    times = interleaved(calls, settings.runs, settings.limit_s, _PAUSE_S if others else 0.0)
+    disturbed = load.end()
+    # dx and dw are as many products each as y
+    factor = {"forward": 1, "gradients": 2, "step": 3}[what]
+    return wrong + [
+        Record(
+            suite=suite,
+            case=case.name,
+            shape=case.shape if isinstance(case, Case) else None,
+            kernel=case.kernel if isinstance(case, Case) else None,
+            what=what,
+            way=way,
+            backend=right[way].backend,
+            timing=timing,
+            excess=round(excesses[way], 3),
+            flops=factor * case.flops,
+            useful_flops=factor * case.useful_flops,
+            peak_gflops=settings.peak_gflops,
+            peak_from=settings.peak_from,
+            load=disturbed,
+        )
+        for way, timing in times.items()
+    ]
+
+
+def _layers(case: Case | Stack) -> list[Layer]:
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    for layer in case.layers:
+        x, dy = (torch.randn(layer.shape, generator=generator) for _ in range(2))
+        weight = torch.randn(layer.shape[1], 1, layer.kernel, layer.kernel, generator=generator) / layer.kernel
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dy)]
+        found.append(Layer(layer, (x, weight, dy), (last[0], weight, last[1])))
+    return found
+
+
+def _excesses(what: What, layers: list[Layer], ways: list[Way]) -> dict[str, float]:
+    """For each way, its largest error over all layers as a multiple of the bound."""
+    found = dict.fromkeys((way.name for way in ways), 0.0)
+    for i, layer in enumerate(layers):
+        expected = truths(layer.case, what, *layer.nchw, share=1 / len(layers))
+        for way in ways:
+            result = way.calls[i]()
+            results = result if isinstance(result, tuple) else (result,)
+            tensors = [torch.as_tensor(t) for t in results[: len(expected)]]
+            found[way.name] = max(found[way.name], excess(expected, tensors))
+    return found
+
+
+def _ways(what: What, layers: list[Layer]) -> list[Way]:
+    """The operator as it chooses, every other backend by force, and torch, each in both layouts."""
+    ours, torchs = _FUNCTIONS[what]
+    ways = []
+    for layout in ("nhwc", "nchw"):
+        tensors = [layer.tensors(layout) for layer in layers]
+        calls = [call_of(x, weight) for x, weight, _ in tensors]
+        taken = sorted({choose(call).name for call in calls})
+        ways.append(Way(f"operator {layout}", "+".join(taken), _bound(ours, tensors)))
+        for backend in BACKENDS:
+            accepts = all(backend.refusal(call) is None for call in calls)
+            if backend.automatic and accepts and taken != [backend.name]:
+                by_force = partial(_forced, backend, ours)
+                ways.append(Way(f"{backend.name} {layout}", backend.name, _bound(by_force, tensors)))
+        ways.append(Way(f"torch {layout}", "torch", _bound(torchs, tensors)))
+    return ways
+
+
+def _runtimes(layers: list[Layer]) -> list[Way]:
+    threads = torch.get_num_threads()
+    return [
+        Way(name, name, tuple(prepare(layer.nchw[0], layer.nchw[1], threads) for layer in layers))
+        for name, prepare in runtimes.installed().items()
+    ]
+
+
+def _bound(function: Function, tensors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Callable[[], Any], ...]:
+    return tuple(partial(function, *t) for t in tensors)
+
+
+def _forced(backend: Backend, function: Function, x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    with use_backend(backend.name):
+        return function(x, weight, dy)
+
+
+def _forward(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    return depthwise_conv2d(x, weight)
+
+
+def _gradients(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    return torch.ops.replknet.depthwise_conv2d_backward(dy, x, weight, [True, True, False], "auto")
+
+
+def _torch_forward(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    return conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
+def _torch_gradients(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    p, c = weight.shape[-1] // 2, x.shape[1]
     return torch.ops.aten.convolution_backward(
-        dy, x, w, None, [1, 1], [p, p], [1, 1], False, [0, 0], c, [True, True, False]
+        dy, x, weight, None, [1, 1], [p, p], [1, 1], False, [0, 0], c, [True, True, False]
     )
+
+
+def _step(function: Function, x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+    """dx and dw through autograd, the forward pass included."""
+    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    return torch.autograd.grad(function(*leaves, dy), leaves, dy)
+
+
+# the operator's, and torch's own
+_FUNCTIONS: dict[What, tuple[Function, Function]] = {
+    "forward": (_forward, _torch_forward),
+    "gradients": (_gradients, _torch_gradients),
+    "step": (partial(_step, _forward), partial(_step, _torch_forward)),
+}

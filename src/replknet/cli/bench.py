@@ -1,15 +1,125 @@
 """replknet bench"""
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from replknet.bench.depthwise import run
+import torch
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from replknet.bench import networks, ops, overhead, tables
+from replknet.bench.cases import SUITES, chosen
+from replknet.bench.harness import Record, append, peak_gflops
 from replknet.cli.main import parser
+
+_QUESTIONS = {
+    **{name: suite.question for name, suite in SUITES.items()},
+    "overhead": "what does a call cost beyond torch's own",
+    "networks": "what does a whole network gain",
+}
+_HEADERS = {"overhead": tables.HEADER_OVERHEAD, "networks": tables.HEADER_NETWORKS}
+_ROWS = {"overhead": tables.overhead_rows, "networks": tables.network_rows}
+_EXAMPLE = (
+    "replknet bench ops --suite table1 --case 'table1.n1.*' --plot table1.png; another: "
+    "replknet bench ops --suite layers --backward --output benchmarks/results/ops.jsonl"
+)
 
 
 def main(argv: list[str]) -> int:
-    p = parser("bench", "replknet bench --case 31b.stage1 --output benchmarks/results/depthwise.jsonl")
-    p.add_argument("--case", type=str, nargs="+", default=[], help="workloads by name; all by default")
-    p.add_argument("--runs", type=int, default=20, help="rounds")
+    p = parser("bench", _EXAMPLE)
+    p.add_argument("subject", nargs="?", choices=["ops"], default="ops", help="what to time: the operator")
+    p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; else layers")
+    p.add_argument("--case", type=str, nargs="+", default=[], metavar="NAME", help="only these; * and ? are wildcards")
+    p.add_argument("--list", action="store_true", help="show the suites and their cases, time nothing")
+    p.add_argument("--backward", action="store_true", help="time the two gradients as well")
+    p.add_argument(
+        "--threads", type=PositiveInt | None, help="of every implementation; torch's own number if not given"
+    )
+    p.add_argument("--runs", type=PositiveInt, default=20, help="rounds")
+    p.add_argument("--limit", type=PositiveFloat, default=20.0, help="seconds after which a slow way stops at 3 rounds")
+    p.add_argument("--peak", type=PositiveFloat | None, help="FMA peak in GFLOP/s; measured with torch.mm if not given")
     p.add_argument("--output", type=Path | None, help="file to which the records are appended as JSON lines")
+    p.add_argument("--plot", type=Path | None, help="picture of time against kernel size, for the suite table1")
+    p.add_argument("--json", action="store_true", help="print the records as JSON lines instead of tables")
     args = p.parse_args(argv)
-    return run(args.case, args.runs, args.output)
+    if args.list:
+        print("\n".join(_listed()))
+        return 0
+    if args.runs < 2:
+        raise ValueError(f"--runs must be at least 2, so that there are quantiles, got {args.runs}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return _run(args)
+
+
+def _run(args: Namespace) -> int:
+    plan = dict(_plan(args))
+    if args.plot is not None:
+        if "table1" not in plan:
+            raise ValueError(f"--plot draws time against kernel size: it needs --suite table1, got {', '.join(plan)}")
+        from replknet.analysis import plots  # matplotlib is optional, and should be missed before the timing
+    records: list[Record] = []
+    wrong = False
+    for suite, measurements in plan.items():
+        _say(args, f"{suite}: {_QUESTIONS[suite]}?", _HEADERS.get(suite, tables.HEADER))
+        for found in measurements:
+            new = [record for record in found if isinstance(record, Record)]
+            wrong = wrong or len(new) < len(found)
+            records += new
+            if args.output is not None:
+                append(args.output, new)
+            _say(args, *_ROWS.get(suite, tables.rows)(found))
+            if args.json:
+                print("\n".join(json.dumps(asdict(one)) for one in found), flush=True)
+    closing = [*tables.large_against_small(records), *tables.worst_of_grid(records), *tables.disturbance(records)]
+    peak = next((record for record in records if record.peak_gflops is not None), None)
+    if peak is not None:
+        closing += tables.explanation(peak)
+    _say(args, "", *closing)
+    if args.plot is not None:
+        plots.times_by_kernel(tables.curves(records)).savefig(args.plot, dpi=110)
+        _say(args, str(args.plot))
+    return int(wrong)
+
+
+def _say(args: Namespace, *lines: str) -> None:
+    if not args.json and lines:
+        print("\n".join(lines), flush=True)
+
+
+def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
+    """The suites, and for each a generator that measures a workload a step."""
+    if args.suite in ("overhead", "networks"):
+        names = list(overhead.KERNELS) if args.suite == "overhead" else [n.name for n in networks.NETWORKS]
+        wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in args.case or ["*"])]
+        if not wanted:
+            raise ValueError(f"no case of {args.suite} is called {', '.join(args.case)}; there are {', '.join(names)}")
+        if args.backward:
+            raise ValueError(f"--backward is for layers; the suite {args.suite} has its own directions")
+        if args.suite == "overhead":
+            yield "overhead", overhead.measure(wanted, args.runs)
+        else:
+            chosen_networks = [network for network in networks.NETWORKS if network.name in wanted]
+            yield "networks", networks.measure(chosen_networks, args.runs, args.limit)
+        return
+    suites = list(chosen(args.suite, args.case))
+    peak, source = (args.peak, "as stated") if args.peak is not None else (peak_gflops(), "torch.mm of 1024x1024")
+    settings = ops.Settings(args.runs, args.limit, peak, source)
+    for name, suite, cases in suites:
+        whats = suite.whats + (("gradients",) if args.backward and "gradients" not in suite.whats else ())
+        yield name, ops.measure(name, suite, cases, whats, settings)
+
+
+def _listed() -> Iterator[str]:
+    for name, question in _QUESTIONS.items():
+        yield f"{name}: {question}?"
+        if name == "overhead":
+            names = list(overhead.KERNELS)
+        elif name == "networks":
+            names = [network.name for network in networks.NETWORKS]
+        else:
+            names = [case.name for case in SUITES[name].cases]
+        yield from (f"  {case}" for case in names)

@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "name the likeliest classes of image files",
     "merge": "turn a checkpoint into the inference form",
     "erf": "compute and draw the effective receptive field",
-    "bench": "time the depthwise operator against torch",
+    "bench": "time the depthwise operator against torch and other runtimes",
     "doctor": "show what this machine can do and which backend takes which call",
 }
 
