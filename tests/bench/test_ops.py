@@ -76,12 +76,12 @@ def test_a_backend_that_refuses_the_case_is_not_measured(registered):
 
 @pytest.mark.parametrize("what", ["forward", "gradients", "step"])
 def test_a_wrong_result_gets_no_time(registered, what):
-    def forward(x, weight, bias, relu):
+    def forward(x, weight, bias, relu, algorithm):
         y = reference.forward(x, weight, bias, relu)
         y[0, -1, 0, 0] += 1e-2
         return y
 
-    def backward(dy, x, weight, wanted):
+    def backward(dy, x, weight, wanted, algorithm):
         dx, dw, db = reference.backward(dy, x, weight, wanted)
         dw[-1, 0, 0, 0] += 1e-2
         return dx, dw, db

@@ -373,4 +373,13 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
-BACKEND = Backend(name="native", refusal=_refusal, forward=forward, backward=backward)
+def _explanation(call: Call) -> list[str]:
+    """The plan that a call would get, and the best of the others."""
+    allowed = [p for p in candidates(*call.shape[2:], *call.kernel) if call.algorithm in ("auto", p.algorithm)]
+    return [
+        f"instruction set {instruction_set()}, {torch.get_num_threads()} threads; estimates of one core:",
+        *(f"{'chosen' if i == 0 else 'not'} {p}" for i, p in enumerate(allowed[:5])),
+    ]
+
+
+BACKEND = Backend(name="native", refusal=_refusal, forward=forward, backward=backward, explanation=_explanation)

@@ -3,6 +3,7 @@
 The two schemas are fixed: a change would break saved `.pt2` files.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ def depthwise_conv2d(
     _check(x, weight, bias, algorithm)
     if _must_be_plain():
         return _plain(x, weight, bias, relu)
+    if _nothing_watches(x, weight, bias):
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        run = _Recorded.apply if recorded else _computed
+        return run(x, weight, bias, relu, algorithm)
     return torch.ops.replknet.depthwise_conv2d(x, weight, bias, relu, algorithm)
 
 
@@ -98,6 +105,24 @@ def _must_be_plain() -> bool:
     """
     return (
         torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the op may be computed without torch's dispatcher, which costs more than a small convolution.
+
+    Compilers, modes (counters, fake tensors) and subclasses of tensors have to see the op.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) in _TENSORS
+        and type(weight) in _TENSORS
+        and (bias is None or type(bias) in _TENSORS)
+        and x.device.type in ("cpu", "cuda")
     )
 
 
@@ -145,11 +170,12 @@ def _refuse_forward_mode() -> None:
         )
 
 
-class _without_autocast(torch.autocast):
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """The arguments have their final dtype; autocast must not reach into a backend's own calls to torch."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__(x.device.type, enabled=False)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 @torch.library.custom_op(
@@ -159,20 +185,27 @@ class _without_autocast(torch.autocast):
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
     _refuse_forward_mode()
+    return _computed(x, weight, bias, relu, algorithm)
+
+
+def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
     layout = _layout(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     if x.numel() == 0:
-        return y
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     with _without_autocast(x):
-        backend = choose(_call(x, weight, algorithm))
-        return _settled(
-            backend.forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, algorithm), y
-        )
+        call = _call(x, weight, algorithm)
+        y = choose(call).forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, algorithm)
+    return _settled(y, layout)
 
 
-def _settled(result: Tensor, empty: Tensor) -> Tensor:
-    """`result` with exactly the strides of `empty`."""
-    return result if result.stride() == empty.stride() else empty.copy_(result)
+def _settled(result: Tensor, layout: torch.memory_format) -> Tensor:
+    """`result` with exactly the strides that an empty tensor of that layout has."""
+    _, c, h, w = result.shape
+    last = layout is torch.channels_last
+    strides = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    if result.stride() == strides:
+        return result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device, memory_format=layout).copy_(result)
 
 
 @_forward.register_fake
@@ -200,9 +233,9 @@ def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
-    empty = _empty_gradients(x, weight, wanted)
     if x.numel() == 0:
-        return empty[0], empty[1].zero_(), empty[2].zero_()
+        dx, dw, db = _empty_gradients(x, weight, wanted)
+        return dx, dw.zero_(), db.zero_()
     layout = _layout(x)
     with _without_autocast(x):
         found = choose(_call(x, weight, algorithm)).backward(
@@ -212,8 +245,11 @@ def _gradients(
             wanted,
             algorithm,
         )
-    dx, dw, db = (e if f is None else _settled(f, e) for f, e in zip(found, empty, strict=True))
-    return dx, dw, db
+    return (
+        x.new_empty(0) if found[0] is None else _settled(found[0], layout),
+        x.new_empty(0) if found[1] is None else _settled(found[1], torch.contiguous_format),
+        x.new_empty(0) if found[2] is None else found[2].contiguous(),
+    )
 
 
 @_gradients.register_fake
@@ -238,6 +274,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+
+
+class _Recorded(torch.autograd.Function):
+    """The op with its gradient, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
+        y = _computed(x, weight, bias, relu, algorithm)
+        _save(ctx, (x, weight, bias, relu, algorithm), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        return _backward(ctx, dy)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
