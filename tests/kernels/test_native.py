@@ -156,13 +156,10 @@ def test_inference_tensors_are_taken():
 
 def test_only_the_changed_block_is_prepared_anew():
     x, weight = image(1, 40, 20, 18), torch.randn(40, 1, *KERNEL)
-    how = native._plan_of(x, weight, "fft")
-    job = native._job_of(x, weight, how)
-    y = torch.empty_like(x)
+    job, y = native._job_of(x, weight, "fft"), torch.empty_like(x)
 
     def remade():
-        with native._Prepare(job, weight) as now:
-            return native._forward_code(job, now, x, weight, None, False, y)
+        return native._convolved(job, x, weight, None, False, y)
 
     assert remade() == 3
     assert remade() == 0

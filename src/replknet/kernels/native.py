@@ -200,34 +200,41 @@ class _Job:
     """What all calls of one shape and plan have in common."""
 
     call: _Call
+    address: int  # of `call`
     isa: int
     blocks: int
     prepared_bytes: int
     workspace_bytes: int  # of all threads
     threads: int
+    how: Plan
+    weights: tuple[object, ...]  # what prepared weights depend on, beside the weights
 
 
 @lru_cache(maxsize=1024)
 def _job(
-    shape: tuple[int, ...],
-    kernel: tuple[int, int],
+    shape: torch.Size,
+    kernel: torch.Size,
     dtype: torch.dtype,
     channels_last: bool,
-    how: Plan,
+    algorithm: str,
     rotated: bool,
     backward: bool,
     isa: str,
     threads: int,
 ) -> _Job:
     core = _core()
+    kh, kw = kernel[2:]
+    how = plan(shape[2], shape[3], kh, kw, algorithm)
     call = _Call(
-        *shape, *kernel, _DTYPES[dtype], channels_last, _ALGORITHMS[how.algorithm], *how.lengths, *how.tile, rotated
+        *shape, kh, kw, _DTYPES[dtype], channels_last, _ALGORITHMS[how.algorithm], *how.lengths, *how.tile, rotated
     )
     workspace = core.rk_workspace(ctypes.byref(call), threads, backward)
     prepared = core.rk_prepared(ctypes.byref(call))
     assert min(workspace, prepared) >= 0, f"the core does not take {how} for {shape}, kernel {kernel}"
     blocks = (shape[1] + BLOCK - 1) // BLOCK
-    return _Job(call, list(instruction_sets()).index(isa), blocks, 4 * prepared, workspace, threads)
+    index = list(instruction_sets()).index(isa)
+    weights = (kernel, shape[2:], dtype, how, rotated, isa)
+    return _Job(call, ctypes.addressof(call), index, blocks, 4 * prepared, workspace, threads, how, weights)
 
 
 def _core() -> ctypes.CDLL:
@@ -237,49 +244,29 @@ def _core() -> ctypes.CDLL:
     return core
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _job_of(x: Tensor, weight: Tensor, how: Plan, rotated: bool = False, backward: bool = False) -> _Job:
-    kh, kw = weight.shape[2:]
+def _job_of(x: Tensor, weight: Tensor, algorithm: str, rotated: bool = False, backward: bool = False) -> _Job:
     threads = torch.get_num_threads() if _parallel_for() is not None else 1
-    return _job(
-        tuple(x.shape), (kh, kw), x.dtype, _is_channels_last(x), how, rotated, backward, instruction_set(), threads
+    channels_last = not x.is_contiguous()  # the operator hands over one or the other
+    isa = instruction_set()
+    return _job(x.shape, weight.shape, x.dtype, channels_last, algorithm, rotated, backward, isa, threads)
+
+
+def _run(job: _Job, weight: Tensor, start: Callable[[_Run], int]) -> int:
+    """Calls `start` with memory and prepared weights; the number of blocks that were prepared anew."""
+    key = (weight.data_ptr(), job.weights)
+    prepared = PREPARED.take(key, job.prepared_bytes, job.blocks)
+    run = _Run(
+        job.isa,
+        job.threads,
+        _parallel_for(),
+        _workspace.address(job.workspace_bytes),
+        prepared.buffer.data_ptr(),
+        prepared.checksums.data_ptr(),
     )
-
-
-def _plan_of(x: Tensor, weight: Tensor, algorithm: str) -> Plan:
-    h, w = x.shape[2:]
-    kh, kw = weight.shape[2:]
-    return plan(h, w, kh, kw, algorithm)
-
-
-class _Prepare:
-    """The run of a job, with prepared weights that belong to it until the end of the block."""
-
-    def __init__(self, job: _Job, weight: Tensor) -> None:
-        c = job.call
-        self.key = (
-            weight.data_ptr(), c.c, c.kh, c.kw, c.dtype, c.algorithm, c.h, c.w, c.lh, c.lw, c.th, c.tw, c.rotated,
-            job.isa,
-        )  # fmt: skip
-        self.job = job
-
-    def __enter__(self) -> _Run:
-        job = self.job
-        self.prepared = PREPARED.take(self.key, job.prepared_bytes, job.blocks)
-        return _Run(
-            job.isa,
-            job.threads,
-            _parallel_for(),
-            _workspace.address(job.workspace_bytes),
-            self.prepared.buffer.data_ptr(),
-            self.prepared.checksums.data_ptr(),
-        )
-
-    def __exit__(self, *_: object) -> None:
-        PREPARED.give(self.key, self.prepared)
+    code = start(run)
+    PREPARED.give(key, prepared)
+    assert code >= 0, f"the core answered {code} to {job.how}"
+    return code
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -299,25 +286,20 @@ def _madvise() -> Callable[..., int] | None:
     return advise
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, how: Plan, rotated: bool = False) -> Tensor:
-    job = _job_of(x, weight, how, rotated)
-    y = _empty_like(x)
-    with _Prepare(job, weight) as run:
-        code = _forward_code(job, run, x, weight, bias, relu, y)
-    assert code >= 0, f"the core answered {code} to {how}"
-    return y
-
-
-def _forward_code(job: _Job, run: _Run, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, y: Tensor) -> int:
-    """The number of blocks of weights that were prepared anew, or a negative error."""
-    return _core().rk_forward(
-        ctypes.byref(job.call),
-        ctypes.byref(run),
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        relu,
-        y.data_ptr(),
+def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, y: Tensor) -> int:
+    """Writes y; the number of blocks of weights that were prepared anew."""
+    return _run(
+        job,
+        weight,
+        lambda run: _core().rk_forward(
+            job.address,
+            ctypes.byref(run),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            relu,
+            y.data_ptr(),
+        ),
     )
 
 
@@ -327,35 +309,35 @@ def checksum(t: Tensor) -> int:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "auto") -> Tensor:
+    y = _empty_like(x)
     bias = None if bias is None else bias.contiguous()
-    return _convolved(x, weight, bias, relu, _plan_of(x, weight, algorithm))
+    _convolved(_job_of(x, weight, algorithm), x, weight, bias, relu, y)
+    return y
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str = "auto"
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    how = _plan_of(x, weight, algorithm)
-    dx = dw = None
+    dx = _empty_like(x) if wanted[0] else None
+    dw = None
+    job = _job_of(x, weight, algorithm, backward=True)
     # one pass gives both gradients, and transforms each image once, if an image is one tile
-    whole = how.algorithm == "fft" and how.tile == tuple(x.shape[2:])
+    whole = job.how.algorithm == "fft" and job.how.tile == tuple(x.shape[2:])
     both = whole and wanted[0] and wanted[1]
-    if wanted[0]:
-        dx = _empty_like(x) if both else _convolved(dy, weight, None, False, how, rotated=True)
+    if dx is not None and not both:
+        _convolved(_job_of(x, weight, algorithm, rotated=True), dy, weight, None, False, dx)
     if wanted[1]:
-        job = _job_of(x, weight, how, backward=True)
         # taps that only ever see padding are not written
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        with _Prepare(job, weight) as run:
-            code = _core().rk_backward(
-                ctypes.byref(job.call),
-                ctypes.byref(run),
-                dy.data_ptr(),
-                x.data_ptr(),
-                weight.data_ptr(),
-                dx.data_ptr() if both and dx is not None else None,
-                dw.data_ptr(),
-            )
-        assert code >= 0, f"the core answered {code} to {how}"
+        to_dx = dx.data_ptr() if both and dx is not None else None
+        to_dw = dw.data_ptr()
+        _run(
+            job,
+            weight,
+            lambda run: _core().rk_backward(
+                job.address, ctypes.byref(run), dy.data_ptr(), x.data_ptr(), weight.data_ptr(), to_dx, to_dw
+            ),
+        )
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if wanted[2] else None
     return dx, dw, db
 
@@ -367,7 +349,6 @@ def _refusal(call: Call) -> str | None:
         return "takes float32, float16 and bfloat16"
     if _library() is None:
         return "was not built with this installation"
-    instruction_set()
     if call.algorithm == "fft" and not any(p.algorithm == "fft" for p in candidates(*call.shape[2:], *call.kernel)):
         return "has no transform long enough for this kernel"
     return None
