@@ -16,6 +16,7 @@
 #pragma once
 
 #include "dft.h"
+#include "lengths.h"
 
 namespace {
 
@@ -286,11 +287,9 @@ constexpr Length length = {
     row_start<N1, N2>,
 };
 
-// N1 is even: a row has a bin in the middle. Lengths between these would not be faster than the next one here.
-constexpr Length LENGTHS[] = {
-    length<4, 4>,  length<4, 5>,  length<8, 3>,  length<4, 7>,  length<8, 4>,  length<4, 9>,  length<8, 5>,  length<8, 6>,
-    length<16, 4>, length<8, 9>,  length<16, 5>, length<16, 6>, length<16, 7>, length<16, 8>, length<16, 9>, length<16, 16>,
-};
+#define LENGTH(N1, N2) length<N1, N2>,
+constexpr Length LENGTHS[] = {RK_LENGTHS(LENGTH)};
+#undef LENGTH
 
 INLINE const Length* find_length(int l) {
   for (const Length& length : LENGTHS) {

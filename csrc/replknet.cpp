@@ -2,6 +2,7 @@
 #include "replknet.h"
 
 #include "job.h"
+#include "lengths.h"
 
 namespace {
 
@@ -19,7 +20,9 @@ const Isa* const ISAS[] = {
 };
 constexpr int ISA_COUNT = sizeof ISAS / sizeof *ISAS;
 
-constexpr int LENGTHS[] = {16, 20, 24, 28, 32, 36, 40, 48, 64, 72, 80, 96, 112, 128, 144, 256};
+#define LENGTH(N1, N2) N1 * N2,
+constexpr int LENGTHS[] = {RK_LENGTHS(LENGTH)};
+#undef LENGTH
 constexpr int LENGTH_COUNT = sizeof LENGTHS / sizeof *LENGTHS;
 
 bool is_length(int l) {

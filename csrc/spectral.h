@@ -84,14 +84,32 @@ INLINE Bins take_bins(const Axis& width, int rows, V*& memory) {
   return b;
 }
 
+// Whether the pixels of a row push one another out of the first-level cache (64 sets of 8 lines): they lie a
+// power of two apart as a rule, and so fall into few sets.
+INLINE bool crowded(const Plane& plane, int columns) {
+  const int64_t bytes = plane.pixel * 4, apart = bytes & -bytes;  // the largest power of two that divides it
+  const int64_t sets = apart >= 4096 ? 1 : 4096 / apart;
+  return columns > 8 * sets;
+}
+
+// Copies the groups of `count` pixels, and fetches those `ahead` floats further on into the second-level cache.
+INLINE void copy_groups(const float* from, int64_t stride_from, float* to, int64_t stride_to, int count, Groups groups,
+                        int64_t ahead) {
+  for (int p = 0; p < count; p++, from += stride_from, to += stride_to) {
+    if (ahead) __builtin_prefetch(from + ahead, 0, 2);
+    for (int g = groups.first; g < groups.last; g++) store(to + LANES * g, load(from + LANES * g));
+  }
+}
+
 // Transforms the rows of a tile; `before` is how far its input starts before (top, left).
 NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int rows, int64_t left, int columns,
                            Groups groups, const Bins& bins, V* work, float* line) {
   const Length& f = *find_length(job.width.length);
   const int64_t h = job.height.size, w = job.width.size;
   const int64_t from = left < 0 ? -left : 0, until = left + columns > w ? w - left : columns;
-  const bool in_place = is_packed(plane) && from == 0 && until == columns;
-  if (!in_place) memset(line, 0, sizeof(float) * BLOCK * columns);
+  const bool packed = is_packed(plane);
+  const bool in_place = packed && from == 0 && until == columns && !crowded(plane, columns);
+  memset(line, 0, sizeof(float) * BLOCK * columns);
   for (int r = 0; r < rows; r++) {
     const int64_t row = top + r;
     if (row < 0 || row >= h) {
@@ -108,6 +126,9 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
         const float* ahead = source + 2 * plane.row;
         for (int p = 0; p < columns; p++) __builtin_prefetch(ahead + p * stride);
       }
+    } else if (packed && until > from) {
+      copy_groups(address<Float32>(plane, row, left + from), plane.pixel, line + BLOCK * from, BLOCK,
+                  static_cast<int>(until - from), groups, row + 1 < h ? plane.row : 0);
     } else if (until > from) {
       read_line(plane, row, left + from, static_cast<int>(until - from), line + BLOCK * from);
     }
@@ -122,14 +143,14 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
 NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int rows, int64_t left, int columns,
                         Groups groups, const Bins& bins, const V (&bias)[GROUPS], bool relu, V* work, float* line) {
   const Length& f = *find_length(job.width.length);
-  const bool in_place = is_packed(plane);
+  const bool in_place = is_packed(plane) && !crowded(plane, columns);
   for (int r = 0; r < rows; r++) {
     float* target = line;
     int64_t stride = BLOCK;
-    if (in_place) target = address<Float32>(plane, top + r, left), stride = plane.pixel;
-    if (in_place && r + 2 < rows) {
+    if (in_place) {
+      target = address<Float32>(plane, top + r, left), stride = plane.pixel;
       const float* ahead = target + 2 * plane.row;
-      for (int p = 0; p < columns; p++) __builtin_prefetch(ahead + p * stride, 1);
+      for (int p = 0; p < columns && r + 2 < rows; p++) __builtin_prefetch(ahead + p * stride, 1);
     }
     for (int g = groups.first; g < groups.last; g++) {
       f.row_start(bins.column(g, 0) + 2 * r, bins.pitch, work, bias[g]);
@@ -139,7 +160,12 @@ NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int row
         OUTER(row_back, f, columns, target + LANES * g, stride, work);
       }
     }
-    if (!in_place) write_line(plane, top + r, left, columns, line);
+    if (in_place) continue;
+    if (is_packed(plane)) {
+      copy_groups(line, BLOCK, address<Float32>(plane, top + r, left), plane.pixel, columns, groups, 0);
+    } else {
+      write_line(plane, top + r, left, columns, line);
+    }
   }
 }
 
