@@ -1,5 +1,7 @@
 """Every backend against the float64 definition, in y, dx, dw and db, over odd shapes, dtypes and layouts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,7 +101,7 @@ def test_unwanted_gradients_are_none():
         assert backend.backward(dy, x, w, [False, True, False])[0] is None
 
 
-CALL = Call(shape=(1, 2, 8, 8), kernel=(5, 5), dtype=torch.float32, device="cpu")
+CALL = Call(shape=(1, 2, 8, 8), kernel=(7, 7), dtype=torch.float32, device="cpu")
 # no backend has the fft algorithm in float64
 REFUSED = Call(shape=(1, 2, 8, 8), kernel=(5, 5), dtype=torch.float64, device="cpu", algorithm="fft")
 
@@ -148,3 +150,11 @@ def test_a_forced_backend_that_refuses_is_an_error():
         pytest.raises(RuntimeError, match="backend 'aten', which is forced, does not take this call"),
     ):
         choose(REFUSED)
+
+
+def test_a_backend_that_declines_is_passed_by_unless_it_is_named_or_alone():
+    small = Call(shape=(1, 16, 8, 8), kernel=(3, 3), dtype=torch.float32, device="cpu")
+    assert choose(small).name == "aten"
+    with use_backend("native"):
+        assert choose(small).name == "native"
+    assert choose(replace(small, algorithm="fft")).name == "native"

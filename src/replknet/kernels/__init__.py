@@ -71,16 +71,22 @@ def refusals(call: Call) -> dict[str, str | None]:
 
 
 def choose(call: Call) -> Backend:
-    """The first backend that accepts the call; a forced one that refuses is an error.
+    """The first backend that accepts the call and does not decline it; a forced one that refuses is an error.
 
     Raises:
         RuntimeError: no backend accepts the call; the text has every backend's reason.
     """
     name = forced()
-    for backend in BACKENDS:
-        wanted = backend.automatic if name is None else backend.name == name
-        if wanted and backend.refusal(call) is None:
+    able = [
+        backend
+        for backend in BACKENDS
+        if (backend.automatic if name is None else backend.name == name) and backend.refusal(call) is None
+    ]
+    for backend in able:
+        if backend.declines is None or backend.declines(call) is None:
             return backend
+    if able:
+        return able[0]
     reasons = "; ".join(f"{key}: {why or 'would take it'}" for key, why in refusals(call).items())
     who = "no backend takes" if name is None else f"backend {name!r}, which is forced, does not take"
     way = "" if name is None else f"; replknet.use_backend(None) and no {VARIABLE} leave the choice free"

@@ -47,5 +47,7 @@ class Backend:
     backward: Callable[[Tensor, Tensor, Tensor, list[bool], str], tuple[Tensor | None, Tensor | None, Tensor | None]]
     # false: taken only when forced by name
     automatic: bool = True
+    # why the automatic choice passes it by though it could take the call: another one is faster
+    declines: Callable[[Call], str | None] | None = None
     # why it would carry out the call as it does, in lines for people
     explanation: Callable[[Call], list[str]] | None = None

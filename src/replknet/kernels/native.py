@@ -32,6 +32,8 @@ CACHE_BYTES = 512 << 20
 # which costs more than the convolution
 _HUGE_BYTES = 4 << 20
 _ALIGNMENT = 64
+# below this many taps torch's own convolution wins (suite `small` of the benchmarks)
+_FEW_TAPS = 26
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALGORITHMS = {"direct": 0, "fft": 1}
@@ -354,13 +356,22 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
+def _declines(call: Call) -> str | None:
+    taps = call.kernel[0] * call.kernel[1]
+    return f"torch's own is faster for {taps} taps" if taps < _FEW_TAPS else None
+
+
 def _explanation(call: Call) -> list[str]:
     """The plan that a call would get, and the best of the others."""
     allowed = [p for p in candidates(*call.shape[2:], *call.kernel) if call.algorithm in ("auto", p.algorithm)]
+    passed = _declines(call)
     return [
+        *([f"passed by unless forced: {passed}"] if passed is not None else []),
         f"instruction set {instruction_set()}, {torch.get_num_threads()} threads; estimates of one core:",
         *(f"{'chosen' if i == 0 else 'not'} {p}" for i, p in enumerate(allowed[:5])),
     ]
 
 
-BACKEND = Backend(name="native", refusal=_refusal, forward=forward, backward=backward, explanation=_explanation)
+BACKEND = Backend(
+    name="native", refusal=_refusal, forward=forward, backward=backward, explanation=_explanation, declines=_declines
+)
