@@ -1,14 +1,14 @@
 # A fresh machine needs Python 3.11 or newer, make and a C++ compiler. Every target makes what it needs.
 BIN     := .venv/bin
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 RUN     ?=
 # for `make gpu`: ours if it is there, else the machine's, which has the torch that fits its driver
 PYTHON  ?= $(firstword $(wildcard $(BIN)/python) python3)
 
-.PHONY: help demo test check bench gpu docs format clean
+.PHONY: help demo test check sanitize aarch64 bench gpu docs format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: .venv/installed-demo  ## the main job: train, merge, evaluate and picture a RepLKNet on CIFAR-10
 	$(BIN)/replknet demo $(RUN)
@@ -21,6 +21,12 @@ check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+sanitize:  ## the C++ core under ASan, UBSan and TSan, against sums in double (two minutes)
+	$(MAKE) -C csrc/test -j$$(nproc) sanitize
+
+aarch64:  ## the C++ core cross-compiled for AArch64, and its tests under qemu
+	$(MAKE) -C csrc/test -j$$(nproc) aarch64
 
 bench: .venv/installed-demo  ## time the operator against torch; records go to benchmarks/results
 	$(BIN)/replknet bench ops --backward --output benchmarks/results/ops.jsonl $(RUN)
