@@ -2,7 +2,7 @@
 
 A pure function of shape, kernel and type. The constants are times of the parts of the kernels, measured with
 warm caches on one core of an AMD EPYC (Zen 3) with AVX2; other machines differ, but the choices depend on
-ratios. tests/kernels/test_native_plan.py holds the choices against the best candidate.
+ratios. How far a choice is from the best candidate was not measured yet.
 """
 
 from dataclasses import dataclass
