@@ -28,9 +28,9 @@ constexpr double sine(int k, int n);
 constexpr double cosine(int k, int n) {
   k %= n;
   if (k < 0) k += n;
-  if (2 * k > n) k = n - k;                           // even
-  if (4 * k > n) return -cosine(n - 2 * k, 2 * n);    // cos(pi - x)
-  if (8 * k > n) return sine(n - 4 * k, 4 * n);       // sin(pi/2 - x)
+  if (2 * k > n) k = n - k;                         // even
+  if (4 * k > n) return -cosine(n - 2 * k, 2 * n);  // cos(pi - x)
+  if (8 * k > n) return sine(n - 4 * k, 4 * n);     // sin(pi/2 - x)
   return series(2 * PI * k / n, 1, 1);
 }
 constexpr double sine(int k, int n) {
@@ -78,13 +78,22 @@ INLINE void rotate(int k, V& re, V& im) {
 
 // how a composite size is split; coprime factors need no rotation between the two steps
 constexpr int factor(int n) {
-  return n == 6 || n == 10 || n == 14 ? 2 : n % 3 == 0 ? 3 : n == 4 ? 4 : n == 8 ? 2 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : n;
+  if (n == 4) return n;
+  if (n % 3 == 0 && n != 6) return 3;
+  if (n % 4 == 0 && n != 8) return 4;
+  return n % 2 == 0 ? 2 : n;
 }
-// the k below ab with k % a == i and k % b == j
-constexpr int crt(int i, int j, int a, int b) {
-  int k = i;
-  while (k % b != j) k += a;
-  return k;
+constexpr int inverse(int a, int b) {  // the k with ak % b == 1, or 0 if there is none
+  for (int k = 0; k < b; k++) {
+    if (a * k % b == 1 % b) return k;
+  }
+  return 0;
+}
+// the k below AB with k % A == i and k % B == j, for coprime A and B
+template <int A, int B>
+INLINE int crt(int i, int j) {
+  constexpr int of_i = B * inverse(B, A), of_j = A * inverse(A, B);
+  return (i * of_i + j * of_j) % (A * B);
 }
 constexpr bool coprime(int a, int b) { return b == 0 ? a == 1 : coprime(b, a % b); }
 
@@ -150,7 +159,7 @@ INLINE void transform(In in, Out out) {
       V* const re = cr[a];
       V* const im = ci[a];
       transform<B>([re, im](int b, V& r, V& i) INLINE_LAMBDA { r = re[b], i = im[b]; },
-                   [out, a](int b, V r, V i) INLINE_LAMBDA { out(pfa ? (a * crt(1 % A, 0, A, B) + b * crt(0, 1 % B, A, B)) % N : a + A * b, r, i); });
+                   [out, a](int b, V r, V i) INLINE_LAMBDA { out(pfa ? crt<A, B>(a, b) : a + A * b, r, i); });
     }
   }
 }

@@ -53,7 +53,7 @@ NOINLINE void dense(const TileArgs& a) {
       unrolled<R>([&](auto r) INLINE_LAMBDA {
         unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * row + (j - t) * LANES); });
       });
-      asm volatile("" ::: "memory");  // or all taps of the row are loaded ahead, and spilled
+      barrier();  // or all taps of the row are loaded ahead, and spilled
     });
   }
   unrolled<R>([&](auto r) INLINE_LAMBDA {

@@ -277,7 +277,7 @@ struct Length {
 };
 template <int N1, int N2>
 constexpr Length length = {
-    N1 * N2,
+    N1* N2,
     N2,
     &outer<N1>,
     multiply<N1, N2>,
@@ -299,11 +299,11 @@ INLINE const Length* find_length(int l) {
 }
 
 // Runs an outer step for all residues, each with the number of its points below `count`.
-#define OUTER(step, f, count, ...)                                                        \
-  do {                                                                                    \
-    const int most = (count) / (f).n2, longer = (count) % (f).n2;                         \
-    if (longer > 0) (f).outer->step[most + 1](__VA_ARGS__, (f).n2, 0, longer);            \
-    if (longer < (f).n2) (f).outer->step[most](__VA_ARGS__, (f).n2, longer, (f).n2);      \
+#define OUTER(step, f, count, ...)                                                   \
+  do {                                                                               \
+    const int most = (count) / (f).n2, longer = (count) % (f).n2;                    \
+    if (longer > 0) (f).outer->step[most + 1](__VA_ARGS__, (f).n2, 0, longer);       \
+    if (longer < (f).n2) (f).outer->step[most](__VA_ARGS__, (f).n2, longer, (f).n2); \
   } while (0)
 
 }  // namespace

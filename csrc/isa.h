@@ -33,4 +33,4 @@ void backward(const Job& job, int64_t block, char* workspace) {
 }  // namespace
 
 extern const Isa ISA;
-const Isa ISA = {ISA_NAME, LANES, [] { return static_cast<bool>(RUNS_HERE); }, prepare, forward, backward, checksum};
+const Isa ISA = {ISA_NAME, [] { return static_cast<bool>(RUNS_HERE); }, prepare, forward, backward, checksum};

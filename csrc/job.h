@@ -34,7 +34,6 @@ struct Job {
 // The parts of a call: blocks of weights are prepared, then tasks (a tile of a block of an image) are done.
 struct Isa {
   const char* name;
-  int lanes;
   bool (*runs_here)();
   void (*prepare)(const Job&, int64_t block, char* workspace);
   void (*forward)(const Job&, int64_t block, int64_t image, int64_t tile, char* workspace);

@@ -12,7 +12,8 @@ constexpr int64_t LARGEST = 256, WIDEST = 14;
 // best first
 const Isa* const ISAS[] = {
 #if defined(__x86_64__)
-    &isa_avx512, &isa_avx2,
+    &isa_avx512,
+    &isa_avx2,
 #elif defined(__aarch64__)
     &isa_neon,
 #endif
@@ -20,7 +21,7 @@ const Isa* const ISAS[] = {
 };
 constexpr int ISA_COUNT = sizeof ISAS / sizeof *ISAS;
 
-#define LENGTH(N1, N2) N1 * N2,
+#define LENGTH(N1, N2) N1 *N2,
 constexpr int LENGTHS[] = {RK_LENGTHS(LENGTH)};
 #undef LENGTH
 constexpr int LENGTH_COUNT = sizeof LENGTHS / sizeof *LENGTHS;
@@ -63,7 +64,8 @@ bool job_of(const rk_call& q, Job& job) {
 int64_t bins_floats(const Axis& width, int rows) { return BLOCK * (width.length / 2 + 1) * 2 * (rows | 1); }
 
 int64_t prepared_floats(const Job& job) {
-  if (job.call.algorithm == RK_FFT) return BLOCK * (job.width.length / 2 + 1) * 2 * static_cast<int64_t>(job.height.length);
+  if (job.call.algorithm == RK_FFT)
+    return BLOCK * (job.width.length / 2 + 1) * 2 * static_cast<int64_t>(job.height.length);
   return static_cast<int64_t>(BLOCK) * job.height.side * job.width.side;
 }
 
@@ -155,7 +157,9 @@ int run_job(const Job& job, const Isa& isa, bool backward, bool prepare) {
   return remade;
 }
 
-const Isa* isa_of(int index) { return index >= 0 && index < ISA_COUNT && ISAS[index]->runs_here() ? ISAS[index] : nullptr; }
+const Isa* isa_of(int index) {
+  return index >= 0 && index < ISA_COUNT && ISAS[index]->runs_here() ? ISAS[index] : nullptr;
+}
 
 }  // namespace
 

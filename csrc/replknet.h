@@ -10,7 +10,7 @@ extern "C" {
 
 enum { RK_FLOAT32 = 0, RK_FLOAT16 = 1, RK_BFLOAT16 = 2 };
 enum { RK_DIRECT = 0, RK_FFT = 1 };
-enum { RK_OK = 0, RK_BAD_CALL = -1, RK_BAD_ISA = -2 };
+enum { RK_BAD_CALL = -1, RK_BAD_ISA = -2 };
 
 // A call and how it is to be carried out.
 typedef struct {
@@ -19,8 +19,8 @@ typedef struct {
   int32_t dtype;          // of all tensors
   int32_t channels_last;  // layout of x, y, dy and dx: [N,H,W,C] in memory, else [N,C,H,W]
   int32_t algorithm;
-  int32_t lh, lw;  // RK_FFT: transform lengths
-  int32_t th, tw;  // outputs a tile; th == h (tw == w): the axis is one tile
+  int32_t lh, lw;   // RK_FFT: transform lengths
+  int32_t th, tw;   // outputs a tile; th == h (tw == w): the axis is one tile
   int32_t rotated;  // use the kernel rotated by 180 degrees
 } rk_call;
 

@@ -20,7 +20,6 @@ constexpr int BLOCK = 16;  // channels that are worked on together: one cache li
 constexpr int GROUPS = BLOCK / LANES;
 
 typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 // the same, at any address
@@ -32,9 +31,6 @@ INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 INLINE V all(float a) { return V{} + a; }
 // floor where v is smaller, else v; NaN stays
 INLINE V at_least(V floor, V v) { return floor > v ? floor : v; }
-
-template <int I>
-constexpr std::integral_constant<int, I> number{};
 
 // Calls f with the integral constants 0 .. N-1: a loop that is unrolled by construction.
 template <int... I, typename F>

@@ -101,7 +101,7 @@ INLINE void copy_groups(const float* from, int64_t stride_from, float* to, int64
   }
 }
 
-// Transforms the rows of a tile; `before` is how far its input starts before (top, left).
+// Transforms the rows of a tile whose input starts at (top, left), which may lie outside of the image.
 NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int rows, int64_t left, int columns,
                            Groups groups, const Bins& bins, V* work, float* line) {
   const Length& f = *find_length(job.width.length);
@@ -109,7 +109,7 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
   const int64_t from = left < 0 ? -left : 0, until = left + columns > w ? w - left : columns;
   const bool packed = is_packed(plane);
   const bool in_place = packed && from == 0 && until == columns && !crowded(plane, columns);
-  memset(line, 0, sizeof(float) * BLOCK * columns);
+  if (!in_place) memset(line, 0, sizeof(float) * BLOCK * columns);
   for (int r = 0; r < rows; r++) {
     const int64_t row = top + r;
     if (row < 0 || row >= h) {

@@ -3,5 +3,5 @@
 
 #if defined(__x86_64__)
 extern const Isa isa_avx512;
-const Isa isa_avx512 = {"avx512", 16, [] { return false; }, nullptr, nullptr, nullptr, nullptr};
+const Isa isa_avx512 = {"avx512", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
 #endif
