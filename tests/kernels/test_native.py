@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from replknet.kernels import Call, native, reference
+from replknet.kernels import Call, native, native_plan, reference
 from replknet.kernels.native import PreparedCache
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
@@ -269,3 +269,31 @@ def test_other_devices_and_float64_are_refused():
 def test_a_kernel_too_large_for_any_transform_is_direct():
     call = Call(shape=(1, 16, 400, 400), kernel=(301, 301), dtype=torch.float32, device="cpu", algorithm="fft")
     assert native.BACKEND.refusal(call) == "has no transform long enough for this kernel"
+
+
+def test_the_plan_knows_the_lengths_of_the_core():
+    core, lengths = native._core(), []
+    while length := core.rk_length(len(lengths)):
+        lengths.append(length)
+    assert tuple(lengths) == native_plan.LENGTHS
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_move_our_memory(device):
+    x, weight = image(1, 16, 23, 31), torch.randn(16, 1, 17, 9)
+    truth = reference.forward(x.double(), weight.double(), None, False)
+    with torch.device(device):
+        got = depthwise_conv2d(x, weight)
+        dx, dw, _ = native.backward(x, x, weight, [True, True, False])
+    assert (got.double() - truth).norm() < 1e-6 * truth.norm()
+    assert dx.device.type == dw.device.type == "cpu"
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "fft"])
+def test_a_weight_gradient_alone_keeps_no_prepared_weights(algorithm):
+    x, weight = image(), torch.randn(SHAPE[1], 1, *KERNEL)
+    before = native.PREPARED.size
+    dw = native.backward(x, x, weight, [False, True, False], algorithm)[1]
+    truth = reference.backward(x.double(), x.double(), weight.double(), [False, True, False])[1]
+    assert (dw.double() - truth).norm() < 1e-6 * truth.norm()
+    assert native.PREPARED.size == before

@@ -137,7 +137,8 @@ def status() -> str:
 
 
 def _aligned(n: int) -> Tensor:
-    buffer = torch.empty(n + _ALIGNMENT, dtype=torch.uint8)
+    # the device is named, as torch.device(...) and torch.set_default_device change the default one
+    buffer = torch.empty(n + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -buffer.data_ptr() % _ALIGNMENT
     return buffer[start : start + n]
 
@@ -177,7 +178,7 @@ class PreparedCache:
             if found is not None:
                 self.size -= found.buffer.numel()
                 return found
-        return Prepared(_aligned(nbytes), torch.zeros(blocks, dtype=torch.int64))
+        return Prepared(_aligned(nbytes), torch.zeros(blocks, dtype=torch.int64, device="cpu"))
 
     def give(self, key: tuple[object, ...], prepared: Prepared) -> None:
         with self.lock:
@@ -186,11 +187,6 @@ class PreparedCache:
             self.entries[key] = prepared
             while self.size > self.limit:
                 self.size -= self.entries.popitem(last=False)[1].buffer.numel()
-
-    def clear(self) -> None:
-        with self.lock:
-            self.entries.clear()
-            self.size = 0
 
 
 PREPARED = PreparedCache(CACHE_BYTES)
@@ -253,19 +249,22 @@ def _job_of(x: Tensor, weight: Tensor, algorithm: str, rotated: bool = False, ba
     return _job(x.shape, weight.shape, x.dtype, channels_last, algorithm, rotated, backward, isa, threads)
 
 
-def _run(job: _Job, weight: Tensor, start: Callable[[_Run], int]) -> int:
-    """Calls `start` with memory and prepared weights; the number of blocks that were prepared anew."""
-    key = (weight.data_ptr(), job.weights)
-    prepared = PREPARED.take(key, job.prepared_bytes, job.blocks)
-    run = _Run(
+def _memory(job: _Job, prepared: Prepared | None) -> _Run:
+    return _Run(
         job.isa,
         job.threads,
         _parallel_for(),
         _workspace.address(job.workspace_bytes),
-        prepared.buffer.data_ptr(),
-        prepared.checksums.data_ptr(),
+        None if prepared is None else prepared.buffer.data_ptr(),
+        None if prepared is None else prepared.checksums.data_ptr(),
     )
-    code = start(run)
+
+
+def _with_weights(job: _Job, weight: Tensor, start: Callable[[_Run], int]) -> int:
+    """Calls `start` with memory and prepared weights; the number of blocks that were prepared anew."""
+    key = (weight.data_ptr(), job.weights)
+    prepared = PREPARED.take(key, job.prepared_bytes, job.blocks)
+    code = start(_memory(job, prepared))
     PREPARED.give(key, prepared)
     assert code >= 0, f"the core answered {code} to {job.how}"
     return code
@@ -290,7 +289,7 @@ def _madvise() -> Callable[..., int] | None:
 
 def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, y: Tensor) -> int:
     """Writes y; the number of blocks of weights that were prepared anew."""
-    return _run(
+    return _with_weights(
         job,
         weight,
         lambda run: _core().rk_forward(
@@ -331,15 +330,17 @@ def backward(
     if wanted[1]:
         # taps that only ever see padding are not written
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        to_dx = dx.data_ptr() if both and dx is not None else None
-        to_dw = dw.data_ptr()
-        _run(
-            job,
-            weight,
-            lambda run: _core().rk_backward(
-                job.address, ctypes.byref(run), dy.data_ptr(), x.data_ptr(), weight.data_ptr(), to_dx, to_dw
-            ),
-        )
+        tensors = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
+        to_dx, to_dw = dx.data_ptr() if both and dx is not None else None, dw.data_ptr()
+
+        def start(run: _Run) -> int:
+            return _core().rk_backward(job.address, ctypes.byref(run), *tensors, to_dx, to_dw)
+
+        if both:
+            _with_weights(job, weight, start)
+        else:
+            code = start(_memory(job, None))
+            assert code >= 0, f"the core answered {code} to {job.how}"
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if wanted[2] else None
     return dx, dw, db
 
@@ -364,9 +365,7 @@ def _declines(call: Call) -> str | None:
 def _explanation(call: Call) -> list[str]:
     """The plan that a call would get, and the best of the others."""
     allowed = [p for p in candidates(*call.shape[2:], *call.kernel) if call.algorithm in ("auto", p.algorithm)]
-    passed = _declines(call)
     return [
-        *([f"passed by unless forced: {passed}"] if passed is not None else []),
         f"instruction set {instruction_set()}, {torch.get_num_threads()} threads; estimates of one core:",
         *(f"{'chosen' if i == 0 else 'not'} {p}" for i, p in enumerate(allowed[:5])),
     ]
