@@ -36,7 +36,7 @@ def test_people_read_who_takes_the_call_and_who_must_be_asked_by_name(capsys):
     assert main(["doctor", *LAYER, "--dtype", "float64"]) == 0
     text = capsys.readouterr().out
     assert "x [1, 8, 14, 14] float64 contiguous on cpu, kernel 13x5, algorithm=auto" in text
-    assert "aten takes it, the first that accepts" in text
+    assert "aten takes it, the first that neither refuses nor declines" in text
     assert "reference  would take it when asked by name" in text
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from replknet.kernels import aten, native, reference
 from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
 
-# in the order in which they are asked; the first that accepts a call takes it
+# in the order in which they are asked; the first that neither refuses a call nor declines it takes it
 BACKENDS: tuple[Backend, ...] = (native.BACKEND, aten.BACKEND, reference.BACKEND)
 
 VARIABLE = "REPLKNET_BACKEND"

@@ -99,6 +99,7 @@ class Opinion:
     name: str
     automatic: bool  # whether it is asked when none is forced
     refusal: str | None
+    declines: str | None  # why the automatic choice passes it by
     explanation: list[str]
 
 
@@ -116,7 +117,9 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        how = f"which {VARIABLE} or use_backend forces" if self.forced else "the first that accepts"
+        how = (
+            f"which {VARIABLE} or use_backend forces" if self.forced else "the first that neither refuses nor declines"
+        )
         lines = [self.call, f"{self.backend} takes it, {how}" if self.backend else f"error: {self.error}", ""]
         for opinion in self.opinions:
             lines.append(f"  {opinion.name:<10} {self._word(opinion)}")
@@ -128,6 +131,8 @@ class Explanation:
             return f"refuses: {opinion.refusal}"
         if opinion.name == self.backend:
             return "takes it"
+        if opinion.declines is not None:
+            return f"would take it when asked by name; declines: {opinion.declines}"
         return "would take it" if opinion.automatic else "would take it when asked by name"
 
 
@@ -166,7 +171,8 @@ def explain(
     for b in BACKENDS:
         refusal = b.refusal(call)
         lines = b.explanation(call) if refusal is None and b.explanation is not None else []
-        opinions.append(Opinion(b.name, b.automatic, refusal, lines))
+        declines = b.declines(call) if refusal is None and b.declines is not None else None
+        opinions.append(Opinion(b.name, b.automatic, refusal, declines, lines))
     return Explanation(str(call), backend, forced(), error, opinions)
 
 
