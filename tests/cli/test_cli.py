@@ -316,6 +316,15 @@ def test_info_and_doctor(capsys):
     assert {check["backend"] for check in json.loads(capsys.readouterr().out)["checks"]} == {"native"}
 
 
+def test_a_reader_that_stops_early_sees_no_traceback():
+    command = [sys.executable, "-c", "import sys; from replknet.cli.main import main; sys.exit(main(['info']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 def test_a_missing_file_is_one_line(capsys):
     assert main(["eval", "nowhere.pth"]) == 2
     assert capsys.readouterr().err == "replknet eval: no checkpoint at nowhere.pth\n"

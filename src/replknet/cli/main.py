@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
+        sys.stdout.flush()
     except (ValueError, FileNotFoundError, DownloadError) as error:
         print(f"replknet {name}: {error}", file=sys.stderr)
         return 2
@@ -69,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nreplknet {name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # who read the output has enough of it, as `head` does; Python's own flush at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return code
 
 
