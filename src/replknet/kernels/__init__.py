@@ -4,6 +4,7 @@ A new backend is one file with a `Backend` record, and one line in `BACKENDS`.
 """
 
 import os
+from functools import lru_cache
 from types import TracebackType
 
 from replknet.kernels import aten, native, reference
@@ -76,10 +77,14 @@ def choose(call: Call) -> Backend:
     Raises:
         RuntimeError: no backend accepts the call; the text has every backend's reason.
     """
-    name = forced()
+    return _chosen(call, forced(), BACKENDS)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(call: Call, name: str | None, backends: tuple[Backend, ...]) -> Backend:
     able = [
         backend
-        for backend in BACKENDS
+        for backend in backends
         if (backend.automatic if name is None else backend.name == name) and backend.refusal(call) is None
     ]
     for backend in able:

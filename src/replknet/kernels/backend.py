@@ -30,7 +30,8 @@ class Call:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# compared by identity, so that choices among backends can be remembered
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Backend:
     """One implementation of the operator: forward, and all wanted gradients in one call.
 

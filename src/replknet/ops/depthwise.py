@@ -4,6 +4,7 @@ The two schemas are fixed: a change would break saved `.pt2` files.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -149,14 +150,21 @@ def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
 
 
 def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
-    n, c, h, w = x.shape
-    kh, kw = weight.shape[2:]
+    return _call_of_facts(x.shape, weight.shape, x.dtype, x.device.type, _layout(x) is torch.channels_last, algorithm)
+
+
+@lru_cache(maxsize=4096)
+def _call_of_facts(
+    shape: torch.Size, weight: torch.Size, dtype: torch.dtype, device: str, channels_last: bool, algorithm: str
+) -> Call:
+    n, c, h, w = shape
+    kh, kw = weight[2:]
     return Call(
         shape=(n, c, h, w),
         kernel=(kh, kw),
-        dtype=x.dtype,
-        device=x.device.type,
-        channels_last=_layout(x) is torch.channels_last,
+        dtype=dtype,
+        device=device,
+        channels_last=channels_last,
         algorithm=algorithm,
     )
 
