@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ CACHE_BYTES = 512 << 20
 # which costs more than the convolution
 _HUGE_BYTES = 4 << 20
 _ALIGNMENT = 64
-# below this many taps torch's own convolution wins (suite `small` of the benchmarks)
+# torch's own channels_last convolution wins for fewer taps than this on more elements of x than that
+# (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
 _FEW_TAPS = 26
+_FEW_ELEMENTS = 1 << 18
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALGORITHMS = {"direct": 0, "fft": 1}
@@ -358,8 +361,10 @@ def _refusal(call: Call) -> str | None:
 
 
 def _declines(call: Call) -> str | None:
-    taps = call.kernel[0] * call.kernel[1]
-    return f"torch's own is faster for {taps} taps" if taps < _FEW_TAPS else None
+    taps, elements = prod(call.kernel), prod(call.shape)
+    if call.channels_last and call.dtype == torch.float32 and taps < _FEW_TAPS and elements > _FEW_ELEMENTS:
+        return f"torch's own is faster for {taps} taps on {elements} elements, channels_last"
+    return None
 
 
 def _explanation(call: Call) -> list[str]:
