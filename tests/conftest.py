@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from replknet import kernels
+from replknet.kernels import native
+
 # each worker of pytest-xdist gets its share of the processors
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
@@ -35,6 +38,23 @@ def _poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def set_variable(monkeypatch):
+    """Sets an environment variable that the kernels read once, and lets them read it anew."""
+
+    def forget():
+        kernels._from_environment.cache_clear()
+        native.instruction_set.cache_clear()
+
+    def set_variable(name, value):
+        monkeypatch.setenv(name, value)
+        forget()
+
+    yield set_variable
+    monkeypatch.undo()
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,8 @@ def test_reference_is_never_chosen_unless_forced():
     assert choose(CALL).name == "native"
 
 
-def test_environment_forces_a_backend_and_use_backend_goes_first(monkeypatch):
-    monkeypatch.setenv("REPLKNET_BACKEND", "reference")
+def test_environment_forces_a_backend_and_use_backend_goes_first(set_variable):
+    set_variable("REPLKNET_BACKEND", "reference")
     assert choose(CALL).name == forced() == "reference"
     with use_backend("aten"):
         assert choose(CALL).name == "aten"
@@ -129,10 +129,10 @@ def test_use_backend_stays_without_with():
     assert choose(CALL).name == "native"
 
 
-def test_unknown_backend_is_named_with_the_known_ones(monkeypatch):
+def test_unknown_backend_is_named_with_the_known_ones(set_variable):
     with pytest.raises(ValueError, match="no backend is called 'cutlass'; there are native, aten, reference"):
         use_backend("cutlass")
-    monkeypatch.setenv("REPLKNET_BACKEND", "cutlass")
+    set_variable("REPLKNET_BACKEND", "cutlass")
     with pytest.raises(ValueError, match="REPLKNET_BACKEND=cutlass: no backend is called 'cutlass'"):
         choose(CALL)
 

@@ -49,15 +49,15 @@ def test_the_forced_instruction_set_is_the_one_that_runs():
         assert results["avx2"][1] != results["plain"][1]
 
 
-def test_an_unknown_instruction_set_is_an_error(monkeypatch):
-    monkeypatch.setenv("REPLKNET_ISA", "mmx")
+def test_an_unknown_instruction_set_is_an_error(set_variable):
+    set_variable("REPLKNET_ISA", "mmx")
     with pytest.raises(RuntimeError, match=r"REPLKNET_ISA=mmx: this build has .*plain"):
         depthwise_conv2d(torch.randn(1, 16, 8, 8), torch.randn(16, 1, 9, 9))
 
 
 @pytest.mark.parametrize("missing", [name for name, runs in native.instruction_sets().items() if not runs])
-def test_an_instruction_set_that_the_processor_lacks_is_an_error(monkeypatch, missing):
-    monkeypatch.setenv("REPLKNET_ISA", missing)
+def test_an_instruction_set_that_the_processor_lacks_is_an_error(set_variable, missing):
+    set_variable("REPLKNET_ISA", missing)
     with pytest.raises(
         RuntimeError, match=rf"REPLKNET_ISA={missing}: this processor does not have it; it runs .*plain"
     ):

@@ -4,7 +4,7 @@ A new backend is one file with a `Backend` record, and one line in `BACKENDS`.
 """
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import TracebackType
 
 from replknet.kernels import aten, native, reference
@@ -28,6 +28,11 @@ def forced() -> str | None:
     """The backend that `use_backend` or the environment forces, or None."""
     if _forced is not None:
         return _forced
+    return _from_environment()
+
+
+@cache
+def _from_environment() -> str | None:
     name = os.environ.get(VARIABLE)
     if not name:
         return None
@@ -42,7 +47,7 @@ class use_backend:
 
     It acts at once and stays (backward passes on CUDA run in other threads, so a thread-local choice would
     miss them); as a context manager it restores the earlier choice at the end. It goes before the
-    environment variable `REPLKNET_BACKEND`.
+    environment variable `REPLKNET_BACKEND`, which is read once.
 
     Args:
         name: the name of a backend (`replknet.doctor()` lists them), or None.

@@ -8,6 +8,7 @@ checksum of the bytes, taken by the core in each call, decides.
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import platform
@@ -33,6 +34,8 @@ CACHE_BYTES = 512 << 20
 # which costs more than the convolution
 _HUGE_BYTES = 4 << 20
 _ALIGNMENT = 64
+# work below this many ns (estimated, one core) is not worth waking other threads for
+_ALONE_NS = 10_000
 # torch's own channels_last convolution wins for fewer taps than this on more elements of x than that
 # (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
 _FEW_TAPS = 26
@@ -105,8 +108,9 @@ def instruction_sets() -> dict[str, bool]:
     return found
 
 
+@cache
 def instruction_set() -> str:
-    """The instruction set that calls run with: the one that REPLKNET_ISA names, else the best.
+    """The instruction set that calls run with: the one that REPLKNET_ISA names at the first call, else the best.
 
     Raises:
         RuntimeError: there is no core, or REPLKNET_ISA names a set that it does not have or that does not run here.
@@ -114,7 +118,6 @@ def instruction_set() -> str:
     return _instruction_set(os.environ.get(VARIABLE) or None)
 
 
-@cache
 def _instruction_set(wanted: str | None) -> str:
     found = instruction_sets()
     if not found:
@@ -158,12 +161,17 @@ class _Workspace(threading.local):
         return self.buffer.data_ptr()
 
 
-@dataclass(frozen=True, slots=True)
 class Prepared:
-    """Weights in the form that the kernels use, and a checksum for each block of channels; 0: not made yet."""
+    """Weights in the form that the kernels use, a checksum for each block of channels (0: not made yet), and the
+    structure by which a call hands them to the core."""
 
-    buffer: Tensor
-    checksums: Tensor
+    __slots__ = ("_checksums", "_weights", "nbytes", "run")
+
+    def __init__(self, nbytes: int, blocks: int) -> None:
+        self.nbytes = nbytes
+        self._weights = _aligned(nbytes)
+        self._checksums = torch.zeros(blocks, dtype=torch.int64, device="cpu")
+        self.run = _Run(prepared=self._weights.data_ptr(), checksums=self._checksums.data_ptr())
 
 
 @dataclass(slots=True)
@@ -172,24 +180,24 @@ class PreparedCache:
 
     limit: int  # bytes
     size: int = 0
-    entries: OrderedDict[tuple[object, ...], Prepared] = field(default_factory=OrderedDict)
+    entries: OrderedDict[tuple[int, int], Prepared] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, key: tuple[object, ...], nbytes: int, blocks: int) -> Prepared:
+    def take(self, key: tuple[int, int], nbytes: int, blocks: int) -> Prepared:
         with self.lock:
             found = self.entries.pop(key, None)
             if found is not None:
-                self.size -= found.buffer.numel()
+                self.size -= found.nbytes
                 return found
-        return Prepared(_aligned(nbytes), torch.zeros(blocks, dtype=torch.int64, device="cpu"))
+        return Prepared(nbytes, blocks)
 
-    def give(self, key: tuple[object, ...], prepared: Prepared) -> None:
+    def give(self, key: tuple[int, int], prepared: Prepared) -> None:
         with self.lock:
             before = self.entries.pop(key, None)
-            self.size += prepared.buffer.numel() - (before.buffer.numel() if before is not None else 0)
+            self.size += prepared.nbytes - (before.nbytes if before is not None else 0)
             self.entries[key] = prepared
             while self.size > self.limit:
-                self.size -= self.entries.popitem(last=False)[1].buffer.numel()
+                self.size -= self.entries.popitem(last=False)[1].nbytes
 
 
 PREPARED = PreparedCache(CACHE_BYTES)
@@ -208,7 +216,7 @@ class _Job:
     workspace_bytes: int  # of all threads
     threads: int
     how: Plan
-    weights: tuple[object, ...]  # what prepared weights depend on, beside the weights
+    form: int  # of the prepared weights: the same number means that jobs can share them
 
 
 @lru_cache(maxsize=1024)
@@ -229,13 +237,23 @@ def _job(
     call = _Call(
         *shape, kh, kw, _DTYPES[dtype], channels_last, _ALGORITHMS[how.algorithm], *how.lengths, *how.tile, rotated
     )
+    blocks = (shape[1] + BLOCK - 1) // BLOCK
+    if how.ns * blocks * shape[0] < _ALONE_NS:
+        threads = 1
     workspace = core.rk_workspace(ctypes.byref(call), threads, backward)
     prepared = core.rk_prepared(ctypes.byref(call))
     assert min(workspace, prepared) >= 0, f"the core does not take {how} for {shape}, kernel {kernel}"
-    blocks = (shape[1] + BLOCK - 1) // BLOCK
     index = list(instruction_sets()).index(isa)
-    weights = (kernel, shape[2:], dtype, how, rotated, isa)
-    return _Job(call, ctypes.addressof(call), index, blocks, 4 * prepared, workspace, threads, how, weights)
+    form = _form(kernel, shape[2:], dtype, how, rotated, isa)
+    return _Job(call, ctypes.addressof(call), index, blocks, 4 * prepared, workspace, threads, how, form)
+
+
+@cache
+def _form(*what_prepared_weights_depend_on: object) -> int:
+    return next(_numbers)
+
+
+_numbers = itertools.count()
 
 
 def _core() -> ctypes.CDLL:
@@ -252,22 +270,17 @@ def _job_of(x: Tensor, weight: Tensor, algorithm: str, rotated: bool = False, ba
     return _job(x.shape, weight.shape, x.dtype, channels_last, algorithm, rotated, backward, isa, threads)
 
 
-def _memory(job: _Job, prepared: Prepared | None) -> _Run:
-    return _Run(
-        job.isa,
-        job.threads,
-        _parallel_for(),
-        _workspace.address(job.workspace_bytes),
-        None if prepared is None else prepared.buffer.data_ptr(),
-        None if prepared is None else prepared.checksums.data_ptr(),
-    )
+def _complete(run: _Run, job: _Job) -> _Run:
+    run.isa, run.threads, run.parallel_for = job.isa, job.threads, _parallel_for()
+    run.workspace = _workspace.address(job.workspace_bytes)
+    return run
 
 
 def _with_weights(job: _Job, weight: Tensor, start: Callable[[_Run], int]) -> int:
     """Calls `start` with memory and prepared weights; the number of blocks that were prepared anew."""
-    key = (weight.data_ptr(), job.weights)
+    key = weight.data_ptr(), job.form
     prepared = PREPARED.take(key, job.prepared_bytes, job.blocks)
-    code = start(_memory(job, prepared))
+    code = start(_complete(prepared.run, job))
     PREPARED.give(key, prepared)
     assert code >= 0, f"the core answered {code} to {job.how}"
     return code
@@ -342,7 +355,7 @@ def backward(
         if both:
             _with_weights(job, weight, start)
         else:
-            code = start(_memory(job, None))
+            code = start(_complete(_Run(), job))
             assert code >= 0, f"the core answered {code} to {job.how}"
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if wanted[2] else None
     return dx, dw, db

@@ -4,7 +4,6 @@ The two schemas are fixed: a change would break saved `.pt2` files.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,6 +47,12 @@ def depthwise_conv2d(
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 3 (guideline 1).
     """
+    if _nothing_watches(x, weight, bias):
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        run = _Recorded.apply if recorded else _computed
+        return run(x, weight, bias, relu, _accepted(x, weight, bias, algorithm))
     kind = x.device.type
     # the meta device, for one, has no autocast to ask about
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -58,12 +63,6 @@ def depthwise_conv2d(
     _check(x, weight, bias, algorithm)
     if _must_be_plain():
         return _plain(x, weight, bias, relu)
-    if _nothing_watches(x, weight, bias):
-        recorded = torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        run = _Recorded.apply if recorded else _computed
-        return run(x, weight, bias, relu, algorithm)
     return torch.ops.replknet.depthwise_conv2d(x, weight, bias, relu, algorithm)
 
 
@@ -112,19 +111,21 @@ def _must_be_plain() -> bool:
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether the op may be computed without torch's dispatcher, which costs more than a small convolution.
 
-    Compilers, modes (counters, fake tensors) and subclasses of tensors have to see the op.
+    Compilers and tracers, autocast, transforms, modes (counters, fake tensors) and subclasses of tensors have to
+    see the op.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and type(x) in _TENSORS
-        and type(weight) in _TENSORS
-        and (bias is None or type(bias) in _TENSORS)
-        and x.device.type in ("cpu", "cuda")
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or _must_be_plain()
+    ):
+        return False
+    return all(t is None or (type(t) in _TENSORS and t.device.type in ("cpu", "cuda")) for t in tensors)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -134,9 +135,9 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor
 
 def _layout(x: Tensor) -> torch.memory_format:
     """The memory format of the result: the one rule for the real and the fake kernels."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
@@ -150,23 +151,38 @@ def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
 
 
 def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
-    return _call_of_facts(x.shape, weight.shape, x.dtype, x.device.type, _layout(x) is torch.channels_last, algorithm)
-
-
-@lru_cache(maxsize=4096)
-def _call_of_facts(
-    shape: torch.Size, weight: torch.Size, dtype: torch.dtype, device: str, channels_last: bool, algorithm: str
-) -> Call:
-    n, c, h, w = shape
-    kh, kw = weight[2:]
+    n, c, h, w = x.shape
+    kh, kw = weight.shape[2:]
     return Call(
         shape=(n, c, h, w),
         kernel=(kh, kw),
-        dtype=dtype,
-        device=device,
-        channels_last=channels_last,
+        dtype=x.dtype,
+        device=x.device.type,
+        channels_last=_layout(x) is torch.channels_last,
         algorithm=algorithm,
     )
+
+
+# what was checked, and the call that came of it; a call costs less than its checks for the smallest maps
+_ACCEPTED: dict[tuple[object, ...], Call] = {}
+_MOST_ACCEPTED = 4096
+
+
+def _accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Call:
+    """Checks the arguments, unless others like them were checked before; the call they make."""
+    facts = (
+        *(x.shape, x.dtype, x.device, _layout(x)),
+        *(weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        algorithm,
+    )
+    call = _ACCEPTED.get(facts)
+    if call is None:
+        _check(x, weight, bias, algorithm)
+        if len(_ACCEPTED) >= _MOST_ACCEPTED:
+            _ACCEPTED.clear()
+        call = _ACCEPTED[facts] = _call(x, weight, algorithm)
+    return call
 
 
 def _refuse_forward_mode() -> None:
@@ -193,17 +209,20 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
     _refuse_forward_mode()
-    return _computed(x, weight, bias, relu, algorithm)
+    with _without_autocast(x):
+        return _computed(x, weight, bias, relu, _call(x, weight, algorithm))
 
 
-def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
-    layout = _layout(x)
+def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, call: Call) -> Tensor:
+    layout = _layout_of(call)
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    with _without_autocast(x):
-        call = _call(x, weight, algorithm)
-        y = choose(call).forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, algorithm)
+    y = choose(call).forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, call.algorithm)
     return _settled(y, layout)
+
+
+def _layout_of(call: Call) -> torch.memory_format:
+    return torch.channels_last if call.channels_last else torch.contiguous_format
 
 
 def _settled(result: Tensor, layout: torch.memory_format) -> Tensor:
@@ -244,19 +263,29 @@ def _gradients(
     if x.numel() == 0:
         dx, dw, db = _empty_gradients(x, weight, wanted)
         return dx, dw.zero_(), db.zero_()
-    layout = _layout(x)
     with _without_autocast(x):
-        found = choose(_call(x, weight, algorithm)).backward(
-            dy.contiguous(memory_format=layout),
-            x.contiguous(memory_format=layout),
-            weight.contiguous(),
-            wanted,
-            algorithm,
+        dx, dw, db = (
+            x.new_empty(0) if found is None else found
+            for found in _computed_gradients(dy, x, weight, wanted, _call(x, weight, algorithm))
         )
+    return dx, dw, db
+
+
+def _computed_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], call: Call
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    layout = _layout_of(call)
+    dx, dw, db = choose(call).backward(
+        dy.contiguous(memory_format=layout),
+        x.contiguous(memory_format=layout),
+        weight.contiguous(),
+        wanted,
+        call.algorithm,
+    )
     return (
-        x.new_empty(0) if found[0] is None else _settled(found[0], layout),
-        x.new_empty(0) if found[1] is None else _settled(found[1], torch.contiguous_format),
-        x.new_empty(0) if found[2] is None else found[2].contiguous(),
+        None if dx is None else _settled(dx, layout),
+        None if dw is None else _settled(dw, torch.contiguous_format),
+        None if db is None else db.contiguous(),
     )
 
 
@@ -276,8 +305,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     if y is not None:
         dy = dy * (y > 0)
     wanted = list(ctx.needs_input_grad[:3])
-    found = torch.ops.replknet.depthwise_conv2d_backward(dy, x, weight, wanted, ctx.algorithm)
-    dx, dw, db = (f if want else None for f, want in zip(found, wanted, strict=True))
+    # gradients that are recorded in turn need the op, which knows its own
+    if x.numel() > 0 and not torch.is_grad_enabled() and _nothing_watches(dy, x, weight):
+        found = _computed_gradients(dy, x, weight, wanted, _accepted(x, weight, None, ctx.algorithm))
+        return *found, None, None
+    results = torch.ops.replknet.depthwise_conv2d_backward(dy, x, weight, wanted, ctx.algorithm)
+    dx, dw, db = (result if want else None for result, want in zip(results, wanted, strict=True))
     return dx, dw, db, None, None
 
 
@@ -288,9 +321,9 @@ class _Recorded(torch.autograd.Function):
     """The op with its gradient, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Tensor:
-        y = _computed(x, weight, bias, relu, algorithm)
-        _save(ctx, (x, weight, bias, relu, algorithm), y)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, call: Call) -> Tensor:
+        y = _computed(x, weight, bias, relu, call)
+        _save(ctx, (x, weight, bias, relu, call.algorithm), y)
         return y
 
     @staticmethod
