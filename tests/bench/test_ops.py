@@ -170,7 +170,7 @@ def test_short_calls_are_settled_and_slow_ones_sit_out(monkeypatch):
     calls = {name: partial(call, name) for name in counts}
     times = interleaved(calls, runs=5, limit_s=2.5)
     assert (times["fast"].runs, times["slow"].runs) == (3, 3)
-    # each fast one twice, the slow one warmed up once
+    # the clock jumps a second a look, so a turn is one call; each fast one twice, the slow one warmed up once
     assert counts == {"fast": 6, "slow": 4}
     assert times["slow"].p50_ms == 500
 

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
 
 # a call that takes less is made once untimed before each timed one
 _SHORT_MS = 100.0
+# calls that take less than this are timed several times a turn
+_TURN_S = 0.003
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def interleaved(
     """Time several ways of doing the same, in turns, so that a disturbance hits all alike.
 
     Before a short call is timed it is made once untimed, so that each finds the caches and the threads as
-    itself left them, not as its neighbour did. A long one is warmed up once only.
+    itself left them, not as its neighbour did; then it is timed for three milliseconds, and the median is the
+    time of this turn. A long one is warmed up once only and timed once.
 
     Args:
         calls: name -> what to time.
@@ -54,9 +57,17 @@ def interleaved(
             start = time.perf_counter()
             if not times[name] or times[name][-1] < _SHORT_MS:
                 _milliseconds(call)
-            times[name].append(_milliseconds(call))
+            times[name].append(_turn(call))
             spent[name] += time.perf_counter() - start
     return {name: _timing(values) for name, values in times.items()}
+
+
+def _turn(call: Callable[[], Any]) -> float:
+    found: list[float] = []
+    end = time.perf_counter() + _TURN_S
+    while not found or time.perf_counter() < end:
+        found.append(_milliseconds(call))
+    return median(found)
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

@@ -20,8 +20,9 @@ from replknet.kernels import BACKENDS, Backend, choose, use_backend
 from replknet.ops import depthwise_conv2d
 from replknet.ops.depthwise import call_of
 
-# x, weight, dy -> the results, which are new tensors
-Function = Callable[[Tensor, Tensor, Tensor], Any]
+# x, weight -> y
+Operator = Callable[[Tensor, Tensor], Tensor]
+Call = Callable[[], Any]  # returns new tensors
 
 # longer than the threads of OpenMP spin; see `interleaved`
 _PAUSE_S = 0.02
@@ -68,7 +69,7 @@ class Way:
 
     name: str
     backend: str  # who computes
-    calls: tuple[Callable[[], Any], ...]  # one a layer
+    calls: tuple[Call, ...]  # one a layer
 
     def run(self) -> None:
         for call in self.calls:
@@ -149,19 +150,19 @@ def _excesses(what: What, layers: list[Layer], ways: list[Way]) -> dict[str, flo
 
 def _ways(what: What, layers: list[Layer]) -> list[Way]:
     """The operator as it chooses, every other backend by force, and torch, each in both layouts."""
-    ours, torchs = _FUNCTIONS[what]
     ways = []
     for layout in ("nhwc", "nchw"):
         tensors = [layer.tensors(layout) for layer in layers]
         calls = [call_of(x, weight) for x, weight, _ in tensors]
         taken = sorted({choose(call).name for call in calls})
-        ways.append(Way(f"operator {layout}", "+".join(taken), _bound(ours, tensors)))
+        ours = tuple(_call(what, depthwise_conv2d, *t) for t in tensors)
+        ways.append(Way(f"operator {layout}", "+".join(taken), ours))
         for backend in BACKENDS:
             accepts = all(backend.refusal(call) is None for call in calls)
             if backend.automatic and accepts and taken != [backend.name]:
-                by_force = partial(_forced, backend, ours)
-                ways.append(Way(f"{backend.name} {layout}", backend.name, _bound(by_force, tensors)))
-        ways.append(Way(f"torch {layout}", "torch", _bound(torchs, tensors)))
+                by_force = tuple(partial(_forced, backend, call) for call in ours)
+                ways.append(Way(f"{backend.name} {layout}", backend.name, by_force))
+        ways.append(Way(f"torch {layout}", "torch", tuple(_call(what, _torch, *t) for t in tensors)))
     return ways
 
 
@@ -173,43 +174,24 @@ def _runtimes(layers: list[Layer]) -> list[Way]:
     ]
 
 
-def _bound(function: Function, tensors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Callable[[], Any], ...]:
-    return tuple(partial(function, *t) for t in tensors)
-
-
-def _forced(backend: Backend, function: Function, x: Tensor, weight: Tensor, dy: Tensor) -> Any:
+def _forced(backend: Backend, call: Call) -> Any:
     with use_backend(backend.name):
-        return function(x, weight, dy)
+        return call()
 
 
-def _forward(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
-    return depthwise_conv2d(x, weight)
-
-
-def _gradients(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
-    return torch.ops.replknet.depthwise_conv2d_backward(dy, x, weight, [True, True, False], "auto")
-
-
-def _torch_forward(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
-    return conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
-
-
-def _torch_gradients(x: Tensor, weight: Tensor, dy: Tensor) -> Any:
-    p, c = weight.shape[-1] // 2, x.shape[1]
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [1, 1], [p, p], [1, 1], False, [0, 0], c, [True, True, False]
-    )
-
-
-def _step(function: Function, x: Tensor, weight: Tensor, dy: Tensor) -> Any:
-    """dx and dw through autograd, the forward pass included."""
+def _call(what: What, operator: Operator, x: Tensor, weight: Tensor, dy: Tensor) -> Call:
+    if what == "forward":
+        return partial(operator, x, weight)
     leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    return torch.autograd.grad(function(*leaves, dy), leaves, dy)
+    if what == "step":
+        return partial(_step, operator, leaves, dy)
+    return partial(torch.autograd.grad, operator(*leaves), leaves, dy, retain_graph=True)
 
 
-# the operator's, and torch's own
-_FUNCTIONS: dict[What, tuple[Function, Function]] = {
-    "forward": (_forward, _torch_forward),
-    "gradients": (_gradients, _torch_gradients),
-    "step": (partial(_step, _forward), partial(_step, _torch_forward)),
-}
+def _step(operator: Operator, leaves: tuple[Tensor, Tensor], dy: Tensor) -> Any:
+    """dx and dw through autograd, the forward pass included."""
+    return torch.autograd.grad(operator(*leaves), leaves, dy)
+
+
+def _torch(x: Tensor, weight: Tensor) -> Tensor:
+    return conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
