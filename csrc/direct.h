@@ -87,13 +87,15 @@ INLINE int tile_outputs(int64_t n) {
 // pixels of a packed line: zeros at both ends, and for what the last tile computes in vain
 INLINE int64_t line_pixels(int64_t pixels, int reach) { return pixels + 2 * reach + WIDEST; }
 
+// Rows of images and of taps are packed, and results gathered, through a buffer at the start of the workspace.
+INLINE int64_t buffer_floats(const Axis& width) { return BLOCK * (line_pixels(width.size, width.reach) + MOST_PIXELS); }
+
 // the taps of a block as [group][row][column][LANES]
-NOINLINE void prepare_direct(const Job& job, int64_t block, float* line) {
+NOINLINE void prepare_direct(const Job& job, int64_t block, float* buffer) {
   const Axis &height = job.height, &width = job.width;
   const Plane plane = weight_plane(job, job.weight, block);
   float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
-  for (int j = 0; j < height.side; j++) {
-    read_line(plane, height.skipped + j, width.skipped, width.side, line);
+  read_rows(plane, height.skipped, height.side, width.skipped, width.side, buffer, [&](int j, const float* line) {
     const int row = job.call.rotated ? height.side - 1 - j : j;
     for (int g = 0; g < GROUPS; g++) {
       float* taps = prepared + (static_cast<int64_t>(g) * height.side + row) * width.side * LANES;
@@ -102,17 +104,23 @@ NOINLINE void prepare_direct(const Job& job, int64_t block, float* line) {
         store(taps + column * LANES, load(line + BLOCK * i + LANES * g));
       }
     }
-  }
+  });
 }
 
 // Packs rows [top, top + rows) with `reach` zeros before each.
 NOINLINE void pack_rows(const Plane& plane, int64_t top, int64_t rows, int64_t pixels, int reach, int64_t pitch,
-                        float* lines) {
-  for (int64_t r = 0; r < rows; r++, lines += pitch) {
-    memset(lines, 0, sizeof(float) * BLOCK * reach);
-    read_line(plane, top + r, 0, static_cast<int>(pixels), lines + BLOCK * reach);
-    memset(lines + BLOCK * (reach + pixels), 0, sizeof(float) * (pitch - BLOCK * (reach + pixels)));
+                        float* buffer, float* lines) {
+  const int columns = static_cast<int>(pixels);
+  for (int64_t r = 0; r < rows; r++) {
+    float* line = lines + r * pitch;
+    memset(line, 0, sizeof(float) * BLOCK * reach);
+    memset(line + BLOCK * (reach + pixels), 0, sizeof(float) * (pitch - BLOCK * (reach + pixels)));
+    if (rows_at_once(plane, columns) == 1) read_line(plane, top + r, 0, columns, line + BLOCK * reach);
   }
+  if (rows_at_once(plane, columns) == 1) return;
+  read_rows(plane, top, static_cast<int>(rows), 0, columns, buffer, [&](int r, const float* line) {
+    memcpy(lines + r * pitch + BLOCK * reach, line, sizeof(float) * BLOCK * pixels);
+  });
 }
 
 NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64_t strip, float* memory) {
@@ -124,9 +132,9 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
   const bool narrow = is_dense(width);
   const int reach = narrow ? 0 : width.reach;
   const int64_t pitch = BLOCK * line_pixels(w, reach);
-  float* line = memory;
-  float* lines = line + BLOCK * line_pixels(w, 0);
-  pack_rows(image_plane(job, job.x, image, block), first, last - first, w, reach, pitch, lines);
+  float* buffer = memory;
+  float* lines = buffer + buffer_floats(width);
+  pack_rows(image_plane(job, job.x, image, block), first, last - first, w, reach, pitch, buffer, lines);
   const Plane plane = image_plane(job, job.y, image, block);
   const bool in_place = is_packed(plane);
   V bias[GROUPS];
@@ -140,7 +148,10 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
   const bool pairs = narrow && 2 * w <= WIDEST && height.reach == h - 1 && in_place;
   const int step = narrow ? static_cast<int>(w) : tile_outputs(w);
   constexpr auto sizes = std::make_integer_sequence<int, WIDEST>{};
+  const int at_once = rows_at_once(plane, static_cast<int>(w));
   for (int64_t r = top; r < bottom;) {
+    const int64_t gathered = (r - top) % at_once;  // rows in the buffer that are not yet written
+    float* line = buffer + BLOCK * w * gathered;
     const bool pair = pairs && r + 1 < bottom;
     const int64_t from = r > height.reach ? r - height.reach : 0;
     const int64_t until = r + height.reach + 1 < h ? r + height.reach + 1 : h;
@@ -163,7 +174,9 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
         run(a);
       }
     }
-    if (!in_place) write_line(plane, r, 0, static_cast<int>(w), line);
+    if (!in_place && (gathered == at_once - 1 || r == bottom - 1)) {
+      write_line(plane, r - gathered, 0, static_cast<int>((gathered + 1) * w), buffer);
+    }
     r += pair ? 2 : 1;
   }
 }
@@ -188,18 +201,43 @@ constexpr AddProducts* add_products_of(std::integer_sequence<int, I...>, int n) 
   return all[n - 1];
 }
 
+// The same for all taps of a row of the kernel, on maps of W pixels all of whose products they are: no padding.
+template <int W>
+NOINLINE void add_all_products(const float* dy, const float* x, int64_t pitch_y, int64_t pitch_x, int rows, int,
+                               float* sums) {
+  V sum[2 * W - 1] = {};
+  for (int r = 0; r < rows; r++, dy += pitch_y, x += pitch_x) {
+    unrolled<W>([&](auto j) INLINE_LAMBDA {
+      const V g = load(dy + BLOCK * j);
+      unrolled<W>([&](auto t) INLINE_LAMBDA { sum[t - j + W - 1] += g * load(x + BLOCK * (W - 1 + t)); });
+      barrier();
+    });
+  }
+  unrolled<2 * W - 1>([&](auto t) INLINE_LAMBDA { store(sums + BLOCK * t, load(sums + BLOCK * t) + sum[t]); });
+}
+constexpr int WIDEST_ALL = WIDEST / 2;  // 2 W - 1 sums are in registers
+template <int... I>
+constexpr AddProducts* add_all_products_of(std::integer_sequence<int, I...>, int n) {
+  constexpr AddProducts* all[] = {add_all_products<I + 1>...};
+  return all[n - 1];
+}
+
 // dw of a block. Partial sums of about a hundred products keep the rounding errors of long sums apart.
 NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
   const Axis &height = job.height, &width = job.width;
   const int64_t h = height.size, w = width.size;
-  const int step = tile_outputs(width.side);
+  const bool narrow = is_dense(width) && w <= WIDEST_ALL;
+  const int step = narrow ? width.side : tile_outputs(width.side);
   const int64_t pitch_x = BLOCK * line_pixels(w, width.reach), pitch_y = BLOCK * line_pixels(w, 0);
   const int64_t sums_row = BLOCK * (width.side + WIDEST);
-  float* sums = memory;
+  float* buffer = memory;
+  float* sums = buffer + buffer_floats(width);
   float* xs = sums + height.side * sums_row;
   float* dys = xs + (height.tile + 2 * height.reach) * pitch_x;
   memset(sums, 0, sizeof(float) * height.side * sums_row);
-  AddProducts* const add = add_products_of(std::make_integer_sequence<int, WIDEST>{}, step);
+  AddProducts* const add = narrow
+                               ? add_all_products_of(std::make_integer_sequence<int, WIDEST_ALL>{}, static_cast<int>(w))
+                               : add_products_of(std::make_integer_sequence<int, WIDEST>{}, step);
   const int64_t together = w < 96 ? 96 / w : 1;  // rows a partial sum
   for (int64_t image = 0; image < job.call.n; image++) {
     const Plane x = image_plane(job, job.x, image, block), dy = image_plane(job, job.dy, image, block);
@@ -207,8 +245,8 @@ NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
       const int64_t bottom = top + height.tile < h ? top + height.tile : h;
       const int64_t first = top > height.reach ? top - height.reach : 0;
       const int64_t last = bottom + height.reach < h ? bottom + height.reach : h;
-      pack_rows(x, first, last - first, w, width.reach, pitch_x, xs);
-      pack_rows(dy, top, bottom - top, w, 0, pitch_y, dys);
+      pack_rows(x, first, last - first, w, width.reach, pitch_x, buffer, xs);
+      pack_rows(dy, top, bottom - top, w, 0, pitch_y, buffer, dys);
       for (int j = 0; j < height.side; j++) {
         const int64_t shift = j - height.reach;  // row of x that meets row 0 of dy
         const int64_t from = top + shift < 0 ? -shift : top, until = bottom + shift > h ? h - shift : bottom;
@@ -225,9 +263,8 @@ NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
     }
   }
   const Plane plane = weight_plane(job, job.dw, block);
-  for (int j = 0; j < height.side; j++) {
-    write_line(plane, height.skipped + j, width.skipped, width.side, sums + j * sums_row);
-  }
+  write_rows(plane, height.skipped, height.side, width.skipped, width.side, buffer,
+             [&](int j, float* line) { memcpy(line, sums + j * sums_row, sizeof(float) * BLOCK * width.side); });
 }
 
 }  // namespace

@@ -66,6 +66,9 @@ INLINE typename E::T* address(const Plane& p, int64_t row, int64_t pixel) {
   return reinterpret_cast<typename E::T*>(p.base) + row * p.row + pixel * p.pixel;
 }
 
+// The last vector of a line overlaps the one before it rather than being a part.
+INLINE int vector_at(int next, int count) { return next + LANES > count && count > LANES ? count - LANES : next; }
+
 template <typename E>
 NOINLINE void read_line_as(const Plane& plane, int64_t row, int64_t first, int count, float* line) {
   typedef typename E::T T;
@@ -84,7 +87,8 @@ NOINLINE void read_line_as(const Plane& plane, int64_t row, int64_t first, int c
   }
   for (int g = 0; g < GROUPS; g++) {
     const int channels = plane.channels - LANES * g;
-    for (int p = 0; p < count; p += LANES) {
+    for (int next = 0; next < count; next += LANES) {
+      const int p = vector_at(next, count);
       V rows[LANES];
       for (int i = 0; i < LANES; i++) {
         const T* source = from + (LANES * g + i) * plane.channel + p;
@@ -123,7 +127,8 @@ NOINLINE void write_line_as(const Plane& plane, int64_t row, int64_t first, int 
   for (int g = 0; g < GROUPS; g++) {
     int channels = plane.channels - LANES * g;
     if (channels > LANES) channels = LANES;
-    for (int p = 0; p < count; p += LANES) {
+    for (int next = 0; next < count; next += LANES) {
+      const int p = vector_at(next, count);
       const int n = count - p < LANES ? count - p : LANES;
       V rows[LANES];
       for (int i = 0; i < LANES; i++) rows[i] = i < n ? load(line + (p + i) * BLOCK + LANES * g) : V{};
@@ -151,6 +156,35 @@ INLINE void write_line(const Plane& plane, int64_t row, int64_t first, int count
   if (plane.dtype == RK_FLOAT32) return write_line_as<Float32>(plane, row, first, count, line);
   if (plane.dtype == RK_FLOAT16) return write_line_as<Float16>(plane, row, first, count, line);
   return write_line_as<BFloat16>(plane, row, first, count, line);
+}
+
+// How many rows can be read and written as one line of at most MOST_PIXELS: several, if they follow one another in
+// memory. So a row of 14 pixels or 13 taps does not end in half a vector.
+constexpr int MOST_PIXELS = 256;
+INLINE int rows_at_once(const Plane& p, int columns) {
+  return p.pixel == 1 && p.row == columns && columns < MOST_PIXELS ? MOST_PIXELS / columns : 1;
+}
+
+// Reads rows through a buffer of MOST_PIXELS and hands each to f(row from 0 on, line).
+template <typename F>
+INLINE void read_rows(const Plane& plane, int64_t first, int rows, int64_t left, int columns, float* buffer, F f) {
+  const int at_once = rows_at_once(plane, columns);
+  for (int r = 0; r < rows; r++) {
+    const int more = rows - r < at_once ? rows - r : at_once;
+    if (r % at_once == 0) read_line(plane, first + r, left, more * columns, buffer);
+    f(r, buffer + BLOCK * columns * (r % at_once));
+  }
+}
+
+// Writes rows through a buffer of MOST_PIXELS, which f(row from 0 on, line) fills.
+template <typename F>
+INLINE void write_rows(const Plane& plane, int64_t first, int rows, int64_t left, int columns, float* buffer, F f) {
+  const int at_once = rows_at_once(plane, columns);
+  for (int r = 0; r < rows; r++) {
+    const int i = r % at_once;
+    f(r, buffer + BLOCK * columns * i);
+    if (i == at_once - 1 || r == rows - 1) write_line(plane, first + r - i, left, (i + 1) * columns, buffer);
+  }
 }
 
 // whether a line can be read and written where it lies

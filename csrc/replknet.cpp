@@ -81,9 +81,9 @@ int64_t workspace_floats(const Job& job, bool backward) {
     return small + prepared_floats(job) + (prepare > both ? prepare : both);
   }
   const int64_t line = BLOCK * (w.size + 2 * w.reach + WIDEST), rows = h.tile + 2 * h.reach;
-  const int64_t taps = BLOCK * (w.side + WIDEST);
-  if (!backward) return line * (rows + 1) + taps;
-  return line * (rows + h.tile) + taps * h.side;
+  const int64_t taps = BLOCK * (w.side + WIDEST), buffer = line + BLOCK * LARGEST;
+  if (!backward) return buffer + line * rows;
+  return buffer + line * (rows + h.tile) + taps * h.side;
 }
 
 // the share of slot s of `all` things among `slots`

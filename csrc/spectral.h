@@ -110,6 +110,8 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
   const bool packed = is_packed(plane);
   const bool in_place = packed && from == 0 && until == columns && !crowded(plane, columns);
   if (!in_place) memset(line, 0, sizeof(float) * BLOCK * columns);
+  const int at_once = from == 0 && until == columns ? rows_at_once(plane, columns) : 1;
+  int64_t first = 0, end = 0;  // the rows that are in the line
   for (int r = 0; r < rows; r++) {
     const int64_t row = top + r;
     if (row < 0 || row >= h) {
@@ -130,7 +132,12 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
       copy_groups(address<Float32>(plane, row, left + from), plane.pixel, line + BLOCK * from, BLOCK,
                   static_cast<int>(until - from), groups, row + 1 < h ? plane.row : 0);
     } else if (until > from) {
-      read_line(plane, row, left + from, static_cast<int>(until - from), line + BLOCK * from);
+      if (row >= end) {
+        first = row, end = row + at_once < h ? row + at_once : h;
+        const int64_t more = (end - first - 1) * columns;
+        read_line(plane, row, left + from, static_cast<int>(until - from + more), line + BLOCK * from);
+      }
+      source = line + BLOCK * columns * (row - first);
     }
     for (int g = groups.first; g < groups.last; g++) {
       OUTER(row_forward, f, columns, source + LANES * g, stride, work);
@@ -143,15 +150,7 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
 NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int rows, int64_t left, int columns,
                         Groups groups, const Bins& bins, const V (&bias)[GROUPS], bool relu, V* work, float* line) {
   const Length& f = *find_length(job.width.length);
-  const bool in_place = is_packed(plane) && !crowded(plane, columns);
-  for (int r = 0; r < rows; r++) {
-    float* target = line;
-    int64_t stride = BLOCK;
-    if (in_place) {
-      target = address<Float32>(plane, top + r, left), stride = plane.pixel;
-      const float* ahead = target + 2 * plane.row;
-      for (int p = 0; p < columns && r + 2 < rows; p++) __builtin_prefetch(ahead + p * stride, 1);
-    }
+  const auto row_to = [&](int r, float* target, int64_t stride) {
     for (int g = groups.first; g < groups.last; g++) {
       f.row_start(bins.column(g, 0) + 2 * r, bins.pitch, work, bias[g]);
       if (relu) {
@@ -160,11 +159,21 @@ NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int row
         OUTER(row_back, f, columns, target + LANES * g, stride, work);
       }
     }
-    if (in_place) continue;
-    if (is_packed(plane)) {
-      copy_groups(line, BLOCK, address<Float32>(plane, top + r, left), plane.pixel, columns, groups, 0);
+  };
+  if (!is_packed(plane)) {
+    write_rows(plane, top, rows, left, columns, line, [&](int r, float* to) { row_to(r, to, BLOCK); });
+    return;
+  }
+  const bool in_place = !crowded(plane, columns);
+  for (int r = 0; r < rows; r++) {
+    float* target = address<Float32>(plane, top + r, left);
+    if (in_place) {
+      const float* ahead = target + 2 * plane.row;
+      for (int p = 0; p < columns && r + 2 < rows; p++) __builtin_prefetch(ahead + p * plane.pixel, 1);
+      row_to(r, target, plane.pixel);
     } else {
-      write_line(plane, top + r, left, columns, line);
+      row_to(r, line, BLOCK);
+      copy_groups(line, BLOCK, target, plane.pixel, columns, groups, 0);
     }
   }
 }
@@ -186,18 +195,17 @@ NOINLINE void prepare_spectral(const Job& job, int64_t block, V* memory) {
   memset(bins.data, 0, sizeof(V) * GROUPS * bins.count * bins.pitch);
   memset(line, 0, sizeof(float) * BLOCK * width.length);
   const Plane plane = weight_plane(job, job.weight, block);
-  for (int j = 0; j < height.side; j++) {
-    read_line(plane, height.skipped + j, width.skipped, width.side, taps);
+  read_rows(plane, height.skipped, height.side, width.skipped, width.side, taps, [&](int j, const float* row) {
     for (int i = 0; i < width.side; i++) {
       const int tap = job.call.rotated ? width.side - 1 - i : i;
-      memcpy(line + BLOCK * tap_position(width, tap), taps + BLOCK * i, sizeof(float) * BLOCK);
+      memcpy(line + BLOCK * tap_position(width, tap), row + BLOCK * i, sizeof(float) * BLOCK);
     }
     const int tap = job.call.rotated ? height.side - 1 - j : j;
     for (int g = 0; g < GROUPS; g++) {
       OUTER(row_forward, fw, fw.l, line + LANES * g, BLOCK, work);
       fw.row_finish(work, bins.column(g, 0) + 2 * tap_position(height, tap), bins.pitch);
     }
-  }
+  });
   V* spectrum = reinterpret_cast<V*>(job.run.prepared) + block * GROUPS * bins.count * 2 * fh.l;
   const float scale = 1.0f / (static_cast<float>(fh.l) * static_cast<float>(fw.l));
   for (int g = 0; g < GROUPS; g++) {
@@ -307,16 +315,15 @@ NOINLINE void backward_spectral(const Job& job, int64_t block, V* memory) {
   }
   const Plane plane = weight_plane(job, job.dw, block);
   const V scale = all(1.0f / (static_cast<float>(fh.l) * static_cast<float>(fw.l)));
-  for (int j = 0; j < height.side; j++) {
+  write_rows(plane, height.skipped, height.side, width.skipped, width.side, taps, [&](int j, float* row) {
     for (int g = 0; g < GROUPS; g++) {
       fw.row_start(bins.column(g, 0) + 2 * tap_position(height, j), bins.pitch, work, V{});
       OUTER(row_back, fw, fw.l, line + LANES * g, BLOCK, work);
       for (int i = 0; i < width.side; i++) {
-        store(taps + BLOCK * i + LANES * g, scale * load(line + BLOCK * tap_position(width, i) + LANES * g));
+        store(row + BLOCK * i + LANES * g, scale * load(line + BLOCK * tap_position(width, i) + LANES * g));
       }
     }
-    write_line(plane, height.skipped + j, width.skipped, width.side, taps);
-  }
+  });
 }
 
 }  // namespace
