@@ -11,6 +11,13 @@ namespace {
 
 constexpr int WIDEST = 14;  // outputs in registers: two of the 16 registers are left for a tap and an input
 
+// The compiler is not to see that neighbouring steps of a loop load the same values: it would keep them in
+// registers from step to step, and the sums in memory.
+INLINE const float* forgotten(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 struct TileArgs {
   const float* lines;  // of the first input row and the first output, of a group of channels
   int64_t pitch;       // floats from line to line
@@ -31,6 +38,7 @@ NOINLINE void tile(const TileArgs& a) {
   for (int r = 0; r < a.rows; r++) {
     const float* x = a.lines + r * a.pitch;
     for (int j = 0; j < a.columns; j++, x += BLOCK, tap += LANES) {
+      x = forgotten(x);
       const V w = load(tap);
       unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] += w * load(x + BLOCK * t); });
     }
