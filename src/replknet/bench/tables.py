@@ -7,6 +7,7 @@ from replknet.bench.cases import SUITES, Case, Stack, Target
 from replknet.bench.harness import Record, Timing
 from replknet.bench.ops import Found, Wrong
 from replknet.bench.overhead import TARGET_US
+from replknet.bench.plans import TARGET as TARGET_PLANS
 
 HEADER = (
     f"{'':<17} {'backend':<11} {'p50 ms':>9} {'p20..p80':>17} {'x nhwc':>7} {'x nchw':>7} {'x torch':>7} "
@@ -16,6 +17,7 @@ HEADER_NETWORKS = (
     f"{'network':<22} {'what':<14} {'way':<12} {'p50 ms':>10} {'p20..p80':>19} {'x before, same layout':>22}"
 )
 HEADER_OVERHEAD = f"{'case':<12} {'what':<17} {'way':<14} {'backend':<11} {'p50 us':>8} {'beyond torch':>13}  target"
+HEADER_PLANS = f"{'case':<20} {'us':>9} {'x best':>7}  plan"
 # slower than this times torch's better layout is too slow on the grid
 _TOO_SLOW = 1.05
 # 31x31 against torch's 3x3: at R=16, and at every R with 64 images
@@ -145,6 +147,18 @@ def overhead_rows(found: Iterable[Found]) -> list[str]:
             f"{record.case:<12} {record.what:<17} {record.way:<14} {record.backend:<11} {us:>8.1f} {beyond:>13}  "
             f"{verdict}".rstrip()
         )
+    return lines
+
+
+def plan_rows(found: Iterable[Found]) -> list[str]:
+    """The plan that a shape gets, its time, and how much longer it takes than the best candidate."""
+    chosen, best = [record for record in found if isinstance(record, Record)]
+    ratio = chosen.timing.p20_ms / best.timing.p20_ms
+    lines = [f"{chosen.case:<20} {1e3 * chosen.timing.p20_ms:>9.1f} {ratio:>7.2f}  {chosen.way}"]
+    if best.way.removeprefix("best: ") != chosen.way.removeprefix("chosen: "):
+        lines.append(f"{'':<38}  {best.way}")
+    if ratio > TARGET_PLANS:
+        lines.append(f"{'':<38}  at most {TARGET_PLANS:g}: missed")
     return lines
 
 

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from replknet.bench import networks, ops, overhead, tables
+from replknet.bench import networks, ops, overhead, plans, tables
 from replknet.bench.cases import SUITES, chosen
 from replknet.bench.harness import Record, append, peak_gflops
 from replknet.cli.main import parser
@@ -19,9 +19,16 @@ _QUESTIONS = {
     **{name: suite.question for name, suite in SUITES.items()},
     "overhead": "what does a call cost beyond torch's own",
     "networks": "what does a whole network gain",
+    "plans": "how far are the chosen plans from the best ones",
 }
-_HEADERS = {"overhead": tables.HEADER_OVERHEAD, "networks": tables.HEADER_NETWORKS}
-_ROWS = {"overhead": tables.overhead_rows, "networks": tables.network_rows}
+# suites that are not of layers: their cases, and how they look
+_OTHERS = {
+    "overhead": list(overhead.KERNELS),
+    "networks": [network.name for network in networks.NETWORKS],
+    "plans": list(plans.SHAPES),
+}
+_HEADERS = {"overhead": tables.HEADER_OVERHEAD, "networks": tables.HEADER_NETWORKS, "plans": tables.HEADER_PLANS}
+_ROWS = {"overhead": tables.overhead_rows, "networks": tables.network_rows, "plans": tables.plan_rows}
 _EXAMPLE = (
     "replknet bench ops --suite table1 --case 'table1.n1.*' --plot table1.png; another: "
     "replknet bench ops --suite layers --backward --output benchmarks/results/ops.jsonl"
@@ -92,8 +99,8 @@ def _say(args: Namespace, *lines: str) -> None:
 
 def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
     """The suites, and for each a generator that measures a workload a step."""
-    if args.suite in ("overhead", "networks"):
-        names = list(overhead.KERNELS) if args.suite == "overhead" else [n.name for n in networks.NETWORKS]
+    if args.suite in _OTHERS:
+        names = _OTHERS[args.suite]
         wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in args.case or ["*"])]
         if not wanted:
             raise ValueError(f"no case of {args.suite} is called {', '.join(args.case)}; there are {', '.join(names)}")
@@ -101,6 +108,8 @@ def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
             raise ValueError(f"--backward is for layers; the suite {args.suite} has its own directions")
         if args.suite == "overhead":
             yield "overhead", overhead.measure(wanted, args.runs)
+        elif args.suite == "plans":
+            yield "plans", plans.measure(wanted, args.runs)
         else:
             chosen_networks = [network for network in networks.NETWORKS if network.name in wanted]
             yield "networks", networks.measure(chosen_networks, args.runs, args.limit)
@@ -116,10 +125,5 @@ def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
 def _listed() -> Iterator[str]:
     for name, question in _QUESTIONS.items():
         yield f"{name}: {question}?"
-        if name == "overhead":
-            names = list(overhead.KERNELS)
-        elif name == "networks":
-            names = [network.name for network in networks.NETWORKS]
-        else:
-            names = [case.name for case in SUITES[name].cases]
-        yield from (f"  {case}" for case in names)
+        cases = _OTHERS[name] if name in _OTHERS else [case.name for case in SUITES[name].cases]
+        yield from (f"  {case}" for case in cases)

@@ -231,9 +231,23 @@ def _job(
     isa: str,
     threads: int,
 ) -> _Job:
+    how = plan(shape[2], shape[3], kernel[2], kernel[3], algorithm)
+    return _planned(how, shape, kernel, dtype, channels_last, rotated, backward, isa, threads)
+
+
+def _planned(
+    how: Plan,
+    shape: torch.Size,
+    kernel: torch.Size,
+    dtype: torch.dtype,
+    channels_last: bool,
+    rotated: bool,
+    backward: bool,
+    isa: str,
+    threads: int,
+) -> _Job:
     core = _core()
     kh, kw = kernel[2:]
-    how = plan(shape[2], shape[3], kh, kw, algorithm)
     call = _Call(
         *shape, kh, kw, _DTYPES[dtype], channels_last, _ALGORITHMS[how.algorithm], *how.lengths, *how.tile, rotated
     )
@@ -320,6 +334,12 @@ def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: 
     )
 
 
+def run_plan(how: Plan, x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """Writes the convolution into y the way a plan says, on one thread: to compare plans."""
+    job = _planned(how, x.shape, weight.shape, x.dtype, not x.is_contiguous(), False, False, instruction_set(), 1)
+    _convolved(job, x, weight, None, False, y)
+
+
 def checksum(t: Tensor) -> int:
     """The core's checksum of a contiguous tensor's bytes."""
     return _core().rk_checksum(t.data_ptr(), t.nbytes, list(instruction_sets()).index(instruction_set()))
@@ -345,7 +365,8 @@ def backward(
         _convolved(_job_of(x, weight, algorithm, rotated=True), dy, weight, None, False, dx)
     if wanted[1]:
         # taps that only ever see padding are not written
-        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        seen = all(side // 2 < size for side, size in zip(weight.shape[2:], x.shape[2:], strict=True))
+        dw = (torch.empty_like if seen else torch.zeros_like)(weight, memory_format=torch.contiguous_format)
         tensors = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
         to_dx, to_dw = dx.data_ptr() if both and dx is not None else None, dw.data_ptr()
 

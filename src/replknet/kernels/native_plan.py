@@ -2,7 +2,7 @@
 
 A pure function of shape, kernel and type. The constants are times of the parts of the kernels, measured with
 warm caches on one core of an AMD EPYC (Zen 3) with AVX2; other machines differ, but the choices depend on
-ratios. How far a choice is from the best candidate was not measured yet.
+ratios. The suite `plans` of the benchmarks compares the choices with the clock, and so does a test.
 """
 
 from dataclasses import dataclass
@@ -33,12 +33,21 @@ _STEPS_NS: dict[int, tuple[int, int]] = {
 LENGTHS = tuple(_STEPS_NS)
 LANES = 8  # channels that the times above are for
 BLOCK = 16  # channels that are worked on together
+# the steps were timed by themselves, in the first-level cache; in a call they take so many times that
+_IN_A_CALL = 1.5
+# a pixel of a tile that overlaps others: it is copied first
+_COPIED_NS = 1.5
 # what a bin of a tile costs more once the bins leave the second-level cache
 _CACHE_BYTES = 400_000
 _MISSED_NS = 3.0
-# one product of eight channels in the direct kernels, and what a row of outputs costs beside
-_PRODUCT_NS = 0.20
-_ROW_NS = 12.0
+# the direct kernels, for eight channels: a product, by form; and for a tile of a row of outputs, each row of taps
+# that it meets, and what it costs once
+_DENSE_PRODUCT_NS = 0.26
+_TILE_PRODUCT_NS = 0.19
+_TAPS_ROW_NS = 2.5
+_TILE_NS = 46.0
+# what an output costs more once the image leaves the second-level cache
+_FAR_OUTPUT_NS = 4.0
 _STRIP_BYTES = 200_000
 _WIDEST = 14  # outputs that the direct kernels keep in registers
 
@@ -80,10 +89,13 @@ def _fft_ns(h: int, w: int, kh: int, kw: int, vertical: tuple[int, int], horizon
     rows_in = th if th == h else th + 2 * reach(h, kh)
     bins = lw // 2 + 1
     column, row = _STEPS_NS[lh][0], _STEPS_NS[lw][1]
-    tile = BLOCK / LANES * (bins * column + (rows_in + th) / 2 * row)
+    ns = bins * column + (rows_in + th) / 2 * row
     if bins * rows_in * 2 * 4 * BLOCK > _CACHE_BYTES:
-        tile += _MISSED_NS * bins * rows_in * BLOCK / LANES
-    return ceil(h / th) * ceil(w / tw) * tile
+        ns += _MISSED_NS * bins * rows_in
+    ns *= _IN_A_CALL
+    if (th, tw) != (h, w):
+        ns += _COPIED_NS * rows_in * (tw if tw == w else tw + 2 * reach(w, kw))
+    return BLOCK / LANES * ceil(h / th) * ceil(w / tw) * ns
 
 
 def _seen(size: int, side: int) -> int:
@@ -93,10 +105,16 @@ def _seen(size: int, side: int) -> int:
 
 
 def _direct_ns(h: int, w: int, kh: int, kw: int) -> float:
-    rw = reach(w, kw)
-    dense = w <= _WIDEST and rw == w - 1
-    columns = w * w if dense else w * (2 * rw + 1)
-    return BLOCK / LANES * (_seen(h, kh) * columns * _PRODUCT_NS + h * _ROW_NS)
+    rw, rows = reach(w, kw), _seen(h, kh)
+    if w <= _WIDEST and rw == w - 1:
+        ns = rows * w * w * _DENSE_PRODUCT_NS + h * _TILE_NS
+    else:
+        tiles = ceil(w / _WIDEST)
+        products = tiles * ceil(w / tiles) * (2 * rw + 1)
+        ns = rows * (products * _TILE_PRODUCT_NS + tiles * _TAPS_ROW_NS) + h * tiles * _TILE_NS
+    if 4 * BLOCK * h * w > _CACHE_BYTES:
+        ns += h * w * _FAR_OUTPUT_NS
+    return BLOCK / LANES * ns
 
 
 def _strip(h: int, w: int, kh: int, kw: int) -> int:
