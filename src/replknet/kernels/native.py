@@ -36,10 +36,10 @@ _HUGE_BYTES = 4 << 20
 _ALIGNMENT = 64
 # work below this many ns (estimated, one core) is not worth waking other threads for
 _ALONE_NS = 10_000
-# torch's own channels_last convolution wins for fewer taps than this on more elements of x than that
-# (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
+# torch's own channels_last convolution wins for fewer taps than this if x has more than so many elements for each
+# tap (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
 _FEW_TAPS = 26
-_FEW_ELEMENTS = 1 << 18
+_ELEMENTS_A_TAP = 1 << 15
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALGORITHMS = {"direct": 0, "fft": 1}
@@ -396,7 +396,8 @@ def _refusal(call: Call) -> str | None:
 
 def _declines(call: Call) -> str | None:
     taps, elements = prod(call.kernel), prod(call.shape)
-    if call.channels_last and call.dtype == torch.float32 and taps < _FEW_TAPS and elements > _FEW_ELEMENTS:
+    many = elements > _ELEMENTS_A_TAP * taps
+    if call.channels_last and call.dtype == torch.float32 and taps < _FEW_TAPS and many:
         return f"torch's own is faster for {taps} taps on {elements} elements, channels_last"
     return None
 
