@@ -5,6 +5,7 @@ A result that misses the float64 reference prints its error and gets no time.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -43,12 +44,13 @@ Found = Record | Wrong
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds, seconds a way, and the FMA peak in GFLOP/s with its source."""
+    """How to measure: rounds, seconds a way, the FMA peak in GFLOP/s with its source, and patterns of the ways."""
 
     runs: int
     limit_s: float
     peak_gflops: float
     peak_from: str
+    ways: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def _measure(
     ways = _ways(what, layers)
     if others:
         ways += _runtimes(layers)
+    ways = [way for way in ways if any(fnmatchcase(way.name, pattern) for pattern in settings.ways)]
     excesses = _excesses(what, layers, ways)
     wrong: list[Found] = [Wrong(case.name, what, way, e) for way, e in excesses.items() if not e <= 1]
     right = {way.name: way for way in ways if excesses[way.name] <= 1}

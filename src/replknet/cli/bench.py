@@ -40,6 +40,14 @@ def main(argv: list[str]) -> int:
     p.add_argument("subject", nargs="?", choices=["ops"], default="ops", help="what to time: the operator")
     p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; else layers")
     p.add_argument("--case", type=str, nargs="+", default=[], metavar="NAME", help="only these; * and ? are wildcards")
+    p.add_argument(
+        "--way",
+        type=str,
+        nargs="+",
+        default=["*"],
+        metavar="NAME",
+        help="only these ways, such as 'torch *' or openvino",
+    )
     p.add_argument("--list", action="store_true", help="show the suites and their cases, time nothing")
     p.add_argument("--backward", action="store_true", help="time the two gradients as well")
     p.add_argument(
@@ -116,7 +124,7 @@ def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
         return
     suites = list(chosen(args.suite, args.case))
     peak, source = (args.peak, "as stated") if args.peak is not None else (peak_gflops(), "torch.mm of 1024x1024")
-    settings = ops.Settings(args.runs, args.limit, peak, source)
+    settings = ops.Settings(args.runs, args.limit, peak, source, tuple(args.way))
     for name, suite, cases in suites:
         whats = suite.whats + (("gradients",) if args.backward and "gradients" not in suite.whats else ())
         yield name, ops.measure(name, suite, cases, whats, settings)
