@@ -43,8 +43,16 @@ NOINLINE void tile(const TileArgs& a) {
       unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] += w * load(x + BLOCK * t); });
     }
   }
+  float* const y = a.y;
+  const int64_t stride = a.stride;
+  const V floor = a.floor;
+  if (a.outputs == T) {
+    unrolled<T>([&](auto t) INLINE_LAMBDA { store(y + t * stride, at_least(floor, sum[t])); });
+    return;
+  }
+  const int outputs = a.outputs;
   unrolled<T>([&](auto t) INLINE_LAMBDA {
-    if (t < a.outputs) store(a.y + t * a.stride, at_least(a.floor, sum[t]));
+    if (t < outputs) store(y + t * stride, at_least(floor, sum[t]));
   });
 }
 
@@ -92,7 +100,7 @@ INLINE int tile_outputs(int64_t n) {
   const int64_t tiles = (n + WIDEST - 1) / WIDEST;
   return static_cast<int>((n + tiles - 1) / tiles);
 }
-// pixels of a packed line: zeros at both ends, and for what the last tile computes in vain
+// pixels of a packed line: zeros at both ends, and what the last tile reads in vain
 INLINE int64_t line_pixels(int64_t pixels, int reach) { return pixels + 2 * reach + WIDEST; }
 
 // Rows of images and of taps are packed, and results gathered, through a buffer at the start of the workspace.
@@ -115,14 +123,14 @@ NOINLINE void prepare_direct(const Job& job, int64_t block, float* buffer) {
   });
 }
 
-// Packs rows [top, top + rows) with `reach` zeros before each.
+// Packs rows [top, top + rows) with `reach` zeros at both ends of each.
 NOINLINE void pack_rows(const Plane& plane, int64_t top, int64_t rows, int64_t pixels, int reach, int64_t pitch,
                         float* buffer, float* lines) {
   const int columns = static_cast<int>(pixels);
   for (int64_t r = 0; r < rows; r++) {
     float* line = lines + r * pitch;
     memset(line, 0, sizeof(float) * BLOCK * reach);
-    memset(line + BLOCK * (reach + pixels), 0, sizeof(float) * (pitch - BLOCK * (reach + pixels)));
+    memset(line + BLOCK * (reach + pixels), 0, sizeof(float) * BLOCK * reach);
     if (rows_at_once(plane, columns) == 1) read_line(plane, top + r, 0, columns, line + BLOCK * reach);
   }
   if (rows_at_once(plane, columns) == 1) return;
