@@ -40,6 +40,8 @@ _ALONE_NS = 10_000
 # tap (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
 _FEW_TAPS = 26
 _ELEMENTS_A_TAP = 1 << 15
+# an output of so many (32 MB) is mapped anew by each call, and torch's is faulted in by 4 KB pages
+_MAPPED_ELEMENTS = 1 << 23
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALGORITHMS = {"direct": 0, "fft": 1}
@@ -396,7 +398,7 @@ def _refusal(call: Call) -> str | None:
 
 def _declines(call: Call) -> str | None:
     taps, elements = prod(call.kernel), prod(call.shape)
-    many = elements > _ELEMENTS_A_TAP * taps
+    many = _ELEMENTS_A_TAP * taps < elements < _MAPPED_ELEMENTS
     if call.channels_last and call.dtype == torch.float32 and taps < _FEW_TAPS and many:
         return f"torch's own is faster for {taps} taps on {elements} elements, channels_last"
     return None
