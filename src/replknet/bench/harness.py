@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,11 @@ class Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], runs: int = 20, limit_s: float = 20.0, pause_s: float = 0.0
+    calls: Mapping[str, Callable[[], Any]],
+    runs: int = 20,
+    limit_s: float = 20.0,
+    apart: Collection[str] = (),
+    pause_s: float = 0.02,
 ) -> dict[str, Timing]:
     """Time several ways of doing the same, in turns, so that a disturbance hits all alike.
 
@@ -44,16 +48,21 @@ def interleaved(
         calls: name -> what to time.
         runs: rounds, at least 2.
         limit_s: a way that has used up this much time sits out after three rounds.
-        pause_s: wait before each call; the threads of OpenMP go on spinning for some milliseconds after a
-            call, and would take the processor from another runtime's.
+        apart: names of calls that run on threads of their own. Their turns come first, with a wait before each
+            and after the last.
+        pause_s: that wait; the threads of OpenMP go on spinning for some milliseconds after a call, and would
+            take the processor from another runtime's.
     """
+    order = [name for name in calls if name in apart] + [name for name in calls if name not in apart]
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     for done in range(runs):
-        for name, call in calls.items():
+        for i, name in enumerate(order):
+            call = calls[name]
             if done >= 3 and spent[name] > limit_s:
                 continue
-            time.sleep(pause_s)
+            if i <= len(apart) and apart:
+                time.sleep(pause_s)
             start = time.perf_counter()
             if not times[name] or times[name][-1] < _SHORT_MS:
                 _milliseconds(call)

@@ -25,9 +25,6 @@ from replknet.ops.depthwise import call_of
 Operator = Callable[[Tensor, Tensor], Tensor]
 Call = Callable[[], Any]  # returns new tensors
 
-# longer than the threads of OpenMP spin; see `interleaved`
-_PAUSE_S = 0.02
-
 
 @dataclass(frozen=True)
 class Wrong:
@@ -102,7 +99,8 @@ def _measure(
     right = {way.name: way for way in ways if excesses[way.name] <= 1}
     load = Load()
     calls = {way.name: way.calls[0] if len(way.calls) == 1 else way.run for way in right.values()}
-    times = interleaved(calls, settings.runs, settings.limit_s, _PAUSE_S if others else 0.0)
+    apart = [way for way in calls if right[way].backend in runtimes.NAMES]
+    times = interleaved(calls, settings.runs, settings.limit_s, apart)
     disturbed = load.end()
     # dx and dw are as many products each as y
     factor = {"forward": 1, "gradients": 2, "step": 3}[what]
@@ -153,8 +151,13 @@ def _excesses(what: What, layers: list[Layer], ways: list[Way]) -> dict[str, flo
 
 def _ways(what: What, layers: list[Layer]) -> list[Way]:
     """The operator as it chooses, every other backend by force, and torch, each in both layouts."""
-    ways = []
-    for layout in ("nhwc", "nchw"):
+    layouts = ("nhwc", "nchw")
+    # torch goes first: its calls are long, so that the processor and the threads are awake when the operator follows
+    ways = [
+        Way(f"torch {layout}", "torch", tuple(_call(what, _torch, *layer.tensors(layout)) for layer in layers))
+        for layout in layouts
+    ]
+    for layout in layouts:
         tensors = [layer.tensors(layout) for layer in layers]
         calls = [call_of(x, weight) for x, weight, _ in tensors]
         taken = sorted({choose(call).name for call in calls})
@@ -165,7 +168,6 @@ def _ways(what: What, layers: list[Layer]) -> list[Way]:
             if backend.automatic and accepts and taken != [backend.name]:
                 by_force = tuple(partial(_forced, backend, call) for call in ours)
                 ways.append(Way(f"{backend.name} {layout}", backend.name, by_force))
-        ways.append(Way(f"torch {layout}", "torch", tuple(_call(what, _torch, *t) for t in tensors)))
     return ways
 
 

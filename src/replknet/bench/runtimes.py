@@ -10,6 +10,8 @@ from torch import Tensor
 # what must be importable for each
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 
+NAMES = tuple(_NEEDS)
+
 
 def missing() -> list[str]:
     """The runtimes that are not installed."""
