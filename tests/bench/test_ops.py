@@ -175,6 +175,17 @@ def test_short_calls_are_settled_and_slow_ones_sit_out(monkeypatch):
     assert times["slow"].p50_ms == 500
 
 
+def test_calls_with_threads_of_their_own_come_first_with_pauses_around(monkeypatch):
+    log = []
+    monkeypatch.setattr(harness.time, "sleep", lambda s: log.append(s))
+    calls = {name: partial(log.append, name) for name in ("a", "other", "b")}
+    monkeypatch.setattr(harness, "_TURN_S", 0)
+    times = interleaved(calls, runs=2, apart=["other"])
+    turns = [key for i, key in enumerate(log) if i == 0 or log[i - 1] != key]
+    assert turns == [0.02, "other", 0.02, "a", "b"] * 2
+    assert list(times) == ["a", "other", "b"]
+
+
 def test_a_record_says_where_and_when_and_what_else_ran(tmp_path, monkeypatch):
     monkeypatch.setenv("REPLKNET_ISA", "avx2")
     (found,) = measured()

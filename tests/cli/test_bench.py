@@ -33,7 +33,7 @@ def test_no_subject_and_no_suite_time_the_layers(capsys):
     assert main(["bench", *SHORT]) == 0
     text = capsys.readouterr().out
     assert text.startswith("layers: how fast are the layers of RepLKNet-31B?\n")
-    assert "31b.stage2 forward\n  operator nhwc " in text
+    assert "31b.stage2 forward\n  torch nhwc " in text
     assert "gradients" not in text
     assert "of peak: 100 GFLOP/s, as stated" in text
 
@@ -88,6 +88,21 @@ def test_overhead_is_in_microseconds(capsys):
     assert "beyond torch" in text
     assert "overhead.k3  forward, recorded operator nhwc" in text
     assert "overhead.k5" not in text
+
+
+def test_only_some_ways(capsys):
+    assert main(["bench", "ops", "--case", "31b.stage2", "--way", "operator *", "--json", *SHORT]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["way"] for record in records] == ["operator nhwc", "operator nchw"]
+    assert main(["bench", "ops", "--case", "31b.stage2", "--way", "mkl", *SHORT]) == 2
+    assert (
+        "no way of 31b.stage2 is called mkl; there are torch nhwc, torch nchw, operator nhwc" in capsys.readouterr().err
+    )
+
+
+def test_plans_are_compared_with_the_best_candidate(capsys):
+    assert main(["bench", "ops", "--suite", "plans", "--case", "plan.7x7.k7x7", "--runs", "2"]) == 0
+    assert "chosen: direct: tiles of 7x7 outputs" in capsys.readouterr().out
 
 
 def test_a_wrong_result_is_the_exit_code(monkeypatch, capsys):

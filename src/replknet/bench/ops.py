@@ -93,7 +93,10 @@ def _measure(
     ways = _ways(what, layers)
     if others:
         ways += _runtimes(layers)
+    names = ", ".join(way.name for way in ways)
     ways = [way for way in ways if any(fnmatchcase(way.name, pattern) for pattern in settings.ways)]
+    if not ways:
+        raise ValueError(f"no way of {case.name} is called {', '.join(settings.ways)}; there are {names}")
     excesses = _excesses(what, layers, ways)
     wrong: list[Found] = [Wrong(case.name, what, way, e) for way, e in excesses.items() if not e <= 1]
     right = {way.name: way for way in ways if excesses[way.name] <= 1}
