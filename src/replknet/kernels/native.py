@@ -39,7 +39,7 @@ _ALONE_NS = 10_000
 # torch's own channels_last convolution wins for fewer taps than this if x has more than so many elements for each
 # tap (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
 _FEW_TAPS = 26
-_ELEMENTS_A_TAP = 1 << 15
+_ELEMENTS_A_TAP = 1 << 16
 # an output of so many (32 MB) is mapped anew by each call, and torch's is faulted in by 4 KB pages
 _MAPPED_ELEMENTS = 1 << 23
 
