@@ -172,6 +172,8 @@ NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int row
       for (int p = 0; p < columns && r + 2 < rows; p++) __builtin_prefetch(ahead + p * plane.pixel, 1);
       row_to(r, target, plane.pixel);
     } else {
+      // what is written is fetched meanwhile, unless the row is so short that it would come too late
+      for (int p = 0; p < columns && columns >= 32; p++) __builtin_prefetch(target + p * plane.pixel, 1);
       row_to(r, line, BLOCK);
       copy_groups(line, BLOCK, target, plane.pixel, columns, groups, 0);
     }
