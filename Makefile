@@ -2,6 +2,12 @@
 BIN     := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 RUN     ?=
+# 0: go on without the native kernel, on torch's own convolution
+NATIVE  ?= 1
+# the package installs without a compiler; here that would hide a broken build
+EXPECTED = import sys; from replknet.kernels.native import library_path; \
+           sys.exit(library_path() is None and "the native kernel was not built: \
+           `$(BIN)/python -m pip install -v .` shows why, NATIVE=0 goes on without it")
 # for `make gpu`: ours if it is there, else the machine's, which has the torch that fits its driver
 PYTHON  ?= $(firstword $(wildcard $(BIN)/python) python3)
 
@@ -59,4 +65,5 @@ clean:  ## forget the environment and everything built
 .venv/installed-%: $(SOURCES) | .venv/bin/python
 	@echo "installing replknet[$*] into .venv (a few minutes the first time)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	$(if $(filter 0,$(NATIVE)),,@$(BIN)/python -c '$(EXPECTED)')
 	@touch $@

@@ -44,6 +44,24 @@ def test_the_second_time_nothing_is_installed(tmp_path):
     assert "pip install" in make("-n", "test", folder=tmp_path).stdout
 
 
+def test_a_missing_native_kernel_stops_the_installation(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # installs nothing, and finds no library
+    hide = (
+        "import replknet.kernels.native as native; native.library_path = lambda: None; exec(__import__('sys').argv[1])"
+    )
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 0\nexec {sys.executable} -c "{hide}" "$2"\n')
+    python.chmod(0o755)
+    result = make(".venv/installed-demo", folder=tmp_path)
+    assert result.returncode == 2
+    assert "the native kernel was not built: `.venv/bin/python -m pip install -v .` shows why" in result.stderr
+    assert not (tmp_path / ".venv" / "installed-demo").exists()
+    assert make(".venv/installed-demo", "NATIVE=0", folder=tmp_path).returncode == 0
+
+
 def test_gpu_says_what_the_python_lacks(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')

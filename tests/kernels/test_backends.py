@@ -22,6 +22,10 @@ SHAPES = [  # n, c, h, w, kh, kw
     (2, 8, 20, 37, 31, 5),
     (5, 2, 19, 6, 5, 31),
     (1, 1, 40, 3, 9, 9),
+    (1, 17, 90, 150, 31, 31),  # several tiles each way
+    (1, 16, 40, 36, 51, 5),
+    (1, 20, 36, 40, 5, 51),
+    (2, 16, 20, 40, 1, 11),
     (9, 300, 3, 3, 5, 5),  # more image-channel pairs than one call of aten's weight gradient takes
 ]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
