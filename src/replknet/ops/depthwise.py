@@ -125,7 +125,10 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         or _must_be_plain()
     ):
         return False
-    return all(t is None or (type(t) in _TENSORS and t.device.type in ("cpu", "cuda")) for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a generator takes a microsecond
+        if t is not None and (type(t) not in _TENSORS or not (t.is_cpu or t.is_cuda)):
+            return False
+    return True
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -170,12 +173,10 @@ _MOST_ACCEPTED = 4096
 
 def _accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Call:
     """Checks the arguments, unless others like them were checked before; the call they make."""
-    facts = (
-        *(x.shape, x.dtype, x.device, _layout(x)),
-        *(weight.shape, weight.dtype, weight.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
-        algorithm,
-    )
+    # a tensor here is on the CPU, which is device -1, or on a CUDA device
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.get_device())
+    of_weight = weight.shape, weight.dtype, weight.get_device()
+    facts = (x.shape, x.dtype, x.get_device(), _layout(x), of_weight, of_bias, algorithm)
     call = _ACCEPTED.get(facts)
     if call is None:
         _check(x, weight, bias, algorithm)
