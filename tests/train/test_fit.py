@@ -68,7 +68,8 @@ def check_complete(folder):
     assert state(folder)["global_step"] == 12
     curve = json.loads((folder / "metrics.json").read_text())
     assert [row["epoch"] for row in curve] == [0, 1]
-    assert all(row.keys() == {"epoch", "train_loss", "val_loss", "val_top1"} for row in curve)
+    assert all(row.keys() == {"epoch", "seconds", "train_loss", "val_loss", "val_top1"} for row in curve)
+    assert all(row["seconds"] > 0 for row in curve)
     # the end of the cosine: the schedule was gone through once
     assert state(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(RECIPE.min_lr, rel=0.5)
     assert load_model(folder / "model.safetensors")

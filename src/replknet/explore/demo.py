@@ -85,9 +85,7 @@ def _say(text: str) -> None:
 
 def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Outcome:
     _say(f"\ntraining the network with {title}, {recipe.epochs} epochs")
-    before = time.perf_counter()
     weights = fit(recipe, folder, data, resume=(folder / "last.ckpt").exists())
-    minutes = (time.perf_counter() - before) / 60
     model, description = load_model(weights)
     save_model(merge(model), folder / "merged.safetensors", description)
     merged, _ = load_model(folder / "merged.safetensors")
@@ -103,11 +101,12 @@ def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Out
         f"differ by at most {difference[0]:.1e} ({difference[1]:.1e} of their norm); "
         f"{times['before'].p50_ms:.2f} ms an image before, {times['after'].p50_ms:.2f} ms after"
     )
+    curve = json.loads((folder / "metrics.json").read_text())
     return Outcome(
         title=title,
         recipe=recipe,
-        curve=json.loads((folder / "metrics.json").read_text()),
-        minutes=minutes,
+        curve=curve,
+        minutes=sum(row.get("seconds", 0.0) for row in curve) / 60,
         parameters=(_parameters(model), _parameters(merged)),
         scores=scores,
         difference=difference,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,25 @@ class KeepLast(pl.Callback):
         self.folder, self.description, self.recipe = folder, description, recipe
         self.curve: list[dict[str, float]] = []
         self.interrupted = False
+        # of the epoch in work, in all processes that worked on it
+        self._seconds = 0.0
+        self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve}
+        return {"curve": self.curve, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = list(state_dict["curve"])
+        self._seconds = state_dict.get("seconds", 0.0)  # earlier states have none
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def _spend(self) -> float:
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+        return self._seconds
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["replknet_recipe"] = self.recipe
@@ -39,12 +53,14 @@ class KeepLast(pl.Callback):
         if self.interrupted:
             # before the first step there is nothing to keep
             if trainer.global_step > 0:
+                self._spend()
                 self._write(trainer, module)
             raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         row = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.curve.append({"epoch": trainer.current_epoch, **row})
+        self.curve.append({"epoch": trainer.current_epoch, "seconds": round(self._spend(), 3), **row})
+        self._seconds = 0.0
         if trainer.is_global_zero:
             part = self.folder / "metrics.json.part"
             part.write_text(json.dumps(self.curve, indent=1) + "\n")
