@@ -125,6 +125,7 @@ def test_list_times_nothing(capsys):
         (["--case", "nothing"], "no case is called nothing; --list shows every case"),
         (["--suite", "networks", "--case", "x"], "no case of networks is called x; there are convnext_tiny.forward,"),
         (["--suite", "overhead", "--backward"], "--backward is for layers; the suite overhead has its own directions"),
+        (["--suite", "plans", "--way", "torch *"], "--way is for layers; the suite plans has its own ways"),
         (["--suite", "grid", "--plot", "x.png"], "--plot draws time against kernel size: it needs --suite table1"),
         (["--runs", "1"], "--runs must be at least 2, so that there are quantiles, got 1"),
     ],

@@ -114,6 +114,8 @@ def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
             raise ValueError(f"no case of {args.suite} is called {', '.join(args.case)}; there are {', '.join(names)}")
         if args.backward:
             raise ValueError(f"--backward is for layers; the suite {args.suite} has its own directions")
+        if args.way != ["*"]:
+            raise ValueError(f"--way is for layers; the suite {args.suite} has its own ways")
         if args.suite == "overhead":
             yield "overhead", overhead.measure(wanted, args.runs)
         elif args.suite == "plans":

@@ -264,7 +264,8 @@ def _planned(
     return _Job(call, ctypes.addressof(call), index, blocks, 4 * prepared, workspace, threads, how, form)
 
 
-@cache
+# one that was forgotten gets another number, and its weights are prepared once more
+@lru_cache(maxsize=4096)
 def _form(*what_prepared_weights_depend_on: object) -> int:
     return next(_numbers)
 
