@@ -75,7 +75,7 @@ void encode(int dtype, double value, char* p) {
   if (dtype == RK_FLOAT16) {
     int exponent;
     const double fraction = std::frexp(std::fabs(value), &exponent);
-    const int lost = std::max(0, -13 - exponent);  // subnormal
+    const int lost = value == 0 ? 11 : std::max(0, -13 - exponent);  // subnormal
     const int digits = static_cast<int>(std::ldexp(fraction, 11 - lost));
     half = lost ? digits : (exponent + 14) * 1024 + digits - 1024;
     half |= value < 0 ? 0x8000 : 0;
