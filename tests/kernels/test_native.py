@@ -64,8 +64,24 @@ def test_an_instruction_set_that_the_processor_lacks_is_an_error(set_variable, m
         native.instruction_set()
 
 
-def test_avx512_is_not_chosen_before_it_was_seen_to_run():
-    assert native._instruction_set(None) != "avx512"
+def test_the_best_instruction_set_is_chosen():
+    running = [name for name, runs in native.instruction_sets().items() if runs]
+    assert native.instruction_set() == os.environ.get("REPLKNET_ISA", running[0])
+
+
+def test_instruction_sets_can_be_compared_in_one_process():
+    x, w = torch.randn(2, 20, 9, 9), torch.randn(20, 1, 7, 7)
+    results = {}
+    for name in [name for name, runs in native.instruction_sets().items() if runs]:
+        with native.use_instruction_set(name):
+            results[name] = native.forward(x, w, None, False)
+    for y in results.values():
+        torch.testing.assert_close(y, reference.forward(x, w, None, False))
+    if "avx2" in results:
+        assert not torch.equal(results["avx2"], results["plain"])
+    expected = r"use_instruction_set\('mmx'\): this build has .*plain"
+    with pytest.raises(RuntimeError, match=expected), native.use_instruction_set("mmx"):
+        pass
 
 
 def image(*shape, dtype=torch.float32):

@@ -17,7 +17,7 @@ from replknet.bench import runtimes
 from replknet.bench.cases import Case, Stack, Suite, What
 from replknet.bench.gate import excess, truths
 from replknet.bench.harness import Load, Record, interleaved
-from replknet.kernels import BACKENDS, Backend, choose, use_backend
+from replknet.kernels import BACKENDS, Backend, choose, native, use_backend
 from replknet.ops import depthwise_conv2d
 from replknet.ops.depthwise import call_of
 
@@ -153,7 +153,7 @@ def _excesses(what: What, layers: list[Layer], ways: list[Way]) -> dict[str, flo
 
 
 def _ways(what: What, layers: list[Layer]) -> list[Way]:
-    """The operator as it chooses, every other backend by force, and torch, each in both layouts."""
+    """The operator as it chooses, every other backend and instruction set by force, and torch, in both layouts."""
     layouts = ("nhwc", "nchw")
     # torch goes first: its calls are long, so that the processor and the threads are awake when the operator follows
     ways = [
@@ -171,6 +171,8 @@ def _ways(what: What, layers: list[Layer]) -> list[Way]:
             if backend.automatic and accepts and taken != [backend.name]:
                 by_force = tuple(partial(_forced, backend, call) for call in ours)
                 ways.append(Way(f"{backend.name} {layout}", backend.name, by_force))
+        for isa in _other_sets() if taken == [native.BACKEND.name] else ():
+            ways.append(Way(f"{isa} {layout}", native.BACKEND.name, tuple(partial(_with_set, isa, c) for c in ours)))
     return ways
 
 
@@ -184,6 +186,17 @@ def _runtimes(layers: list[Layer]) -> list[Way]:
 
 def _forced(backend: Backend, call: Call) -> Any:
     with use_backend(backend.name):
+        return call()
+
+
+def _other_sets() -> list[str]:
+    """Instruction sets of the native kernel that run here and were not chosen; `plain` is for machines without one."""
+    names = [name for name, runs in native.instruction_sets().items() if runs and name != "plain"]
+    return [name for name in names if name != native.instruction_set()]
+
+
+def _with_set(isa: str, call: Call) -> Any:
+    with native.use_instruction_set(isa):
         return call()
 
 

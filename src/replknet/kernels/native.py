@@ -14,7 +14,8 @@ import os
 import platform
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -45,8 +46,6 @@ _MAPPED_ELEMENTS = 1 << 23
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALGORITHMS = {"direct": 0, "fft": 1}
-# compiled, but never yet seen to run: taken only when REPLKNET_ISA names it
-_UNTRIED = ("avx512",)
 
 
 class _Call(ctypes.Structure):
@@ -117,21 +116,45 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: there is no core, or REPLKNET_ISA names a set that it does not have or that does not run here.
     """
-    return _instruction_set(os.environ.get(VARIABLE) or None)
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted is None:
+        return next(name for name, runs in _built().items() if runs)
+    return _checked(wanted, f"{VARIABLE}={wanted}")
 
 
-def _instruction_set(wanted: str | None) -> str:
+def _built() -> dict[str, bool]:
     found = instruction_sets()
     if not found:
         raise RuntimeError("the native kernel was not built with this installation")
-    if wanted is None:
-        return next(name for name, runs in found.items() if runs and name not in _UNTRIED)
+    return found
+
+
+def _checked(wanted: str, said: str) -> str:
+    found = _built()
     if wanted not in found:
-        raise RuntimeError(f"{VARIABLE}={wanted}: this build has {', '.join(found)}")
+        raise RuntimeError(f"{said}: this build has {', '.join(found)}")
     if not found[wanted]:
         running = ", ".join(name for name, runs in found.items() if runs)
-        raise RuntimeError(f"{VARIABLE}={wanted}: this processor does not have it; it runs {running}")
+        raise RuntimeError(f"{said}: this processor does not have it; it runs {running}")
     return wanted
+
+
+_by_force: str | None = None
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Calls of the whole process run with one instruction set, such as "avx2": to compare them in one process.
+
+    Raises:
+        RuntimeError: as `instruction_set`.
+    """
+    global _by_force
+    before, _by_force = _by_force, _checked(name, f"use_instruction_set({name!r})")
+    try:
+        yield
+    finally:
+        _by_force = before
 
 
 def status() -> str:
@@ -283,7 +306,7 @@ def _core() -> ctypes.CDLL:
 def _job_of(x: Tensor, weight: Tensor, algorithm: str, rotated: bool = False, backward: bool = False) -> _Job:
     threads = torch.get_num_threads() if _parallel_for() is not None else 1
     channels_last = not x.is_contiguous()  # the operator hands over one or the other
-    isa = instruction_set()
+    isa = _by_force or instruction_set()
     return _job(x.shape, weight.shape, x.dtype, channels_last, algorithm, rotated, backward, isa, threads)
 
 
