@@ -101,9 +101,26 @@ INLINE void copy_groups(const float* from, int64_t stride_from, float* to, int64
   }
 }
 
+// Spectra that are needed once the rows are transformed, and are fetched meanwhile: the weights of a network are mostly
+// in memory, and short columns of 16 lanes wait for theirs. Longer ones, and narrower ones, do not.
+struct Later {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+  Later() = default;
+  Later(const V* spectra, int64_t vectors) : data(reinterpret_cast<const char*>(spectra)) {
+    constexpr int64_t MOST = 64 << 10;
+    bytes = GROUPS == 1 && vectors * sizeof(V) <= MOST ? vectors * sizeof(V) : 0;
+  }
+  INLINE void fetch(int part, int parts) const {
+    for (int64_t i = bytes * part / parts & -64; i < bytes * (part + 1) / parts; i += 64) {
+      __builtin_prefetch(data + i, 0, 2);
+    }
+  }
+};
+
 // Transforms the rows of a tile whose input starts at (top, left), which may lie outside of the image.
 NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int rows, int64_t left, int columns,
-                           Groups groups, const Bins& bins, V* work, float* line) {
+                           Groups groups, const Bins& bins, const Later& later, V* work, float* line) {
   const Length& f = *find_length(job.width.length);
   const int64_t h = job.height.size, w = job.width.size;
   const int64_t from = left < 0 ? -left : 0, until = left + columns > w ? w - left : columns;
@@ -114,6 +131,7 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
   int64_t first = 0, end = 0;  // the rows that are in the line
   for (int r = 0; r < rows; r++) {
     const int64_t row = top + r;
+    later.fetch(r, rows);
     if (row < 0 || row >= h) {
       for (int g = groups.first; g < groups.last; g++) {
         for (int k = 0; k < bins.count; k++) bins.column(g, k)[2 * r] = bins.column(g, k)[2 * r + 1] = V{};
@@ -235,8 +253,11 @@ NOINLINE void forward_spectral(const Job& job, int64_t block, int64_t image, int
   block_bias(job, block, bias);
   const int together = groups_together(bins, x);
   for (Groups groups = {0, together}; groups.first < GROUPS; groups.first += together, groups.last += together) {
+    const int64_t spectrum_size = 2 * fh.l * bins.count;  // of a group
+    const bool first = image == 0 && tile == 0;
+    const Later later(spectra + groups.first * spectrum_size, first ? (groups.last - groups.first) * spectrum_size : 0);
     rows_forward(job, x, top - height.before(), height.inputs(), left - width.before(), width.inputs(), groups, bins,
-                 work, line);
+                 later, work, line);
     for (int g = groups.first; g < groups.last; g++) {
       for (int k = 0; k < bins.count; k++) {
         V* points = bins.column(g, k);
@@ -283,8 +304,8 @@ NOINLINE void backward_spectral(const Job& job, int64_t block, V* memory) {
       const int together = groups_together(bins_x, x);
       for (Groups groups = {0, together}; groups.first < GROUPS; groups.first += together, groups.last += together) {
         rows_forward(job, x, top - height.before(), height.inputs(), left - width.before(), width.inputs(), groups,
-                     bins_x, work, line);
-        rows_forward(job, dy, top, height.tile, left, width.tile, groups, bins_g, work, line);
+                     bins_x, Later(), work, line);
+        rows_forward(job, dy, top, height.tile, left, width.tile, groups, bins_g, Later(), work, line);
         for (int g = groups.first; g < groups.last; g++) {
           for (int k = 0; k < bins_x.count; k++) {
             const int64_t offset = (g * bins_x.count + k) * 2 * fh.l;
