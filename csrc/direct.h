@@ -22,6 +22,7 @@ struct TileArgs {
   const float* lines;  // of the first input row and the first output, of a group of channels
   int64_t pitch;       // floats from line to line
   int rows;            // input rows that the outputs see
+  int before, after;   // of a pair of rows: how many of these only the first sees, and only the second
   const float* taps;   // [row][column][LANES], from the row that meets the first line
   int columns;         // of the taps
   V bias, floor;
@@ -56,21 +57,34 @@ NOINLINE void tile(const TileArgs& a) {
   });
 }
 
+// the products of an input row with rows FIRST to LAST of the outputs; `taps` is the row that it meets for output row 0
+template <int FIRST, int LAST, int W, int R>
+INLINE void dense_row(const float* x, const float* taps, int64_t taps_row, V (&sum)[R][W]) {
+  unrolled<W>([&](auto j) INLINE_LAMBDA {
+    const V in = load(x + BLOCK * j);
+    unrolled<R>([&](auto r) INLINE_LAMBDA {
+      if constexpr (FIRST <= r && r <= LAST) {
+        unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * taps_row + (W - 1 + j - t) * LANES); });
+      }
+    });
+    barrier();  // or all taps of the row are loaded ahead, and spilled
+  });
+}
+
 // R rows of W outputs; `taps` is the row that meets the first line for the first of the R
 template <int W, int R>
 NOINLINE void dense(const TileArgs& a) {
   V sum[R][W];
   unrolled<R>([&](auto r) INLINE_LAMBDA { unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] = a.bias; }); });
   const int64_t row = static_cast<int64_t>(a.columns) * LANES;
-  for (int i = 0; i < a.rows; i++) {
-    const float *x = a.lines + i * a.pitch, *taps = a.taps + i * row + (W - 1) * LANES;
-    unrolled<W>([&](auto j) INLINE_LAMBDA {
-      const V in = load(x + BLOCK * j);
-      unrolled<R>([&](auto r) INLINE_LAMBDA {
-        unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * row + (j - t) * LANES); });
-      });
-      barrier();  // or all taps of the row are loaded ahead, and spilled
-    });
+  const auto line = [&](int i) INLINE_LAMBDA { return a.lines + i * a.pitch; };
+  const int both = R == 1 ? 0 : a.before, second = R == 1 ? a.rows : a.rows - a.after;
+  if constexpr (R > 1) {
+    for (int i = 0; i < both; i++) dense_row<0, 0>(line(i), a.taps + i * row, row, sum);
+  }
+  for (int i = both; i < second; i++) dense_row<0, R - 1>(line(i), a.taps + i * row, row, sum);
+  if constexpr (R > 1) {
+    for (int i = second; i < a.rows; i++) dense_row<1, 1>(line(i), a.taps + i * row, row, sum);
   }
   unrolled<R>([&](auto r) INLINE_LAMBDA {
     unrolled<W>([&](auto t) INLINE_LAMBDA { store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t])); });
@@ -160,19 +174,21 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
   a.floor = all(job.relu ? 0.0f : -__builtin_inff());
   const int64_t taps_row = static_cast<int64_t>(width.side) * LANES;
   const float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
-  // two rows at once where both see all input rows, and both fit the registers
-  const bool pairs = narrow && 2 * w <= WIDEST && height.reach == h - 1 && in_place;
+  // two rows at once where both fit the registers: one alone would wait for its sums
+  const bool pairs = narrow && 2 * w <= WIDEST;
   const int step = narrow ? static_cast<int>(w) : tile_outputs(w);
   constexpr auto sizes = std::make_integer_sequence<int, WIDEST>{};
   const int at_once = rows_at_once(plane, static_cast<int>(w));
   for (int64_t r = top; r < bottom;) {
     const int64_t gathered = (r - top) % at_once;  // rows in the buffer that are not yet written
     float* line = buffer + BLOCK * w * gathered;
-    const bool pair = pairs && r + 1 < bottom;
+    const bool pair = pairs && r + 1 < bottom && (in_place || gathered + 1 < at_once);
+    const int64_t last_row = pair ? r + 1 : r;
     const int64_t from = r > height.reach ? r - height.reach : 0;
-    const int64_t until = r + height.reach + 1 < h ? r + height.reach + 1 : h;
+    const int64_t until = last_row + height.reach + 1 < h ? last_row + height.reach + 1 : h;
     a.rows = static_cast<int>(until - from);
-    a.y_row = plane.row;
+    a.before = r >= height.reach, a.after = until == last_row + height.reach + 1;
+    a.y_row = in_place ? plane.row : BLOCK * w;
     Tile* const run = pair     ? dense_pair_of(std::make_integer_sequence<int, WIDEST / 2>{}, step)
                       : narrow ? dense_of(sizes, step)
                                : tile_of(sizes, step);
@@ -190,10 +206,11 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
         run(a);
       }
     }
-    if (!in_place && (gathered == at_once - 1 || r == bottom - 1)) {
-      write_line(plane, r - gathered, 0, static_cast<int>((gathered + 1) * w), buffer);
+    const int64_t in_buffer = last_row + 1 - (r - gathered);
+    if (!in_place && (in_buffer == at_once || last_row == bottom - 1)) {
+      write_line(plane, r - gathered, 0, static_cast<int>(in_buffer * w), buffer);
     }
-    r += pair ? 2 : 1;
+    r = last_row + 1;
   }
 }
 
