@@ -1,0 +1,164 @@
+"""Which of the Triton kernels takes a call, and how its work is cut: a pure function of the call and the device.
+
+No figure here comes from a clock: the kernels have never run on a GPU. The tiles are those that compile without
+spilled registers and within the shared and tensor memory of their devices (tests/kernels/test_triton.py), chosen among
+them by the counts of docs/decisions/0004-gpu-kernels.md.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+import torch
+
+# sm_80: products of registers (8.0, 8.6, 8.9, 12.0); sm_90: of shared memory; sm_100: with sums in tensor memory (10.x)
+Family = Literal["sm_80", "sm_90", "sm_100"]
+# programs that fill the largest device: two for each of 132 multiprocessors
+_PROGRAMS = 264
+# kernels up to this side are summed directly: a patch would multiply zeros mostly
+_SMALL_SIDE = 5
+# column blocks of a kernel that a program holds at once; the others follow in turns, as shared memory is small
+_BLOCKS_AT_ONCE = 3
+# kernels from this side on have more column blocks than that
+_WIDE_SIDE = 33
+# images from which rows of products are images alone
+_MANY_IMAGES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTile:
+    """How the work of the patch kernels is cut into programs."""
+
+    samples: int = 64  # rows of the products: images, or pairs of an image and a row block
+    rows: int = 4  # of a patch
+    heights: int = 1  # of the samples, neighbouring row blocks of an image
+    patches: int = 4  # along a row of the output, at most
+    by_image: bool = True  # false for few images: samples are pairs of an image and a row block
+    near: bool = True  # strips come through the first-level cache
+    splits: int = 1  # parts of the sum over samples, for the gradient of the weights
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectTile:
+    """How the work of the direct kernels is cut into programs."""
+
+    rows: int = 8  # of the output
+    samples: int = 512  # positions of output rows
+    channels: int = 1  # more than one for channels_last
+    splits: int = 1  # parts of the sum over images and rows, for the gradient of the weights
+    warps: int = 4
+
+
+Tile = PatchTile | DirectTile
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the blocks of a kernel lie against the patches of an image."""
+
+    depth: int  # row blocks of a kernel
+    groups: int  # of its column blocks
+    blocks: int  # column blocks of a group
+    left: int  # first column of the first block relative to an output patch: a multiple of 8, for aligned loads
+    row_blocks: int  # of an image
+    patches: int  # along a row, of a program
+    tiles: int  # along a row
+    strip_rows: int
+
+    @property
+    def strip_elements(self) -> int:
+        """Of one channel."""
+        return self.strip_rows * self.groups * self.blocks * 256
+
+
+def geometry(h: int, w: int, kh: int, kw: int, tile: PatchTile) -> Geometry:
+    reach = kw // 2
+    left = -8 * ceil(reach / 8)
+    blocks = ceil((16 - left + reach) / 16)
+    groups = ceil(blocks / _BLOCKS_AT_ONCE)
+    depth = ceil((tile.rows + kh - 1) / tile.rows)
+    patches = ceil(w / 16)
+    return Geometry(
+        depth=depth,
+        groups=groups,
+        blocks=ceil(blocks / groups),
+        left=left,
+        row_blocks=ceil(h / tile.rows),
+        patches=min(patches, tile.patches),
+        tiles=ceil(patches / tile.patches),
+        strip_rows=(depth + 1) * tile.rows - 1,
+    )
+
+
+def family(capability: tuple[int, int]) -> Family:
+    if capability[0] == 10:
+        return "sm_100"
+    return "sm_90" if capability == (9, 0) else "sm_80"
+
+
+def padded_width(w: int, tile: Tile) -> int:
+    """The width to which images are padded before they are cut into patches.
+
+    Rows of 16-bit pixels are read 8 bytes at a time; else addresses and masks take so many registers that they spill.
+    Small maps are read as they are, since a copy would cost more.
+    """
+    if isinstance(tile, DirectTile) or w % 4 == 0 or w <= 8 or (w <= 16 and w % 2 == 0):
+        return w
+    return ceil(w / 8) * 8
+
+
+def forward_tile(
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    channels_last: bool,
+    device: Family,
+) -> Tile:
+    """Of the convolution of x `[N,C,H,W]`, and of the gradient for x."""
+    n, _, _, w = shape
+    if not _by_patches(kernel, dtype, tf32):
+        return DirectTile(samples=32, channels=32, rows=4) if channels_last else DirectTile()
+    by_image = n >= _MANY_IMAGES
+    if dtype == torch.float32:
+        return PatchTile(rows=2, by_image=by_image, patches=2, samples=32 if device == "sm_80" else 64)
+    if device == "sm_80":
+        return PatchTile(samples=32, by_image=by_image)
+    if not by_image:
+        return PatchTile(
+            by_image=False, patches=2 if device == "sm_100" else 4, warps=8 if device == "sm_100" and w <= 8 else 4
+        )
+    if w > 32 or kernel[1] > _WIDE_SIDE:
+        return PatchTile()
+    if w > 16:
+        return PatchTile(samples=128, heights=2, warps=8 if device == "sm_100" else 4)
+    if w > 8 or device == "sm_100":
+        return PatchTile(samples=256, heights=4, warps=8)
+    return PatchTile(samples=128, heights=2)
+
+
+def gradient_tile(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, tf32: bool, device: Family
+) -> Tile:
+    """Of the gradient for the weights, from contiguous images."""
+    n, c, h, w = shape
+    kh, kw = kernel
+    if not _by_patches(kernel, dtype, tf32):
+        programs = c * ceil(kh / 32) * ceil(kw / 32)
+        return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))))
+    by_image = n >= _MANY_IMAGES
+    if device == "sm_80" or dtype == torch.float32:
+        tile = PatchTile(samples=32, rows=2, patches=2, by_image=by_image)
+    else:
+        tile = PatchTile(samples=32 if device == "sm_100" else 64, by_image=by_image)
+    g = geometry(h, w, kh, kw, tile)
+    parts = g.row_blocks * ceil(n / tile.samples) if by_image else ceil(n * g.row_blocks / tile.samples)
+    splits = ceil(_PROGRAMS / (c * g.depth * g.groups))
+    return replace(tile, splits=max(1, min(parts * g.tiles, splits)))
+
+
+def _by_patches(kernel: tuple[int, int], dtype: torch.dtype, tf32: bool) -> bool:
+    """Whether tensor cores may be used, and are worth it. Float32 stays float32 unless TF32 is allowed."""
+    return max(kernel) > _SMALL_SIDE and (dtype != torch.float32 or tf32)

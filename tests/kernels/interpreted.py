@@ -1,0 +1,87 @@
+"""The Triton kernels in Triton's interpreter, against the float64 definition: run by test_triton.py in a process.
+
+python interpreted.py GROUP prints a line of JSON for each case: its name and the largest error as a multiple of the
+bound.
+"""
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from oracle import excess
+from replknet.kernels import reference, triton
+from replknet.kernels.triton_plan import DirectTile, PatchTile, Tile
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+# (n, c, h, w, kh, kw), dtype, channels_last, tile of the forward pass, of the gradient
+Case = tuple[tuple[int, int, int, int, int, int], torch.dtype, bool, Tile, Tile]
+
+PATCH: list[Case] = [
+    # the shapes of RepLKNet: images as samples, with row blocks beside them
+    ((17, 1, 14, 14, 27, 27), HALF, False, PatchTile(samples=32, heights=2), PatchTile(samples=16)),
+    ((18, 2, 7, 7, 13, 13), BRAIN, True, PatchTile(samples=64, heights=2), PatchTile(samples=16, splits=2)),
+    ((3, 1, 28, 28, 29, 29), HALF, True, PatchTile(samples=16), PatchTile(samples=16, rows=2)),
+    # few images: pairs of an image and a row block
+    ((1, 2, 9, 11, 7, 7), BRAIN, False, PatchTile(samples=16, by_image=False), PatchTile(samples=16, by_image=False)),
+    (
+        (2, 1, 13, 35, 9, 31),
+        HALF,
+        False,
+        PatchTile(samples=16, by_image=False, patches=2, near=False),
+        PatchTile(samples=16, by_image=False, patches=2, splits=3),
+    ),
+    # several tiles along a row, and kernels of more column blocks than are held at once
+    ((2, 1, 5, 70, 31, 17), HALF, False, PatchTile(samples=16, patches=2), PatchTile(samples=16, patches=2)),
+    ((1, 1, 3, 90, 1, 127), HALF, False, PatchTile(samples=16), PatchTile(samples=16, by_image=False)),
+    ((2, 1, 40, 5, 51, 3), BRAIN, True, PatchTile(samples=16), PatchTile(samples=16, splits=2)),
+    # a width that is padded
+    ((2, 1, 6, 19, 5, 9), HALF, True, PatchTile(samples=16, patches=2), PatchTile(samples=16)),
+    # patches of two rows, as for TF32: the interpreter multiplies in float32
+    ((2, 2, 10, 20, 9, 9), FLOAT, False, PatchTile(samples=16, rows=2), PatchTile(samples=16, rows=2)),
+    ((5, 1, 6, 7, 11, 13), FLOAT, True, PatchTile(samples=16, rows=2, by_image=False), PatchTile(samples=16, rows=2)),
+    ((1, 1, 1, 1, 1, 1), HALF, False, PatchTile(samples=16), PatchTile(samples=16)),
+]
+DIRECT: list[Case] = [
+    ((2, 2, 9, 11, 5, 5), FLOAT, False, DirectTile(samples=64, rows=4), DirectTile()),
+    ((2, 5, 6, 5, 3, 7), FLOAT, True, DirectTile(samples=16, rows=2, channels=4), DirectTile(splits=2)),
+    ((3, 3, 4, 5, 3, 3), BRAIN, True, DirectTile(samples=64, rows=4, channels=4), DirectTile(splits=3)),
+    ((1, 2, 7, 7, 13, 13), HALF, False, DirectTile(samples=8, rows=8), DirectTile()),
+    ((1, 1, 3, 80, 1, 41), FLOAT, False, DirectTile(samples=128, rows=4), DirectTile(splits=2)),
+    ((2, 1, 20, 3, 35, 5), FLOAT, False, DirectTile(samples=8, rows=8), DirectTile()),
+    ((1, 1, 1, 1, 1, 1), FLOAT, False, DirectTile(samples=16, rows=2), DirectTile()),
+]
+
+
+def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (n, c, h, w, kh, kw), dtype, channels_last, _, _ = case
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, dy = (torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    return x, (torch.randn(c, 1, kh, kw) / max(kh, kw)).to(dtype), dy
+
+
+def main(group: str) -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for case in {"patch": PATCH, "direct": DIRECT}[group]:
+        x, weight, dy = tensors(case)
+        # as the plan would give them, but small
+        triton.forward_tile = lambda *_, tile=case[3]: tile
+        triton.gradient_tile = lambda *_, tile=case[4]: tile
+        found = excess(triton.BACKEND, x, weight, dy)
+        bias = torch.randn(x.shape[1]).to(x.dtype)
+        y = triton.forward(x, weight, bias, True)
+        expected = reference.forward(x.double(), weight.double(), bias.double(), True)
+        eps = torch.finfo(x.dtype).eps
+        scale = 1e-5 * expected.abs().max() + eps * expected.abs()
+        found["bias and relu"] = ((y.double() - expected).abs() / (scale + 1e-9)).max().item()
+        print(json.dumps([str(case), found]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

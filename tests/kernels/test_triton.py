@@ -1,0 +1,237 @@
+"""The Triton kernels: right in the interpreter, compilable for every device of the plan, and right on a GPU."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from oracle import excess
+from replknet.kernels import Call, choose, reference, triton, use_backend
+from replknet.kernels.triton_plan import (
+    DirectTile,
+    Family,
+    PatchTile,
+    family,
+    forward_tile,
+    geometry,
+    gradient_tile,
+)
+from replknet.nn import DepthwiseConv2d
+from replknet.ops import depthwise_conv2d
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+FAMILIES: list[Family] = ["sm_80", "sm_90", "sm_100"]
+
+
+@pytest.mark.parametrize("group", ["patch", "direct"])
+def test_the_kernels_keep_the_bound_in_the_interpreter(group):
+    # the interpreter is chosen when the kernels are defined
+    command = [sys.executable, Path(__file__).with_name("interpreted.py"), group]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert result.returncode == 0, result.stderr
+    cases = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(cases) >= 7
+    for name, found in cases:
+        assert found.keys() == {"y", "dx", "dw", "db", "bias and relu"}
+        assert max(found.values()) <= 1, (name, found)
+
+
+def environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+# n, c, h, w, kernel sides: the layers of RepLKNet-31B at 224 and 512 pixels, of Table 1, and extreme ones
+SHAPES = [
+    (64, 128, 56, 56, 31, 31),
+    (64, 256, 28, 28, 29, 29),
+    (64, 512, 14, 14, 27, 27),
+    (64, 1024, 7, 7, 13, 13),
+    (4, 128, 128, 128, 31, 31),
+    (1, 512, 14, 14, 27, 27),
+    (64, 384, 64, 64, 7, 7),
+    (8, 100, 60, 75, 51, 5),
+    (64, 32, 130, 130, 127, 127),
+]
+
+
+def compiled_faults(device, shape, dtype, tf32=False):
+    """What is wrong with the kernels that the plan gives a call, by direction."""
+    from replknet.kernels import triton_compile
+
+    n, c, h, w, kh, kw = shape
+    kh, kw = min(kh, 2 * h - 1), min(kw, 2 * w - 1)  # taps that only meet padding are left out
+    limits = triton_compile.DEVICES[device]
+    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((n, c, h, w), (c, 1, kh, kw)))
+    forward = forward_tile((n, c, h, w), (kh, kw), dtype, tf32, False, device)
+    gradient = gradient_tile((n, c, h, w), (kh, kw), dtype, tf32, device)
+    calls = {
+        "forward": (forward, partial(triton.run, forward, x, weight, None, False)),
+        "gradient": (gradient, partial(triton.run_gradient, gradient, x, x, kh, kw)),
+    }
+    found = {}
+    for direction, (tile, call) in calls.items():
+        for code in triton_compile.compiled(limits, call):
+            instruction = None
+            if isinstance(tile, PatchTile) and code.kernel in ("_forward", "_products"):
+                # TF32 operands of the newer instructions must be stored by columns, which those of the gradient are not
+                instruction = "HMMA" if dtype == FLOAT and direction == "gradient" else limits.matrix_instruction
+            if faults := code.faults(limits, instruction):
+                found[f"{direction} {code.kernel} {tile}"] = faults
+    return found
+
+
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_tiles_of_the_plan_fit_their_devices(device, shape):
+    assert compiled_faults(device, shape, BRAIN) == {}
+
+
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tf32"), [(HALF, False), (FLOAT, False), (FLOAT, True)])
+def test_the_tiles_of_other_types_fit_their_devices(device, dtype, tf32):
+    assert compiled_faults(device, SHAPES[0], dtype, tf32) == {}
+
+
+def test_a_tile_that_does_not_fit_is_found():
+    from replknet.kernels import triton_compile
+
+    x, weight = (torch.empty(size, dtype=BRAIN, device="meta") for size in ((64, 128, 56, 56), (128, 1, 31, 31)))
+
+    def faults(device, tile, instruction=None):
+        limits = triton_compile.DEVICES[device]
+        codes = triton_compile.compiled(limits, partial(triton.run, tile, x, weight, None, False))
+        return [fault for code in codes for fault in code.faults(limits, instruction)]
+
+    assert any("registers are spilled" in fault for fault in faults("sm_80", PatchTile()))
+    assert any("tensor memory" in fault for fault in faults("sm_100", PatchTile(samples=128)))
+    assert any("shared memory" in fault for fault in faults("sm_90", PatchTile(samples=256, heights=4, warps=8)))
+    # fewer rows than the instruction has
+    assert "no HGMMA" in faults("sm_90", PatchTile(samples=32), "HGMMA")
+
+
+def test_families_of_devices():
+    assert [family(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))] == [
+        *["sm_80"] * 2, "sm_90", *["sm_100"] * 2, "sm_80"
+    ]  # fmt: skip
+
+
+def test_small_kernels_and_exact_float32_are_summed_directly():
+    shape = (64, 128, 56, 56)
+    for device in FAMILIES:
+        assert isinstance(forward_tile(shape, (5, 5), BRAIN, False, False, device), DirectTile)
+        assert isinstance(forward_tile(shape, (31, 31), FLOAT, False, False, device), DirectTile)
+        assert isinstance(gradient_tile(shape, (31, 31), FLOAT, False, device), DirectTile)
+        assert isinstance(forward_tile(shape, (31, 31), FLOAT, True, False, device), PatchTile)
+        assert isinstance(forward_tile(shape, (7, 3), HALF, False, False, device), PatchTile)
+
+
+def test_the_blocks_of_a_kernel_cover_it():
+    for kw in range(1, 130, 2):
+        for kh in (1, 3, 8, 31, 127):
+            g = geometry(20, 70, kh, kw, PatchTile())
+            assert g.left <= -(kw // 2)
+            assert g.left % 8 == 0
+            # the last pixel of a patch reaches kw // 2 further
+            assert g.left + 16 * g.groups * g.blocks >= 16 + kw // 2
+            assert 4 * g.depth >= 4 + kh - 1
+            assert g.blocks <= 3
+
+
+def test_tf32_is_taken_only_where_torch_allows_it():
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "ieee"
+        assert not triton._allows_tf32()
+        setting.fp32_precision = "tf32"
+        assert triton._allows_tf32()
+    finally:
+        setting.fp32_precision = before
+
+
+def call(**changes):
+    return Call(**{"shape": (1, 2, 8, 8), "kernel": (7, 7), "dtype": FLOAT, "device": "cuda", **changes})
+
+
+def test_a_refusal_says_what_is_missing(monkeypatch):
+    assert triton.BACKEND.refusal(call(device="cpu")) == "runs on CUDA devices only"
+    assert triton.BACKEND.refusal(call(dtype=torch.float64)) == "takes float32, float16 and bfloat16"
+    assert triton.BACKEND.refusal(call(algorithm="fft")) == "has only the direct algorithm"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert triton.BACKEND.refusal(call()) == "needs a device of capability 8.0 or more, this one has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert triton.BACKEND.refusal(call()) is None
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    assert triton.BACKEND.refusal(call()) == "needs the package triton"
+
+
+def test_it_is_taken_only_by_name_before_it_was_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose(call()).name == "aten"
+    with use_backend("triton"):
+        assert choose(call()).name == "triton"
+
+
+# ---- on a GPU ----
+
+ON_GPU = [(3, 5, 9, 11, 5, 5), (2, 3, 4, 5, 13, 7), (70, 3, 20, 37, 31, 31), (4, 2, 64, 70, 1, 127), *SHAPES[1:4]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("shape", ON_GPU, ids=str)
+def test_the_kernels_keep_the_bound_on_a_gpu(shape, dtype, layout):
+    n, c, h, w, kh, kw = shape
+    x, dy = (torch.randn(n, c, h, w, device="cuda").to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    weight = (torch.randn(c, 1, kh, kw, device="cuda") / max(kh, kw)).to(dtype)
+    found = excess(triton.BACKEND, x, weight, dy)
+    assert max(found.values()) <= 1, found
+
+
+@pytest.mark.gpu
+def test_results_repeat_bit_for_bit_on_a_gpu():
+    x, dy = (torch.randn(64, 16, 56, 56, device="cuda", dtype=BRAIN) for _ in range(2))
+    weight = torch.randn(16, 1, 31, 31, device="cuda", dtype=BRAIN) / 31
+    y = triton.forward(x, weight, None, False)
+    _, dw, _ = triton.backward(dy, x, weight, [False, True, False])
+    for _ in range(20):
+        assert torch.equal(triton.forward(x, weight, None, False), y)
+        assert torch.equal(triton.backward(dy, x, weight, [False, True, False])[1], dw)
+
+
+@pytest.fixture
+def by_name():
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("by_name")
+def test_compile_graphs_autocast_and_checkpointing_work_on_a_gpu():
+    module = DepthwiseConv2d(8, 13).cuda()
+    x = torch.randn(2, 8, 20, 20, device="cuda", requires_grad=True)
+    expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False)
+    close = partial(torch.testing.assert_close, rtol=2e-2, atol=2e-2, check_dtype=False)
+    close(torch.compile(module, fullgraph=True)(x), expected)
+    with torch.autocast("cuda", dtype=BRAIN):
+        y = module(x)
+        assert y.dtype == BRAIN
+        close(y, expected)
+    checkpointed = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    checkpointed.sum().backward()
+    assert x.grad is not None
+    with torch.inference_mode():
+        static = x.detach().clone()
+        depthwise_conv2d(static, module.weight, module.bias)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = depthwise_conv2d(static, module.weight, module.bias)
+        graph.replay()
+        close(result, expected)
