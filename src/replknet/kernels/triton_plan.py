@@ -152,7 +152,9 @@ def gradient_tile(
     if device == "sm_80" or dtype == torch.float32:
         tile = PatchTile(samples=32, rows=2, patches=2, by_image=by_image)
     else:
-        tile = PatchTile(samples=32 if device == "sm_100" else 64, by_image=by_image)
+        tile = PatchTile(by_image=by_image)
+        if device == "sm_100":  # tensor memory is small
+            tile = replace(tile, samples=32, patches=2, warps=8)
     g = geometry(h, w, kh, kw, tile)
     parts = g.row_blocks * ceil(n / tile.samples) if by_image else ceil(n * g.row_blocks / tile.samples)
     splits = ceil(_PROGRAMS / (c * g.depth * g.groups))
