@@ -68,4 +68,4 @@ def test_gpu_says_what_the_python_lacks(tmp_path):
     python.chmod(0o755)
     result = make("gpu", f"PYTHON={python}")
     assert result.returncode == 2
-    assert f"no CUDA device was looked for: {python} has no torch, timm or numpy" in result.stderr
+    assert f"no CUDA device was looked for: {python} has no torch, timm, numpy or pytest" in result.stderr

@@ -1,6 +1,7 @@
 """The Triton kernels: right in the interpreter, compilable for every device of the plan, and right on a GPU."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from oracle import excess
 from replknet.kernels import Call, choose, reference, triton, use_backend
@@ -41,8 +43,6 @@ def test_the_kernels_keep_the_bound_in_the_interpreter(group):
 
 
 def environment():
-    import os
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
@@ -224,7 +224,7 @@ def test_compile_graphs_autocast_and_checkpointing_work_on_a_gpu():
         y = module(x)
         assert y.dtype == BRAIN
         close(y, expected)
-    checkpointed = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    checkpointed = checkpoint(module, x, use_reentrant=False)
     checkpointed.sum().backward()
     assert x.grad is not None
     with torch.inference_mode():
