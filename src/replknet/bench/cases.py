@@ -171,9 +171,6 @@ SUITES: dict[str, Suite] = {
     "training": Suite("how fast is a training step of a layer", (*_STAGES, *_STAGES_N8), ("gradients", "step")),
 }
 
-# what a GPU is checked and timed with
-CASES: tuple[Case, ...] = (*_STAGES, *_STAGES_N8[2:], *_SMALL[4:])
-
 
 def chosen(suite: str | None, patterns: list[str]) -> Iterator[tuple[str, Suite, list[Case | Stack]]]:
     """The suites and their workloads whose name fits one of the patterns; each workload once.

@@ -68,7 +68,7 @@ def interleaved(
                 _milliseconds(call)
             times[name].append(_turn(call))
             spent[name] += time.perf_counter() - start
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: quantiles_of(values) for name, values in times.items()}
 
 
 def _turn(call: Callable[[], Any]) -> float:
@@ -87,7 +87,7 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - before)
 
 
-def _timing(values: list[float]) -> Timing:
+def quantiles_of(values: list[float]) -> Timing:
     # "inclusive": the other method would extrapolate beyond the few values of a slow way, even below zero
     tenths = quantiles(values, n=10, method="inclusive")
     return Timing(tenths[1], tenths[4], tenths[7], len(values))
