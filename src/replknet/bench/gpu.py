@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA device: nothing was checked", file=sys.stderr)
         return 1
     torch.backends.cudnn.benchmark = True
+    # torch's stubs do not know it
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; cuDNN's float32 convolutions: ieee")
     end = time.monotonic() + args.limit
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 def device_time(call: Callable[[], Any]) -> Timing:
     """Quantiles of the time on the device, from replays of a CUDA graph: launches from Python cost nothing."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles, and lets cuDNN choose
             call()

@@ -30,12 +30,13 @@ def _in_float(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _margins(weight: Tensor, h: int, w: int) -> tuple[int, int]:
+def margins(weight: Tensor, h: int, w: int) -> tuple[int, int]:
     """Rows and columns at each edge of the kernel that only ever see padding on an h x w map."""
     return max(0, weight.shape[2] // 2 - (h - 1)), max(0, weight.shape[3] // 2 - (w - 1))
 
 
-def _inner(weight: Tensor, mh: int, mw: int) -> Tensor:
+def inner(weight: Tensor, mh: int, mw: int) -> Tensor:
+    """The kernel without those rows and columns."""
     if mh == mw == 0:
         return weight
     return weight[:, :, mh : weight.shape[2] - mh, mw : weight.shape[3] - mw]
@@ -56,7 +57,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorith
     dtype = x.dtype
     if _in_float(x):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    y = _convolved(x, _inner(weight, *_margins(weight, *x.shape[2:])), bias)
+    y = _convolved(x, inner(weight, *margins(weight, *x.shape[2:])), bias)
     return (y.relu_() if relu else y).to(dtype)
 
 
@@ -83,15 +84,15 @@ def backward(
     if _in_float(x):
         dy, x, weight = dy.float(), x.float(), weight.float()
     c = x.shape[1]
-    mh, mw = _margins(weight, *x.shape[2:])
-    inner = _inner(weight, mh, mw)
-    ih, iw = inner.shape[2:]
+    mh, mw = margins(weight, *x.shape[2:])
+    used = inner(weight, mh, mw)
+    ih, iw = used.shape[2:]
     if x.device.type == "cpu" and ih * iw >= _LARGE_TAPS:
-        dx = _convolved(dy, inner.flip(2, 3)) if wanted[0] else None
+        dx = _convolved(dy, used.flip(2, 3)) if wanted[0] else None
         dw = _weight_gradient(dy, x, ih, iw) if wanted[1] else None
     else:
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, inner, None, [1, 1], [ih // 2, iw // 2], [1, 1], False, [0, 0], c, [*wanted[:2], False]
+            dy, x, used, None, [1, 1], [ih // 2, iw // 2], [1, 1], False, [0, 0], c, [*wanted[:2], False]
         )
     if dw is not None:
         dw = pad(dw, (mw, mw, mh, mh))

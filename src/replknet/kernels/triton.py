@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from replknet.kernels.aten import inner, margins
 from replknet.kernels.backend import Backend, Call
 from replknet.kernels.triton_plan import (
     DirectTile,
@@ -42,19 +43,12 @@ def _family(x: Tensor) -> Family:
     return "sm_90" if x.device.type != "cuda" else family(torch.cuda.get_device_capability(x.device))
 
 
-def _inner(weight: Tensor, h: int, w: int) -> tuple[Tensor, int, int]:
-    """The taps that meet an h x w map at all, and how many are left out at each end."""
-    mh, mw = max(0, weight.shape[2] // 2 - (h - 1)), max(0, weight.shape[3] // 2 - (w - 1))
-    inner = weight[:, :, mh : weight.shape[2] - mh, mw : weight.shape[3] - mw]
-    return inner.contiguous(), mh, mw
-
-
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rotated: bool = False) -> Tensor:
-    inner, _, _ = _inner(weight, *x.shape[2:])
-    kernel = inner.shape[2], inner.shape[3]
+    used = inner(weight, *margins(weight, *x.shape[2:])).contiguous()
+    kernel = used.shape[2], used.shape[3]
     shape = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     tile = forward_tile(shape, kernel, x.dtype, _allows_tf32(), not x.is_contiguous(), _family(x))
-    return run(tile, x, inner, bias, relu, rotated)
+    return run(tile, x, used, bias, relu, rotated)
 
 
 def run(tile: Tile, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rotated: bool = False) -> Tensor:
@@ -96,8 +90,8 @@ def backward(
         if wanted[0]:
             dx = _convolved(dy, weight, None, False, rotated=True)
         if wanted[1]:
-            inner, mh, mw = _inner(weight, *x.shape[2:])
-            kernel = inner.shape[2], inner.shape[3]
+            mh, mw = margins(weight, *x.shape[2:])
+            kernel = weight.shape[2] - 2 * mh, weight.shape[3] - 2 * mw
             shape = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
             tile = gradient_tile(shape, kernel, x.dtype, _allows_tf32(), _family(x))
             dw = pad(run_gradient(tile, dy, x, *kernel), (mw, mw, mh, mh))
