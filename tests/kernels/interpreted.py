@@ -11,9 +11,10 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from torch.nn.functional import pad
 
 from oracle import excess
-from replknet.kernels import reference, triton
+from replknet.kernels import reference, triton, triton_layout
 from replknet.kernels.triton_plan import DirectTile, PatchTile, Tile
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -57,6 +58,25 @@ DIRECT: list[Case] = [
 ]
 
 
+LAYOUTS = [(n, c, h, w) for n, c in ((1, 1), (2, 3), (3, 70)) for h, w in ((1, 1), (5, 7), (9, 40))]
+
+
+def layouts() -> None:
+    """Copies between layouts and widths are exact, and fill with zeros."""
+    for shape in LAYOUTS:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(HALF).contiguous(memory_format=layout)
+            w = x.shape[3]
+            for width in (w, w + 3):
+                planes = triton_layout.planes(x, width)
+                assert planes.is_contiguous(), (shape, width)
+                assert torch.equal(planes, pad(x, (0, width - w))), (shape, width)
+                back = triton_layout.images(planes, w, layout)
+                assert back.stride() == torch.empty(shape, memory_format=layout).stride(), (shape, width)
+                assert torch.equal(back, x), (shape, width)
+        print(json.dumps([str(shape), {}]))
+
+
 def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (n, c, h, w, kh, kw), dtype, channels_last, _, _ = case
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -68,6 +88,8 @@ def main(group: str) -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if group == "layouts":
+        return layouts()
     for case in {"patch": PATCH, "direct": DIRECT}[group]:
         x, weight, dy = tensors(case)
         # as the plan would give them, but small

@@ -12,15 +12,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from oracle import excess
-from replknet.kernels import Call, choose, reference, triton, use_backend
+from replknet.kernels import Call, choose, reference, triton, triton_tune, use_backend
 from replknet.kernels.triton_plan import (
     DirectTile,
     Family,
     PatchTile,
     family,
     forward_tile,
+    forward_tiles,
     geometry,
     gradient_tile,
+    gradient_tiles,
 )
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
@@ -29,14 +31,23 @@ FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 FAMILIES: list[Family] = ["sm_80", "sm_90", "sm_100"]
 
 
-@pytest.mark.parametrize("group", ["patch", "direct"])
-def test_the_kernels_keep_the_bound_in_the_interpreter(group):
+def interpreted(group):
     # the interpreter is chosen when the kernels are defined
     command = [sys.executable, Path(__file__).with_name("interpreted.py"), group]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert result.returncode == 0, result.stderr
     cases = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(cases) >= 7
+    return cases
+
+
+def test_copies_between_layouts_are_exact_in_the_interpreter():
+    interpreted("layouts")
+
+
+@pytest.mark.parametrize("group", ["patch", "direct"])
+def test_the_kernels_keep_the_bound_in_the_interpreter(group):
+    cases = interpreted(group)
     for name, found in cases:
         assert found.keys() == {"y", "dx", "dw", "db", "bias and relu"}
         assert max(found.values()) <= 1, (name, found)
@@ -46,41 +57,49 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-# n, c, h, w, kernel sides: the layers of RepLKNet-31B at 224 and 512 pixels, of Table 1, and extreme ones
+# n, c, h, w, kernel sides: the layers of RepLKNet-31B at 224 and 512 pixels, of Table 1, few images, extreme ones
 SHAPES = [
     (64, 128, 56, 56, 31, 31),
     (64, 256, 28, 28, 29, 29),
     (64, 512, 14, 14, 27, 27),
     (64, 1024, 7, 7, 13, 13),
     (4, 128, 128, 128, 31, 31),
+    (1, 128, 56, 56, 31, 31),
     (1, 512, 14, 14, 27, 27),
+    (4, 512, 32, 32, 27, 27),
     (64, 384, 64, 64, 7, 7),
     (8, 100, 60, 75, 51, 5),
     (64, 32, 130, 130, 127, 127),
 ]
 
 
-def compiled_faults(device, shape, dtype, tf32=False):
-    """What is wrong with the kernels that the plan gives a call, by direction."""
+def compiled_faults(device, shape, dtype, tf32=False, layout=torch.contiguous_format, candidates=False):
+    """What is wrong with the kernels that the plan gives a call, by direction; or with all that are tried for it."""
     from replknet.kernels import triton_compile
 
     n, c, h, w, kh, kw = shape
     kh, kw = min(kh, 2 * h - 1), min(kw, 2 * w - 1)  # taps that only meet padding are left out
     limits = triton_compile.DEVICES[device]
-    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((n, c, h, w), (c, 1, kh, kw)))
-    forward = forward_tile((n, c, h, w), (kh, kw), dtype, tf32, False, device)
-    gradient = gradient_tile((n, c, h, w), (kh, kw), dtype, tf32, device)
-    calls = {
-        "forward": (forward, partial(triton.run, forward, x, weight, None, False)),
-        "gradient": (gradient, partial(triton.run_gradient, gradient, x, x, kh, kw)),
-    }
+    x = torch.empty((n, c, h, w), dtype=dtype, device="meta", memory_format=layout)
+    weight = torch.empty((c, 1, kh, kw), dtype=dtype, device="meta")
+    facts = (n, c, h, w), (kh, kw), dtype, tf32
+    forward, gradient = forward_tiles(*facts, not x.is_contiguous(), device), gradient_tiles(*facts, device)
+    if not candidates:
+        forward, gradient = forward[:1], gradient[:1]
+    calls = [("forward", tile, partial(triton.run, tile, x, weight, None, False)) for tile in forward]
+    calls += [("gradient", tile, partial(triton.run_gradient, tile, x, x, kh, kw)) for tile in gradient]
     found = {}
-    for direction, (tile, call) in calls.items():
+    for direction, tile, call in calls:
         for code in triton_compile.compiled(limits, call):
             instruction = None
             if isinstance(tile, PatchTile) and code.kernel in ("_forward", "_products"):
-                # TF32 operands of the newer instructions must be stored by columns, which those of the gradient are not
-                instruction = "HMMA" if dtype == FLOAT and direction == "gradient" else limits.matrix_instruction
+                instruction = limits.matrix_instruction
+                if direction == "forward" and tile.samples < 64:
+                    instruction = "HMMA"  # the newer ones have 64 rows and more
+                if direction == "gradient" and dtype == FLOAT:
+                    instruction = (
+                        "HMMA"  # their TF32 operands are stored by columns, which those of the gradient are not
+                    )
             if faults := code.faults(limits, instruction):
                 found[f"{direction} {code.kernel} {tile}"] = faults
     return found
@@ -90,6 +109,19 @@ def compiled_faults(device, shape, dtype, tf32=False):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_tiles_of_the_plan_fit_their_devices(device, shape):
     assert compiled_faults(device, shape, BRAIN) == {}
+
+
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize("shape", [(64, 100, 60, 75, 31, 31), SHAPES[3]], ids=str)
+def test_the_tiles_of_channels_last_fit_their_devices(device, shape):
+    assert compiled_faults(device, shape, BRAIN, layout=torch.channels_last) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_the_autotuner_tries_fits_its_device(device, shape):
+    assert compiled_faults(device, shape, BRAIN, candidates=True) == {}
 
 
 @pytest.mark.parametrize("device", FAMILIES)
@@ -159,20 +191,27 @@ def call(**changes):
     return Call(**{"shape": (1, 2, 8, 8), "kernel": (7, 7), "dtype": FLOAT, "device": "cuda", **changes})
 
 
+def present(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "_least_capability", lambda: capability)
+
+
 def test_a_refusal_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert triton.BACKEND.refusal(call(device="cpu")) == "runs on CUDA devices only"
     assert triton.BACKEND.refusal(call(dtype=torch.float64)) == "takes float32, float16 and bfloat16"
     assert triton.BACKEND.refusal(call(algorithm="fft")) == "has only the direct algorithm"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert triton.BACKEND.refusal(call()) == "needs a device of capability 8.0 or more, this one has 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert triton.BACKEND.refusal(call()) == "there is no CUDA device"
+    present(monkeypatch, (7, 5))
+    assert triton.BACKEND.refusal(call()) == "needs devices of capability 8.0 or more, there is one of 7.5"
+    present(monkeypatch, (9, 0))
     assert triton.BACKEND.refusal(call()) is None
     monkeypatch.setattr(triton, "find_spec", lambda name: None)
     assert triton.BACKEND.refusal(call()) == "needs the package triton"
 
 
 def test_it_is_taken_only_by_name_before_it_was_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    present(monkeypatch, (9, 0))
     assert choose(call()).name == "aten"
     with use_backend("triton"):
         assert choose(call()).name == "triton"
@@ -180,7 +219,14 @@ def test_it_is_taken_only_by_name_before_it_was_measured(monkeypatch):
 
 # ---- on a GPU ----
 
-ON_GPU = [(3, 5, 9, 11, 5, 5), (2, 3, 4, 5, 13, 7), (70, 3, 20, 37, 31, 31), (4, 2, 64, 70, 1, 127), *SHAPES[1:4]]
+ON_GPU = [
+    (3, 5, 9, 11, 5, 5),
+    (2, 3, 4, 5, 13, 7),
+    (70, 3, 20, 37, 31, 31),
+    (4, 2, 64, 70, 1, 127),
+    *SHAPES[1:4],
+    (1, 8, 56, 56, 31, 31),
+]
 
 
 @pytest.mark.gpu
@@ -235,3 +281,57 @@ def test_compile_graphs_autocast_and_checkpointing_work_on_a_gpu():
             result = depthwise_conv2d(static, module.weight, module.bias)
         graph.replay()
         close(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("by_name")
+def test_the_autotuner_finds_a_tile_once_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(triton, "autotuned", lambda: True)
+    torch.use_deterministic_algorithms(False)
+    triton_tune.table_of.cache_clear()
+    try:
+        module = DepthwiseConv2d(8, 13).cuda().to(BRAIN)
+        x = torch.randn(4, 8, 20, 20, device="cuda", dtype=BRAIN, requires_grad=True)
+        module(x).sum().backward()
+        [file] = (tmp_path / "replknet").iterdir()
+        kinds = json.loads(file.read_text())
+        # the gradient for x is of the same kind as the forward pass
+        assert [kind.split()[0] for kind in kinds] == ["forward", "gradient"]
+        expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False)
+        torch.testing.assert_close(module(x).double(), expected, rtol=2e-2, atol=2e-2)
+    finally:
+        triton_tune.table_of.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("by_name")
+def test_distributed_data_parallel_works_on_a_gpu(tmp_path):
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        module = DepthwiseConv2d(8, 13).cuda()
+        x = torch.randn(2, 8, 20, 20, device="cuda")
+        module(x).square().sum().backward()
+        expected = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        torch.nn.parallel.DistributedDataParallel(module)(x).square().sum().backward()
+        for p, grad in zip(module.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_a_second_device_and_another_stream_are_used_as_they_are():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    x = torch.randn(2, 4, 20, 20, device=device)
+    weight = torch.randn(4, 1, 13, 13, device=device) / 13
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            shifted = x + 1  # only there, late
+            y = triton.forward(shifted, weight, None, False)
+        stream.synchronize()
+    expected = reference.forward((x + 1).double(), weight.double(), None, False)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

@@ -30,6 +30,7 @@ def _strips(
     weight,  # [C, KH, KW]
     strips,  # [C, strip rows, blocks, 16, 16]
     elements,  # of strips, a channel
+    programs,  # of a channel
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -39,8 +40,8 @@ def _strips(
     TRANSPOSED: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    channel = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    channel = (tl.program_id(0) // programs).to(tl.int64)
+    e = tl.program_id(0) % programs * FLAT + tl.arange(0, FLAT)
     n, k = e % _COLUMNS, e // _COLUMNS % _COLUMNS
     if TRANSPOSED:
         n, k = k, n
@@ -263,6 +264,7 @@ def _taps(
     products,  # as _products writes them
     dw,  # [C, KH, KW]
     splits,
+    programs,  # of a channel
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -271,8 +273,8 @@ def _taps(
     LEFT: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    channel = tl.program_id(1).to(tl.int64)
-    tap = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    channel = (tl.program_id(0) // programs).to(tl.int64)
+    tap = tl.program_id(0) % programs * FLAT + tl.arange(0, FLAT)
     exists = tap < KH * KW
     row = tap // KW
     # the tap's column is LEFT + 16 d + diagonal - 15 + KW // 2, for one block or two
@@ -314,10 +316,12 @@ def forward(
     g = geometry(h, w, kh, kw, tile)
     transposed = x.dtype == torch.float32
     strips = torch.empty(c * g.strip_elements, dtype=x.dtype, device=x.device)
-    _strips[(triton.cdiv(g.strip_elements, _FLAT), c)](
+    flat_programs = triton.cdiv(g.strip_elements, _FLAT)
+    _strips[(flat_programs * c,)](
         weight,
         strips,
         g.strip_elements,
+        flat_programs,
         KH=kh,
         KW=kw,
         ROWS=tile.rows,
@@ -362,6 +366,7 @@ def forward(
         AS_FLOAT=_as_float(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return y
 
@@ -395,13 +400,16 @@ def weight_gradient(dy: Tensor, x: Tensor, kh: int, kw: int, tile: PatchTile) ->
         AS_FLOAT=_as_float(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     dw = torch.empty((c, 1, kh, kw), dtype=x.dtype, device=x.device)
     flat = min(_FLAT, triton.next_power_of_2(kh * kw))
-    _taps[(triton.cdiv(kh * kw, flat), c)](
+    flat_programs = triton.cdiv(kh * kw, flat)
+    _taps[(flat_programs * c,)](
         products,
         dw,
         tile.splits,
+        flat_programs,
         KH=kh,
         KW=kw,
         ROWS=tile.rows,

@@ -6,6 +6,7 @@ them by the counts of docs/decisions/0004-gpu-kernels.md.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -21,8 +22,12 @@ _SMALL_SIDE = 5
 _BLOCKS_AT_ONCE = 3
 # kernels from this side on have more column blocks than that
 _WIDE_SIDE = 33
+# of a thread, where the compiler would spill some to have more programs run at once
+_REGISTERS = 255
 # images from which rows of products are images alone
 _MANY_IMAGES = 64
+# kernels up to this side may be faster as sums, which the autotuner finds out
+_DOUBTFUL_SIDE = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class PatchTile:
     splits: int = 1  # parts of the sum over samples, for the gradient of the weights
     warps: int = 4
     stages: int = 2
+    registers: int | None = None  # that a thread may have; None: as many as the compiler likes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +104,18 @@ def family(capability: tuple[int, int]) -> Family:
     return "sm_90" if capability == (9, 0) else "sm_80"
 
 
-def padded_width(w: int, tile: Tile) -> int:
+def padded_width(w: int, copied: bool) -> int:
     """The width to which images are padded before they are cut into patches.
 
     Rows of 16-bit pixels are read 8 bytes at a time; else addresses and masks take so many registers that they spill.
-    Small maps are read as they are, since a copy would cost more.
+    Small maps are read as they are, since a copy would cost more, unless they are copied anyway for their layout.
     """
-    if isinstance(tile, DirectTile) or w % 4 == 0 or w <= 8 or (w <= 16 and w % 2 == 0):
+    if w % 8 == 0 or (not copied and (w % 4 == 0 or w <= 8 or (w <= 16 and w % 2 == 0))):
         return w
     return ceil(w / 8) * 8
 
 
+@lru_cache(4096)
 def forward_tile(
     shape: tuple[int, int, int, int],
     kernel: tuple[int, int],
@@ -118,20 +125,28 @@ def forward_tile(
     device: Family,
 ) -> Tile:
     """Of the convolution of x `[N,C,H,W]`, and of the gradient for x."""
-    n, _, _, w = shape
+    n, _, h, w = shape
     if not _by_patches(kernel, dtype, tf32):
-        return DirectTile(samples=32, channels=32, rows=4) if channels_last else DirectTile()
+        return _sums(channels_last)
     by_image = n >= _MANY_IMAGES
     if dtype == torch.float32:
-        return PatchTile(rows=2, by_image=by_image, patches=2, samples=32 if device == "sm_80" else 64)
+        samples = _samples(n * ceil(h / 2), 32 if device == "sm_80" else 64, by_image)
+        return PatchTile(rows=2, by_image=by_image, patches=2, samples=samples)
     if device == "sm_80":
-        return PatchTile(samples=32, by_image=by_image)
+        samples = _samples(n * ceil(h / 4), 16 if kernel[1] > _WIDE_SIDE else 32, by_image)
+        patches = 2 if samples == 32 and w > (56 if by_image else 64) else 4
+        return PatchTile(samples=samples, by_image=by_image, patches=patches, registers=_REGISTERS)
     if not by_image:
+        samples = _samples(n * ceil(h / 4), 64, by_image)
         return PatchTile(
-            by_image=False, patches=2 if device == "sm_100" else 4, warps=8 if device == "sm_100" and w <= 8 else 4
+            samples=samples,
+            by_image=False,
+            patches=4 if samples == 16 else 2,
+            warps=8 if device == "sm_100" and samples == 64 and w <= 8 else 4,
+            registers=_REGISTERS,
         )
     if w > 32 or kernel[1] > _WIDE_SIDE:
-        return PatchTile()
+        return PatchTile(registers=_REGISTERS)
     if w > 16:
         return PatchTile(samples=128, heights=2, warps=8 if device == "sm_100" else 4)
     if w > 8 or device == "sm_100":
@@ -139,25 +154,91 @@ def forward_tile(
     return PatchTile(samples=128, heights=2)
 
 
+def forward_tiles(
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    channels_last: bool,
+    device: Family,
+) -> tuple[Tile, ...]:
+    """`forward_tile`, and what may be faster, for the autotuner."""
+    first = forward_tile(shape, kernel, dtype, tf32, channels_last, device)
+    if isinstance(first, DirectTile):
+        others = (DirectTile(samples=16, channels=64, rows=4), DirectTile(samples=32, channels=32, rows=8))
+        if not channels_last:
+            others = (DirectTile(samples=256), DirectTile(rows=4, samples=512))
+        return first, *others
+    w = shape[3]
+    found: list[Tile] = [first, replace(first, near=False, registers=_REGISTERS)]
+    if not first.by_image:
+        few = ((16, 4), (32, 2), (64, 2)) if device == "sm_90" else ((16, 4), (32, 2))
+        found += [replace(first, samples=s, patches=p, warps=4) for s, p in few if s != first.samples]
+        if device != "sm_80":  # there it spills
+            found.append(replace(first, registers=None))
+    elif dtype == torch.float32 or device == "sm_80":
+        if w > 32 and first.patches != 2:
+            found.append(replace(first, patches=2))
+        found.append(replace(first, samples=16))
+    elif w <= 32 or (device == "sm_90" and kernel[1] <= _WIDE_SIDE):
+        eight = [PatchTile(samples=128, heights=2, warps=8)]
+        two = [PatchTile(samples=128, heights=2, patches=2)] if device == "sm_90" else []
+        found += [tile for tile in (PatchTile(), *eight, *two) if tile != first]
+    if max(kernel) <= _DOUBTFUL_SIDE:
+        found.append(_sums(channels_last))
+    return tuple(found)
+
+
+def _sums(channels_last: bool) -> DirectTile:
+    return DirectTile(samples=32, channels=32, rows=4) if channels_last else DirectTile()
+
+
+def _samples(pairs: int, most: int, by_image: bool) -> int:
+    """Rows of a product. Few pairs of an image and a row block take the instruction for 16 rows, at 0.6 of the rate."""
+    if by_image:
+        return most
+    return next(s for s in (16, 32, most) if pairs <= s or s == most)
+
+
+@lru_cache(4096)
 def gradient_tile(
     shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, tf32: bool, device: Family
 ) -> Tile:
-    """Of the gradient for the weights, from contiguous images."""
-    n, c, h, w = shape
+    """Of the gradient for the weights."""
+    n, c, h, _ = shape
     kh, kw = kernel
     if not _by_patches(kernel, dtype, tf32):
         programs = c * ceil(kh / 32) * ceil(kw / 32)
         return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))))
     by_image = n >= _MANY_IMAGES
     if device == "sm_80" or dtype == torch.float32:
-        tile = PatchTile(samples=32, rows=2, patches=2, by_image=by_image)
+        tile = PatchTile(samples=_samples(n * ceil(h / 2), 32, by_image), rows=2, patches=2, by_image=by_image)
+    elif device == "sm_100":  # tensor memory is small
+        tile = PatchTile(samples=_samples(n * ceil(h / 4), 32, by_image), patches=2, warps=8, by_image=by_image)
     else:
-        tile = PatchTile(by_image=by_image)
-        if device == "sm_100":  # tensor memory is small
-            tile = replace(tile, samples=32, patches=2, warps=8)
-    g = geometry(h, w, kh, kw, tile)
-    parts = g.row_blocks * ceil(n / tile.samples) if by_image else ceil(n * g.row_blocks / tile.samples)
-    splits = ceil(_PROGRAMS / (c * g.depth * g.groups))
+        tile = PatchTile(samples=_samples(n * ceil(h / 4), 64, by_image), by_image=by_image)
+    return _split(tile, shape, kernel, _PROGRAMS)
+
+
+def gradient_tiles(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, tf32: bool, device: Family
+) -> tuple[Tile, ...]:
+    """`gradient_tile`, and what may be faster, for the autotuner."""
+    first = gradient_tile(shape, kernel, dtype, tf32, device)
+    if isinstance(first, DirectTile):
+        return first, replace(first, splits=2 * first.splits)
+    found = [first, *(_split(first, shape, kernel, times * _PROGRAMS) for times in (2, 4))]
+    if first.samples > 16:
+        found.append(_split(replace(first, samples=first.samples // 2), shape, kernel, _PROGRAMS))
+    return tuple(dict.fromkeys(found))
+
+
+def _split(tile: PatchTile, shape: tuple[int, int, int, int], kernel: tuple[int, int], programs: int) -> PatchTile:
+    """The tile with its sum in as many parts as it takes for that many programs."""
+    n, c, h, w = shape
+    g = geometry(h, w, *kernel, tile)
+    parts = g.row_blocks * ceil(n / tile.samples) if tile.by_image else ceil(n * g.row_blocks / tile.samples)
+    splits = ceil(programs / (c * g.depth * g.groups))
     return replace(tile, splits=max(1, min(parts * g.tiles, splits)))
 
 
