@@ -8,8 +8,8 @@ NATIVE  ?= 1
 EXPECTED = import sys; from replknet.kernels.native import library_path; \
            sys.exit(library_path() is None and "the native kernel was not built: \
            `$(BIN)/python -m pip install -v .` shows why, NATIVE=0 goes on without it")
-# for `make gpu`: ours if it is there, else the machine's, which has the torch that fits its driver
-PYTHON  ?= $(firstword $(wildcard $(BIN)/python) python3)
+# for `make gpu`: the machine's own, whose torch fits its driver
+PYTHON  ?= python3
 
 .PHONY: help demo test check sanitize aarch64 bench gpu docs format clean
 

@@ -28,7 +28,7 @@ def test_counts_of_a_map_of_one_patch():
     found = counts(Case("", (64, 3, 4, 16), 1), PatchTile())
     assert found.bytes == 2 * 2 * 64 * 3 * 64
     assert found.useful_flops == 2 * 64 * 3 * 64
-    assert found.patch_flops == 3 * 2 * 64 * 64 * 64
+    assert found.done_flops == 3 * 2 * 64 * 64 * 64
     assert found.floor_us == max(found.memory_us, found.products_us) > 0
 
 

@@ -6,11 +6,15 @@ Counts, no times: the floors take the rates of an NVIDIA H100 as they are publis
 from dataclasses import dataclass
 
 from replknet.bench.cases import Case
-from replknet.kernels.triton_plan import PatchTile, geometry
+from replknet.kernels.triton_plan import PatchTile, Tile, geometry
 
-# bytes a second from memory, and bfloat16 operations a second of a large matrix product (cuBLAS)
+# bytes a second from memory
 H100_BYTES = 3.0e12
+# operations a second: bfloat16 in a large matrix product (cuBLAS), by the instruction for fewer than 64 rows, and
+# float32 outside of the tensor cores
 H100_FLOPS = 790e12
+H100_FLOPS_FEW_ROWS = 490e12
+H100_FLOPS_SUMS = 67e12
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,12 @@ class Counts:
 
     bytes: int  # the image read once and the result written once
     useful_flops: int  # products that meet the image, and their sums
-    patch_flops: int  # of the patch kernels' matrix products: the zeros of Toeplitz matrices and padding included
+    done_flops: int  # of the kernel: the zeros of Toeplitz matrices and padding included
+    flops_per_s: float  # at which they could be done
 
     @property
     def redundancy(self) -> float:
-        return self.patch_flops / self.useful_flops
+        return self.done_flops / self.useful_flops
 
     @property
     def memory_us(self) -> float:
@@ -31,7 +36,7 @@ class Counts:
 
     @property
     def products_us(self) -> float:
-        return 1e6 * self.patch_flops / H100_FLOPS
+        return 1e6 * self.done_flops / self.flops_per_s
 
     @property
     def floor_us(self) -> float:
@@ -39,9 +44,12 @@ class Counts:
         return max(self.memory_us, self.products_us)
 
 
-def counts(case: Case, tile: PatchTile) -> Counts:
+def counts(case: Case, tile: Tile) -> Counts:
     """What a layer takes with a tile; the loops are those of `triton_patch._forward`."""
     n, c, h, w = case.shape
+    moved = 2 * 2 * n * c * h * w
+    if not isinstance(tile, PatchTile):
+        return Counts(moved, case.useful_flops, case.useful_flops, H100_FLOPS_SUMS)
     side = min(case.kernel, 2 * w - 1, 2 * h - 1)
     g = geometry(h, w, side, side, tile)
     reach = side // 2
@@ -65,8 +73,5 @@ def counts(case: Case, tile: PatchTile) -> Counts:
         programs = -(-n * g.row_blocks // tile.samples)
     patch = 16 * tile.rows
     matrix = 2 * tile.samples * patch * patch
-    return Counts(
-        bytes=2 * 2 * n * c * h * w,
-        useful_flops=case.useful_flops,
-        patch_flops=c * programs * g.tiles * steps * g.groups * products * matrix,
-    )
+    done = c * programs * g.tiles * steps * g.groups * products * matrix
+    return Counts(moved, case.useful_flops, done, H100_FLOPS if tile.samples >= 64 else H100_FLOPS_FEW_ROWS)

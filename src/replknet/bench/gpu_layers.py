@@ -1,0 +1,253 @@
+"""The operator's layers on a CUDA device: every way is compared with float64, then timed.
+
+The ways are every backend that takes a call, by name, and torch's own convolution, in both layouts and in its benchmark
+mode, for some layers also under `torch.compile`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from replknet.bench.cases import Case
+from replknet.bench.gpu_counts import counts
+from replknet.bench.harness import Record, Timing, quantiles_of
+from replknet.kernels import BACKENDS, Call, reference
+from replknet.kernels.triton_plan import forward_tile
+
+_LAYERS = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
+# the most telling first: what comes after the time limit is left out, and named
+CASES: tuple[Case, ...] = (
+    *(Case(f"31b.{h}.n64", (64, c, h, h), k) for c, h, k in _LAYERS),
+    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (31, 3) for r in (16, 32, 64)),
+    *(Case(f"31b.{h}.n1", (1, c, h, h), k) for c, h, k in _LAYERS),
+    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (7, 13) for r in (16, 32, 64)),
+    *(Case(f"table1.r{r}.n1.k7", (1, 384, r, r), 7) for r in (16, 32, 64)),
+    *(Case(f"31b.{h}.512px.n4", (4, c, h, h), k) for c, h, k in ((128, 128, 31), (256, 64, 29), (512, 32, 27))),
+    *(Case(f"convnext.{h}.n64", (64, c, h, h), 7) for c, h in ((96, 56), (192, 28), (384, 14), (768, 7))),
+    # UniRepLKNet-S, Ding et al. 2024, arXiv:2311.15599
+    *(Case(f"unireplknet.{h}.n64", (64, c, h, h), 13) for c, h in ((192, 28), (384, 14), (768, 7))),
+    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (5, 21) for r in (16, 32, 64)),
+)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# of the channel's rms: rounding of the result to the dtype, with room for TF32-free float32 sums
+_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# what a way may take of the device, and how many times it is called at least
+_WAY_S = 0.1
+_LEAST_CALLS = 3
+# a call that takes longer is timed as it is: its launch does not matter
+_LONG_MS = 50.0
+
+# dy, x, weight -> y, dx, dw
+Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
+Timer = Callable[[Callable[[], Any]], Timing]
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A way whose result is not the definition's."""
+
+    way: str
+    error: float
+
+
+def device_time(call: Callable[[], Any]) -> Timing:
+    """Quantiles of the time on the device, from replays of a CUDA graph: launches from Python cost nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles, and lets cuDNN choose
+        again = _device_ms(call)
+        if again > _LONG_MS:
+            return quantiles_of([again, _device_ms(call)])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times: list[float] = []
+    while len(times) < _LEAST_CALLS or (sum(times) < 1e3 * _WAY_S and len(times) < 100):
+        times.append(_device_ms(graph.replay))
+    return quantiles_of(times)
+
+
+def _device_ms(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(case: Case, dtype: torch.dtype, device: str, timer: Timer) -> Iterator[Record | Wrong]:
+    """Every way of one case: its times forward, and forward and backward, or what is wrong with it."""
+    x, dy, weight = tensors(case, dtype, device)
+    truth = truth_of(dy, x, weight)
+    for layout in ("nchw", "nhwc"):
+        form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        dy_here, x_here = dy.contiguous(memory_format=form), x.contiguous(memory_format=form)
+        for name, (forward, both) in _ways(case, dtype, device, layout == "nhwc").items():
+            way = f"{name} {layout}"
+            error = error_of(both(dy_here, x_here, weight), truth)
+            if not error <= _BOUNDS[dtype]:
+                yield Wrong(way, error)
+                continue
+            for what, run in (("forward", forward), ("step", both)):
+                yield Record(
+                    suite=f"gpu.{name_of(dtype)}",
+                    case=case.name,
+                    shape=case.shape,
+                    kernel=case.kernel,
+                    what=what,
+                    way=way,
+                    backend=name,
+                    timing=timer(partial(run, dy_here, x_here, weight)),
+                    excess=round(error / _BOUNDS[dtype], 3),
+                    flops=case.flops * (3 if what == "step" else 1),
+                    useful_flops=case.useful_flops * (3 if what == "step" else 1),
+                )
+
+
+def rows(case: Case, dtype: torch.dtype, found: list[Record | Wrong]) -> list[str]:
+    """The table of one case; the floor is that of the forward pass in 16 bits."""
+    side = min(case.kernel, 2 * case.shape[2] - 1)
+    floor = counts(case, forward_tile(case.shape, (side, side), torch.bfloat16, False, False, "sm_90")).floor_us
+    lines = [
+        f"{case.name} {name_of(dtype)}, {list(case.shape)} {case.kernel}x{case.kernel}, floor {floor:.0f} us in 16 bits"
+    ]
+    best = {
+        what: min(
+            (r.timing.p50_ms for r in found if isinstance(r, Record) and r.what == what and r.backend == "torch"),
+            default=None,
+        )
+        for what in ("forward", "step")
+    }
+    for one in found:
+        if isinstance(one, Wrong):
+            lines.append(f"  {one.way:14} WRONG by {one.error:.1e}, not timed")
+            continue
+        torch_ms = best[one.what]
+        times = "" if torch_ms is None else f"{torch_ms / one.timing.p50_ms:8.2f} x torch's better layout"
+        part = f", {floor / 1e3 / one.timing.p50_ms:.0%} of the floor" if one.what == "forward" else ""
+        lines.append(f"  {one.way:14} {one.what:8} {1e3 * one.timing.p50_ms:10.1f} us {times}{part}")
+    return lines
+
+
+def summary(records: list[Record]) -> list[str]:
+    """A line a case and dtype: the fastest Triton way and the fastest of torch's, us, forward and with gradients."""
+    fastest: dict[tuple[str, str, str, str], float] = {}
+    for one in records:
+        who = "triton" if one.backend == "triton" else "torch"
+        key = one.case, one.suite, one.what, who
+        fastest[key] = min(fastest.get(key, float("inf")), 1e3 * one.timing.p50_ms)
+    lines = [
+        f"{'case':<22} {'dtype':<9}" + "".join(f"{what:>12} {'torch':>10} {'x':>6}" for what in ("forward", "step"))
+    ]
+    for case, suite in dict.fromkeys((one.case, one.suite) for one in records):
+        cells = ""
+        for what in ("forward", "step"):
+            ours, torchs = (fastest.get((case, suite, what, who)) for who in ("triton", "torch"))
+            ratio = f"{torchs / ours:>6.2f}" if ours is not None and torchs is not None else f"{'-':>6}"
+            cells += f"{_us(ours):>12} {_us(torchs):>10} {ratio}"
+        lines.append(f"{case:<22} {suite.removeprefix('gpu.'):<9}{cells}")
+    return lines
+
+
+def _us(time: float | None) -> str:
+    return "-" if time is None else f"{time:.1f}"
+
+
+def headline(records: list[Record]) -> list[str]:
+    """The fastest 31x31 against the fastest 3x3, as the paper compares them in its Table 1."""
+    fastest: dict[tuple[str, str], Record] = {}
+    for one in records:
+        key = one.suite, one.case
+        if one.what == "forward" and (key not in fastest or one.timing.p50_ms < fastest[key].timing.p50_ms):
+            fastest[key] = one
+    lines = []
+    for (suite, case), large in fastest.items():
+        small = fastest.get((suite, case.removesuffix("31") + "3"))
+        if case.startswith("table1.") and case.endswith(".k31") and small is not None:
+            times = large.timing.p50_ms / small.timing.p50_ms
+            lines.append(f"{suite} {case}: {large.way} takes {times:.2f} times {small.way}'s 3x3")
+    return lines
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, dy `[N,C,H,W]` and a weight of about unit gain."""
+    x, dy = (torch.randn(case.shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(case.shape[1], 1, case.kernel, case.kernel, device=device) / case.kernel
+    return x, dy, weight.to(dtype)
+
+
+def _ways(case: Case, dtype: torch.dtype, device: str, channels_last: bool) -> dict[str, tuple[Way, Way]]:
+    """By name: forward, and forward with both gradients."""
+    call = Call(
+        shape=case.shape, kernel=(case.kernel, case.kernel), dtype=dtype, device=device, channels_last=channels_last
+    )
+    found: dict[str, tuple[Way, Way]] = {"torch": (partial(_torch, case, False), partial(_torch, case, True))}
+    if device == "cuda" and dtype == torch.bfloat16 and case.name.startswith("31b."):
+        forward, both = (torch.compile(partial(_torch, case, gradients), dynamic=False) for gradients in (False, True))
+        found["compile"] = forward, both
+    for backend in BACKENDS:
+        # aten is torch's own on a GPU
+        if backend.name in ("aten", reference.BACKEND.name) or backend.refusal(call) is not None:
+            continue
+
+        def run(gradients: bool, dy: Tensor, x: Tensor, weight: Tensor, backend: Any = backend) -> Any:
+            y = backend.forward(x, weight, None, False, "auto")
+            if not gradients:
+                return (y,)
+            dx, dw, _ = backend.backward(dy, x, weight, [True, True, False], "auto")
+            return y, dx, dw
+
+        found[backend.name] = partial(run, False), partial(run, True)
+    return found
+
+
+def _torch(case: Case, gradients: bool, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    reach, c = case.kernel // 2, case.shape[1]
+    y = conv2d(x, weight, padding=reach, groups=c)
+    if not gradients:
+        return (y,)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], [reach] * 2, [1, 1], False, [0, 0], c, [True, True, False]
+    )
+    return y, dx, dw
+
+
+def truth_of(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[list[int], tuple[Tensor | None, ...]]:
+    """y, dx and dw in float64 of some channels, the first and the last among them, and which those are."""
+    c = x.shape[1]
+    # only some: products in float64 of all of them would take longer than everything else
+    chosen = sorted({0, c // 3, c // 2, c - 1})
+    part = [t[:, chosen].double() for t in (dy, x)]
+    inner = weight[chosen].double()
+    y = reference.forward(part[1], inner, None, False)
+    dx, dw, _ = reference.backward(part[0], part[1], inner, [True, True, False])
+    return chosen, (y, dx, dw)
+
+
+def error_of(found: tuple[Tensor | None, ...], truth: tuple[list[int], tuple[Tensor | None, ...]]) -> float:
+    """The largest relative error of a chosen channel, in the norm."""
+    chosen, expected = truth
+    worst = 0.0
+    for i, (got, want) in enumerate(zip(found, expected, strict=True)):
+        assert got is not None
+        assert want is not None
+        axes = (0, 2, 3) if i < 2 else (1, 2, 3)
+        part = got[:, chosen] if i < 2 else got[chosen]
+        norms = (torch.linalg.vector_norm(t, dim=axes) for t in (part.double() - want, want))
+        errors = next(norms) / next(norms)
+        if not errors.isfinite().all():
+            return float("inf")
+        worst = max(worst, errors.max().item())
+    return worst

@@ -1,0 +1,75 @@
+"""The tiles that the autotuner may try, each timed: those that ship are to be the best of them."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from replknet.bench.cases import Case
+from replknet.bench.gpu_layers import Timer, Wrong, error_of, tensors, truth_of
+from replknet.bench.harness import Record
+from replknet.kernels import triton
+from replknet.kernels.triton_plan import Tile, family, forward_tiles, gradient_tiles
+
+DTYPE = torch.bfloat16
+_BOUND = 1.6e-2
+CASES = (
+    *(Case(f"31b.{h}.n{n}", (n, c, h, h), k) for n, c, h, k in ((64, 128, 56, 31), (64, 256, 28, 29))),
+    *(Case(f"31b.{h}.n{n}", (n, c, h, h), k) for n, c, h, k in ((64, 512, 14, 27), (64, 1024, 7, 13))),
+    *(Case(f"31b.{h}.n1", (1, c, h, h), k) for c, h, k in ((128, 56, 31), (512, 14, 27))),
+    Case("convnext.56.n64", (64, 96, 56, 56), 7),
+)
+
+
+def measure(case: Case, device: str, timer: Timer) -> Iterator[Record | Wrong]:
+    """Each tile of a case: its time forward or for the gradient of the weights, or what is wrong with it."""
+    x, dy, weight = tensors(case, DTYPE, device)
+    chosen, (y, _, dw) = truth_of(dy, x, weight)
+    side = min(case.kernel, 2 * x.shape[2] - 1)
+    capability = torch.cuda.get_device_capability() if x.is_cuda else (9, 0)
+    facts = case.shape, (side, side), DTYPE, False
+    calls: dict[str, tuple[tuple[Tile, ...], Callable[[Tile], Any], Any]] = {
+        "forward": (
+            forward_tiles(*facts, False, family(capability)),
+            lambda tile: triton.run(tile, x, weight, None, False),
+            y,
+        ),
+        "weight gradient": (
+            gradient_tiles(*facts, family(capability)),
+            lambda tile: triton.run_gradient(tile, dy, x, side, side),
+            dw,
+        ),
+    }
+    for what, (tiles, run, expected) in calls.items():
+        for i, tile in enumerate(tiles):
+            way = f"{i}: {tile}"
+            found = run(tile)
+            error = error_of(found[:, chosen] if what == "forward" else found[chosen], expected)
+            if not error <= _BOUND:
+                yield Wrong(f"{case.name} {what} {way}", error)
+                continue
+            yield Record(
+                suite="gpu.tiles",
+                case=case.name,
+                shape=case.shape,
+                kernel=case.kernel,
+                what=what,
+                way=way,
+                backend="triton",
+                timing=timer(partial(run, tile)),
+                excess=round(error / _BOUND, 3),
+                flops=case.flops,
+                useful_flops=case.useful_flops,
+            )
+
+
+def rows(case: Case, found: list[Record | Wrong]) -> list[str]:
+    """A line a tile; the first of each direction is the one that ships."""
+    lines = [f"tiles of {case.name}"]
+    for one in found:
+        if isinstance(one, Wrong):
+            lines.append(f"  WRONG by {one.error:.1e}: {one.way}")
+        else:
+            lines.append(f"  {one.what:16} {1e3 * one.timing.p50_ms:10.1f} us  {one.way}")
+    return lines
