@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from replknet.bench import gpu, gpu_layers, gpu_networks
+from replknet.bench import gpu, gpu_layers, gpu_networks, gpu_tiles
 from replknet.bench.cases import Case
 from replknet.bench.harness import Record, quantiles_of
 from replknet.kernels import BACKENDS, reference
@@ -27,6 +28,49 @@ def test_without_a_cuda_device_it_says_so_and_fails(monkeypatch, capsys):
     assert capsys.readouterr().err == "no CUDA device: nothing was checked\n"
 
 
+@pytest.fixture
+def _precision():
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    yield
+    setting.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_precision")
+def test_the_program_measures_writes_and_sums_up(monkeypatch, tmp_path, capsys):
+    layers = measured()
+    wrong = gpu_layers.Wrong("new", 0.5)
+    asked = []
+
+    def measure(theme):
+        def run(*args):
+            asked.append(theme)
+            return iter(layers if theme != "tiles" else [layers[0], wrong])
+
+        return run
+
+    for module, theme in ((gpu_layers, "layers"), (gpu_networks, "networks"), (gpu_tiles, "tiles")):
+        monkeypatch.setattr(module, "measure", measure(theme))
+    monkeypatch.setattr(gpu, "compile_all", lambda: asked.append("compile"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setenv("REPLKNET_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    # a result that is wrong makes it fail
+    assert gpu.main(["--folder", str(tmp_path)]) == 1
+    n = len(gpu_layers.CASES)
+    assert asked == ["compile", *["layers"] * 10, "networks", *["tiles"] * 7, *["layers"] * (3 * n - 10)]
+    lines = {path.name.split("_")[0]: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert lines == {"layers": 3 * n * len(layers), "networks": len(layers), "tiles": 7}
+    assert all(path.name.split("_")[1] == "h200" for path in tmp_path.iterdir())
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("NVIDIA H200, torch ")
+    assert "WRONG: new by 5.0e-01" in out
+    assert gpu.main(["--folder", str(tmp_path), "--limit", "0"]) == 0
+    assert "left out after 0 s: 31b.56.n64 bfloat16, " in capsys.readouterr().out
+
+
 def test_every_way_is_checked_and_timed_forward_and_backward():
     found = measured()
     assert all(isinstance(one, Record) for one in found)
@@ -42,6 +86,23 @@ def test_every_way_is_checked_and_timed_forward_and_backward():
     assert len(lines) == 1 + len(found)
     assert "1.00 x torch's better layout" in lines[1]
     assert "of the floor" in lines[1]
+
+
+def test_everything_that_is_measured_is_compiled_before(monkeypatch):
+    calls = []
+
+    def forward(x, *rest):
+        calls.append(x.is_contiguous())
+        return reference.forward(x, *rest[:3])
+
+    def backward(dy, x, weight, wanted, algorithm):
+        calls.append(dy.is_contiguous() == x.is_contiguous())
+        return reference.backward(dy, x, weight, wanted)
+
+    new = replace(reference.BACKEND, name="new", forward=forward, backward=backward)
+    monkeypatch.setattr(gpu_layers, "BACKENDS", (new,))
+    gpu_layers.compile_case(TINY, torch.float32, "cpu")
+    assert calls == [True, True, False, True]
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch):
