@@ -24,6 +24,7 @@ _BLOCKS_AT_ONCE = 3
 _WIDE_SIDE = 33
 # of a thread, where the compiler would spill some to have more programs run at once
 _REGISTERS = 255
+_REGISTERS_OF_8_WARPS = 128
 # images from which rows of products are images alone
 _MANY_IMAGES = 64
 # kernels up to this side may be faster as sums, which the autotuner finds out
@@ -132,19 +133,9 @@ def forward_tile(
     if dtype == torch.float32:
         samples = _samples(n * ceil(h / 2), 32 if device == "sm_80" else 64, by_image)
         return PatchTile(rows=2, by_image=by_image, patches=2, samples=samples)
-    if device == "sm_80":
-        samples = _samples(n * ceil(h / 4), 16 if kernel[1] > _WIDE_SIDE else 32, by_image)
-        patches = 2 if samples == 32 and w > (56 if by_image else 64) else 4
-        return PatchTile(samples=samples, by_image=by_image, patches=patches, registers=_REGISTERS)
-    if not by_image:
-        samples = _samples(n * ceil(h / 4), 64, by_image)
-        return PatchTile(
-            samples=samples,
-            by_image=False,
-            patches=4 if samples == 16 else 2,
-            warps=8 if device == "sm_100" and samples == 64 and w <= 8 else 4,
-            registers=_REGISTERS,
-        )
+    samples = _samples(n * ceil(h / 4), 32 if device == "sm_80" else 64, by_image)
+    if samples < 64 or not by_image:
+        return _few_rows(samples, by_image, w, device)
     if w > 32 or kernel[1] > _WIDE_SIDE:
         return PatchTile(registers=_REGISTERS)
     if w > 16:
@@ -170,16 +161,15 @@ def forward_tiles(
             others = (DirectTile(samples=256), DirectTile(rows=4, samples=512))
         return first, *others
     w = shape[3]
-    found: list[Tile] = [first, replace(first, near=False, registers=_REGISTERS)]
-    if not first.by_image:
-        few = ((16, 4), (32, 2), (64, 2)) if device == "sm_90" else ((16, 4), (32, 2))
-        found += [replace(first, samples=s, patches=p, warps=4) for s, p in few if s != first.samples]
-        if device != "sm_80":  # there it spills
-            found.append(replace(first, registers=None))
-    elif dtype == torch.float32 or device == "sm_80":
-        if w > 32 and first.patches != 2:
-            found.append(replace(first, patches=2))
-        found.append(replace(first, samples=16))
+    found: list[Tile] = [first, replace(first, near=False, registers=first.registers or _REGISTERS)]
+    if not first.by_image or first.samples < 64 or dtype == torch.float32:
+        if dtype == torch.float32:
+            found += [replace(first, samples=s) for s in (16, 32) if s != first.samples]
+        else:
+            rows = (16, 32) if device == "sm_80" else (16, 32, 64)
+            found += [_few_rows(s, first.by_image, w, device) for s in rows if s != first.samples]
+        if w > 32:
+            found.append(replace(first, patches=2 if first.patches == 4 else 4))
     elif w <= 32 or (device == "sm_90" and kernel[1] <= _WIDE_SIDE):
         eight = [PatchTile(samples=128, heights=2, warps=8)]
         two = [PatchTile(samples=128, heights=2, patches=2)] if device == "sm_90" else []
@@ -187,6 +177,14 @@ def forward_tiles(
     if max(kernel) <= _DOUBTFUL_SIDE:
         found.append(_sums(channels_last))
     return tuple(found)
+
+
+def _few_rows(samples: int, by_image: bool, w: int, device: Family) -> PatchTile:
+    """Of products with few rows, or whose rows are pairs of an image and a row block."""
+    if samples < 64:
+        return PatchTile(samples=samples, by_image=by_image, warps=8, registers=_REGISTERS_OF_8_WARPS)
+    warps = 8 if device == "sm_100" and w <= 8 else 4
+    return PatchTile(by_image=by_image, patches=2, warps=warps, registers=_REGISTERS)
 
 
 def _sums(channels_last: bool) -> DirectTile:
@@ -212,7 +210,8 @@ def gradient_tile(
         return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))))
     by_image = n >= _MANY_IMAGES
     if device == "sm_80" or dtype == torch.float32:
-        tile = PatchTile(samples=_samples(n * ceil(h / 2), 32, by_image), rows=2, patches=2, by_image=by_image)
+        samples = _samples(n * ceil(h / 2), 32, by_image)
+        tile = PatchTile(samples=samples, rows=2, patches=2, by_image=by_image, registers=_REGISTERS)
     elif device == "sm_100":  # tensor memory is small
         tile = PatchTile(samples=_samples(n * ceil(h / 4), 32, by_image), patches=2, warps=8, by_image=by_image)
     else:
