@@ -83,7 +83,7 @@ def test_ctrl_c_from_a_terminal_keeps_the_state(cifar, tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monkeypatch):
-    def interrupted(recipe, folder, data, resume):
+    def interrupted(recipe, folder, data, resume, machine):
         if kept:
             (folder / "last.ckpt").touch()
         raise KeyboardInterrupt
@@ -98,6 +98,17 @@ def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monke
     else:
         text = f"interrupted before there was a state to keep. Start again with: {command}\n"
     assert capsys.readouterr().err == "\n" + text
+
+
+@pytest.mark.parametrize("kind", ["CheckpointError", "LossError"])
+def test_a_training_that_fails_says_why_in_a_line(kind, capsys, monkeypatch):
+    def failing(recipe, folder, data, resume, machine):
+        assert (machine.devices, machine.device_batch, machine.save_steps) == (2, 16, None)
+        raise getattr(replknet.train, kind)("the reason")
+
+    monkeypatch.setattr(replknet.train, "fit", failing)
+    assert main(["train", "cifar10", "--devices", "2", "--device-batch", "16"]) == 1
+    assert capsys.readouterr().err == "replknet train: the reason\n"
 
 
 def test_other_commands_just_stop(capsys, monkeypatch):

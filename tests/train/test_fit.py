@@ -1,18 +1,24 @@
 """A training that Ctrl-C ends, at any moment, and that goes on to the end as if it had not."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from replknet.models import load_model
-from replknet.recipes import cifar10
+from replknet.recipes import Machine, cifar10
 from replknet.tasks.classification import Classification
-from replknet.train import ResumeError, fit
+from replknet.train import CheckpointError, LossError, ResumeError, fit
 from replknet.train.callbacks import KeepLast
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
@@ -138,7 +144,7 @@ def test_without_an_average_of_the_weights(cifar, tmp_path):
     assert all(torch.equal(value, trained[f"model.{key}"]) for key, value in weights.items())
 
 
-def test_a_resumed_epoch_gets_other_images_than_it_began_with(cifar, tmp_path, monkeypatch):
+def test_a_resumed_epoch_goes_on_with_the_images_that_are_left(cifar, tmp_path, monkeypatch):
     seen = []
     real = Classification.training_step
 
@@ -147,12 +153,39 @@ def test_a_resumed_epoch_gets_other_images_than_it_began_with(cifar, tmp_path, m
         return real(self, batch, index)
 
     monkeypatch.setattr(Classification, "training_step", step)
+    fit(RECIPE, tmp_path / "whole", cifar)
+    whole = seen.copy()
+    seen.clear()
     with monkeypatch.context() as patch:
         press_in(patch, Classification, "training_step", 2)
         with pytest.raises(KeyboardInterrupt):
-            fit(RECIPE, tmp_path, cifar)
-    fit(RECIPE, tmp_path, cifar, resume=True)
-    assert len(set(seen)) == len(seen) == 12
+            fit(RECIPE, tmp_path / "parts", cifar)
+    fit(RECIPE, tmp_path / "parts", cifar, resume=True)
+    assert len(set(whole)) == 12
+    assert seen == whole
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_training(one, two):
+    """Everything but the clock is the same to the bit."""
+    states = [state(folder) for folder in (one, two)]
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(states[0][part], states[1][part]), part
+    curves = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    for a, b in zip(*curves, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    for name in ("model.safetensors", "best.safetensors"):
+        assert same(load_file(one / name), load_file(two / name)), name
 
 
 def test_before_the_first_step_nothing_is_kept(cifar, tmp_path, monkeypatch):
@@ -170,3 +203,163 @@ def test_where_ctrl_c_is_ignored_it_stays_so(cifar, tmp_path, monkeypatch):
     fit(RECIPE, tmp_path, cifar)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     check_complete(tmp_path)
+
+
+KILLED = """
+import os, signal, sys, dataclasses
+from pathlib import Path
+from replknet.recipes import Machine, Recipe
+from replknet.tasks.classification import Classification
+from replknet.train import fit
+
+steps, real = int(sys.argv[4]), Classification.training_step
+def step(self, *args):
+    if self.global_step == steps:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args)
+Classification.training_step = step
+fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), machine=Machine(save_steps=2))
+"""
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_killed_it_goes_on_to_the_same_weights(steps, cifar, tmp_path):
+    # everything random at once; workers may not matter
+    recipe = dataclasses.replace(RECIPE, mixup=0.8, cutmix=1.0, drop_path=0.3)
+    fit(dataclasses.replace(recipe, workers=1), tmp_path / "whole", cifar)
+    arguments = [repr(dataclasses.asdict(recipe)), tmp_path / "parts", cifar, str(steps)]
+    # sums of another number of threads are other sums
+    environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    # the last state that was written within the epoch
+    assert state(tmp_path / "parts")["global_step"] == steps // 2 * 2
+    fit(recipe, tmp_path / "parts", cifar, resume=True, machine=Machine(save_steps=2))
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_accumulated_step_is_a_step(cifar, tmp_path, monkeypatch):
+    # the norms see fewer images at once, so their statistics are left out
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None])
+    recipe = dataclasses.replace(RECIPE, epochs=1, label_smoothing=0.0)
+    fit(recipe, tmp_path / "one", cifar)
+    fit(recipe, tmp_path / "four", cifar, machine=Machine(device_batch=10))
+    assert_close_trainings(tmp_path / "one", tmp_path / "four", steps=6)
+
+
+def assert_close_trainings(one, two, steps=12):
+    """The same to rounding, which AdamW enlarges where a gradient is almost zero."""
+    states = [state(folder) for folder in (one, two)]
+    assert states[0]["global_step"] == states[1]["global_step"] == steps
+    weights = [torch.cat([t.flatten().double() for t in s["state_dict"].values()]) for s in states]
+    assert (weights[0] - weights[1]).norm() <= 0.02 * weights[0].norm()
+    curves = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    for a, b in zip(*curves, strict=True):
+        for name in ("train_loss", "val_loss", "val_top1"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3), name
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error(cifar, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 40 cannot be divided among 1 processes with 7 images at once"):
+        fit(RECIPE, tmp_path, cifar, machine=Machine(device_batch=7))
+    with pytest.raises(ValueError, match=r"batch_size 40 cannot be divided among 3 processes: .* multiple of 3"):
+        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=3))
+    with pytest.raises(ValueError, match="devices must be positive, got 0"):
+        Machine(devices=0)
+
+
+def test_an_augmentation_that_the_data_set_lacks_is_an_error(cifar, tmp_path):
+    with pytest.raises(ValueError, match="auto_augment and random_erasing are for images in folders"):
+        fit(dataclasses.replace(RECIPE, random_erasing=0.25), tmp_path, cifar)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_batch(cifar, tmp_path, monkeypatch):
+    real = Classification.training_step
+
+    def step(self, batch, index):
+        loss = real(self, batch, index)
+        if self.global_step == 8:
+            self.last_loss = loss.detach() * float("nan")
+            batches.append(batch[0])
+        return loss
+
+    batches = []
+    monkeypatch.setattr(Classification, "training_step", step)
+    with pytest.raises(LossError, match=r"is nan; its batch is in .*bad_batch.safetensors"):
+        fit(RECIPE, tmp_path, cifar)
+    assert torch.equal(load_file(tmp_path / "bad_batch.safetensors")["images"], batches[0])
+    assert state(tmp_path)["global_step"] == 6
+
+
+def test_a_full_disk_leaves_the_state_before(cifar, tmp_path, monkeypatch):
+    real = pl.Trainer.save_checkpoint
+
+    def save(self, path, *args):
+        if self.global_step > 6:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.Trainer, "save_checkpoint", save)
+        with pytest.raises(CheckpointError, match=r"step 12 could not be written .*No space left on device"):
+            fit(RECIPE, tmp_path, cifar)
+    assert not (tmp_path / "last.ckpt.part").exists()
+    assert state(tmp_path)["global_step"] == 6
+    fit(RECIPE, tmp_path, cifar, resume=True)
+    check_complete(tmp_path)
+
+
+def test_a_damaged_state_is_no_state(cifar, tmp_path):
+    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar)
+    last = tmp_path / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="is cut short or no state of a training"):
+        fit(RECIPE, tmp_path, cifar, resume=True)
+    middle = len(whole) // 2
+    last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
+        fit(RECIPE, tmp_path, cifar, resume=True)
+
+
+DISTRIBUTED = """
+import os, sys
+from pathlib import Path
+import torch
+from replknet.recipes import Machine, Recipe
+from replknet.tasks.classification import Classification
+from replknet.train import fit
+
+real = Classification.training_step
+def step(self, *args):
+    if sys.argv[4] == "half" and self.global_step == 9:
+        os._exit(0)
+    return real(self, *args)
+Classification.training_step = step
+torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
+fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] == "resume",
+    machine=Machine(devices=int(sys.argv[5]), device_batch=10))
+"""
+
+
+def distributed(processes, recipe, folder, cifar, how="new"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    script = folder.parent / "distributed_run.py"
+    script.write_text(DISTRIBUTED)
+    arguments = ["distributed_run", repr(dataclasses.asdict(recipe)), folder, cifar, how, str(processes)]
+    environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
+    result = subprocess.run([*command, *arguments], check=False, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_train_what_one_does(cifar, tmp_path):
+    # norms without statistics, as each process has its own; 2 x 10 images twice, or 10 images four times
+    recipe = dataclasses.replace(RECIPE, label_smoothing=0.0)
+    for processes in (1, 2):
+        distributed(processes, recipe, tmp_path / str(processes), cifar)
+    assert_close_trainings(tmp_path / "1", tmp_path / "2")
+    # what two have begun one can end, from the state of the first epoch
+    for processes, how in ((2, "half"), (1, "resume")):
+        distributed(processes, recipe, tmp_path / "other", cifar, how)
+    assert_close_trainings(tmp_path / "1", tmp_path / "other")

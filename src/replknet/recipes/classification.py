@@ -18,6 +18,8 @@ def cifar10() -> Recipe:
         warmup_epochs=1,
         crop_padding=4,
         ema_decay=0.99,
+        # batches are made at once, faster than another process could pass them on
+        workers=0,
     )
 
 

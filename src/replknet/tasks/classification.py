@@ -62,7 +62,11 @@ class Classification(pl.LightningModule):
             )
             self.loss = SoftTargetCrossEntropy()
         # a short training would never reach a long average, so its decay grows with the steps
+        self.last_loss = torch.zeros(())
         self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
+        if self.ema is not None:
+            # DDP would wait for its gradients
+            self.ema.requires_grad_(False)
 
     @property
     def weights(self) -> nn.Module:
@@ -74,20 +78,30 @@ class Classification(pl.LightningModule):
         if self.mix is not None:
             x, target = self.mix(x, target)
         loss: Tensor = self.loss(self.model(_channels_last(x)), target)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
+        self.log("loss", loss, prog_bar=True)
+        self.last_loss = loss.detach()
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.ema is not None:
+        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self.ema.update(self.model, step=self.global_step)
+
+    def on_validation_epoch_start(self) -> None:
+        # images, those that were right, and the sum of their losses
+        self._scored = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         x, target = batch
-        logits = self.weights.eval()(_channels_last(x))
-        n = len(x)
-        self.log("val_loss", nn.functional.cross_entropy(logits, target), batch_size=n, sync_dist=True)
-        top1 = (logits.argmax(1) == target).float().mean()
-        self.log("val_top1", top1, prog_bar=True, batch_size=n, sync_dist=True)
+        logits = self.weights.eval()(_channels_last(x)).float()
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        right = (logits.argmax(1) == target).sum()
+        self._scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
+
+    def on_validation_epoch_end(self) -> None:
+        # each image is with one process
+        images, right, loss = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
+        self.log("val_loss", loss / images)
+        self.log("val_top1", right / images, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         optimiser = create_optimizer_v2(

@@ -1,5 +1,6 @@
-"""Training: recipes to results."""
+"""Training: a recipe becomes a Lightning Trainer, and the Trainer a folder with the result."""
 
+from replknet.train.callbacks import CheckpointError, LossError
 from replknet.train.fit import ResumeError, fit
 
-__all__ = ["ResumeError", "fit"]
+__all__ = ["CheckpointError", "LossError", "ResumeError", "fit"]

@@ -1,41 +1,84 @@
-"""What a training keeps: its last state, and the weights in a file of their own."""
+"""What a training keeps: its last state, and the weights in files of their own."""
 
 import json
+import math
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
+from replknet.data.draws import seed_all
 from replknet.models import Description, RepLKNet, save_model
+
+# tells the random numbers of a step from those of an image
+_STEP = -1
+
+
+class CheckpointError(RuntimeError):
+    """A state that cannot be written or read; the text says which, why, and what is left."""
+
+
+class LossError(RuntimeError):
+    """A loss that is no number; the text says at which step, and where its batch is."""
+
+
+class SeedSteps(pl.Callback):
+    """Mixing and drop path get random numbers that belong to the seed, the step and the process."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        seed_all(self.seed, _STEP, trainer.current_epoch, batch_idx, trainer.global_rank)
 
 
 class KeepLast(pl.Callback):
     """Write the curve, the weights and the state after each epoch, and the last two when interrupted.
 
-    They are `metrics.json` (a row an epoch), `model.safetensors` (to use) and `last.ckpt` (to go on), in this
-    order, and files get their names only when they are complete: what `last.ckpt` says is done is in the
-    other two, wherever the process ends.
+    They are `metrics.json` (a row an epoch), `model.safetensors` (to use), `best.safetensors` (those of the epoch
+    with the best validation accuracy) and `last.ckpt` (to go on), in this order, and files get their names only when
+    they are complete: what `last.ckpt` says is done is in the others, wherever the process ends.
 
     Setting `interrupted` ends the training before its next step, where nothing is half done: weights, average,
-    schedule and counters are those of the step before.
+    schedule and counters are those of the step before. A loss that is no number ends it, too, with the batch in
+    `bad_batch.safetensors`; the states before it stay.
+
+    Args:
+        folder: where the files go.
+        description: of the weights.
+        recipe: what `last.ckpt` is of.
+        every: steps after which the state is written within an epoch; None for after each epoch alone.
     """
 
-    def __init__(self, folder: Path, description: Description, recipe: dict[str, Any]) -> None:
-        self.folder, self.description, self.recipe = folder, description, recipe
+    def __init__(
+        self, folder: Path, description: Description, recipe: dict[str, Any], every: int | None = None
+    ) -> None:
+        self.folder, self.description, self.recipe, self.every = folder, description, recipe, every
         self.curve: list[dict[str, float]] = []
         self.interrupted = False
         # of the epoch in work, in all processes that worked on it
         self._seconds = 0.0
         self._since = time.perf_counter()
+        # of each step: the mean of all processes where it was asked for, and since then this process's own
+        self._losses: list[float] = []
+        self._new: list[Tensor] = []
+        self._checked: tuple[Tensor, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve, "seconds": self._seconds}
+        return {"curve": self.curve, "seconds": self._seconds, "losses": self._losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = list(state_dict["curve"])
-        self._seconds = state_dict.get("seconds", 0.0)  # earlier states have none
+        # earlier states have neither
+        self._seconds = state_dict.get("seconds", 0.0)
+        self._losses = list(state_dict.get("losses", []))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._since = time.perf_counter()
@@ -46,33 +89,92 @@ class KeepLast(pl.Callback):
         self._since = now
         return self._seconds
 
+    def _gather_losses(self, trainer: pl.Trainer) -> None:
+        if self._new:
+            self._losses += trainer.strategy.reduce(torch.stack(self._new).double()).tolist()
+            self._new = []
+
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["replknet_recipe"] = self.recipe
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._check_loss(trainer)
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        due = self.every is not None and batch_idx > 0 and trainer.global_step % self.every == 0
+        # before the first step there is nothing to keep
+        if trainer.global_step > 0 and (self.interrupted or due):
+            self._spend()
+            self._gather_losses(trainer)
+            self._write(trainer, module)
         if self.interrupted:
-            # before the first step there is nothing to keep
-            if trainer.global_step > 0:
-                self._spend()
-                self._write(trainer, module)
             raise KeyboardInterrupt
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module.last_loss, Tensor)
+        self._new.append(module.last_loss)
+        # looked at one step later, so that a GPU is not waited for
+        self._checked = module.last_loss, batch
+
+    def _check_loss(self, trainer: pl.Trainer) -> None:
+        if self._checked is None:
+            return
+        (loss, (x, target)), self._checked = self._checked, None
+        if loss.isfinite():
+            return
+        path = self.folder / f"bad_batch{f'_{trainer.global_rank}' if trainer.global_rank else ''}.safetensors"
+        save_file({"images": x.contiguous(), "labels": target.contiguous()}, path)
+        raise LossError(
+            f"the loss of step {trainer.global_step} is {loss.item()}; its batch is in {path}, and last.ckpt, if there "
+            "is one, is of a step before. A lower --lr, --clip-grad or --precision 32-true may help"
+        )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        row = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._check_loss(trainer)
+        row = {name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_top1")}
+        self._gather_losses(trainer)
+        # the exact sum does not depend on where the epoch was interrupted
+        row = {"train_loss": math.fsum(self._losses) / len(self._losses), **row}
+        best = row["val_top1"] > max((earlier["val_top1"] for earlier in self.curve), default=-1.0)
         self.curve.append({"epoch": trainer.current_epoch, "seconds": round(self._spend(), 3), **row})
-        self._seconds = 0.0
+        self._seconds, self._losses = 0.0, []
         if trainer.is_global_zero:
             part = self.folder / "metrics.json.part"
             part.write_text(json.dumps(self.curve, indent=1) + "\n")
             os.replace(part, self.folder / "metrics.json")
-        self._write(trainer, module)
+        self._write(trainer, module, best)
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            model = module.weights
-            assert isinstance(model, RepLKNet)
-            save_model(model, self.folder / "model.safetensors", self.description)
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, best: bool = False) -> None:
         part = self.folder / "last.ckpt.part"
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            os.replace(part, self.folder / "last.ckpt")
+        try:
+            if trainer.is_global_zero:
+                model = module.weights
+                assert isinstance(model, RepLKNet)
+                for name in ("model", "best") if best else ("model",):
+                    save_model(model, self.folder / f"{name}.safetensors", self.description)
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                os.replace(part, self.folder / "last.ckpt")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the state of step {trainer.global_step} could not be written to {self.folder} ({error}); the one "
+                "before is still in last.ckpt, and --resume goes on from it once there is room"
+            ) from error
+
+
+def check_whole(path: Path) -> None:
+    """Compare a state with the checksums in it.
+
+    Raises:
+        CheckpointError: it is cut short or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is cut short or no state of a training ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; start anew, or use a copy")

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from replknet.data import cifar10, images, transforms
+from replknet.data.draws import Drawn, EveryOnce, GlobalBatches, collate
 from replknet.models import Description
 from replknet.recipes import Recipe
 
@@ -36,15 +38,16 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
         data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
 
     Raises:
-        ValueError: images in a folder are asked for without the folder.
+        ValueError: images in a folder are asked for without the folder, or an augmentation that the data set lacks.
         ImageError, DownloadError: the data cannot be had.
     """
     size = recipe.image_size
     if recipe.dataset == "cifar10":
+        if recipe.auto_augment is not None or recipe.random_erasing:
+            raise ValueError("auto_augment and random_erasing are for images in folders; cifar10 has crop_padding")
         arrays = cifar10.load(data)
         still = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD)
-        moved = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD, recipe.crop_padding)
-        train, val = cifar10.CIFAR10(arrays, True, moved), cifar10.CIFAR10(arrays, False, still)
+        train, val = cifar10.Moved(arrays, size, recipe.crop_padding), cifar10.CIFAR10(arrays, False, still)
         return Splits(train, val, cifar10.CLASSES, cifar10.MEAN, cifar10.STD, 1.0)
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder with --data DIR")
@@ -76,17 +79,53 @@ def evaluation_set(name: str, data: Path | None, description: Description) -> An
     return images.image_folder(data, "val", transforms.eval_transform(size, mean, std, description.crop_pct))
 
 
-def batches(dataset: Any, batch_size: int, *, train: bool = False, workers: int = 0) -> DataLoader[Any]:
-    """A loader; in training it shuffles and leaves out a last batch that is not full."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        shuffle=train,
-        drop_last=train and len(dataset) > batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_interrupts_to_the_parent,
-    )
+def batches(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    """A loader for evaluation: every image once, in order."""
+    return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=_leave_interrupts_to_the_parent)
+
+
+class Batches(pl.LightningDataModule):
+    """Both splits for Lightning: what each process gets in training, and every image once in validation.
+
+    Args:
+        sets: the data.
+        recipe: batch size, seed and workers.
+        accumulate: batches of a process that make a step.
+        start: steps of the training that are done.
+    """
+
+    def __init__(self, sets: Splits, recipe: Recipe, accumulate: int, start: int) -> None:
+        super().__init__()
+        self.sets, self.recipe, self.accumulate, self.start = sets, recipe, accumulate, start
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        draws = GlobalBatches(
+            len(self.sets.train),
+            self.recipe.batch_size,
+            self.recipe.seed,
+            rank=self.trainer.global_rank,
+            processes=self.trainer.world_size,
+            accumulate=self.accumulate,
+            start=self.start,
+        )
+        return self._loader(Drawn(self.sets.train, self.recipe.seed), batch_sampler=draws, collate_fn=collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        mine = EveryOnce(len(self.sets.val), self.trainer.global_rank, self.trainer.world_size)
+        batch = max(1, 2 * self.recipe.batch_size // (self.trainer.world_size * self.accumulate))
+        return self._loader(self.sets.val, batch_size=batch, sampler=mine)
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+        workers = self.recipe.workers
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            **options,
+        )
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

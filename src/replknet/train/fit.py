@@ -18,10 +18,10 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from replknet.models import Description, RepLKNet
-from replknet.recipes import Recipe
+from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
-from replknet.train.callbacks import KeepLast
-from replknet.train.datasets import Splits, batches, splits
+from replknet.train.callbacks import KeepLast, SeedSteps, check_whole
+from replknet.train.datasets import Batches, Splits, splits
 from replknet.train.memory import keep_freed_memory
 
 
@@ -29,18 +29,23 @@ class ResumeError(ValueError):
     """A training that cannot go on from where it is asked to; the text says why and what to do."""
 
 
-def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = False) -> Path:
+def fit(
+    recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = False, machine: Machine | None = None
+) -> Path:
     """Train a classifier; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
 
-    A second Ctrl-C stops at once, with the state of the last whole epoch. An epoch that was interrupted goes
-    on with other images of the same set, and its training loss in the curve is the mean of those steps.
+    A second Ctrl-C stops at once, with the last state that was written. However a training ends, it goes on as if it
+    had not: images, mixing and drop path are functions of the seed, the epoch, the image and the step. On the same
+    machine and as many threads and processes the weights are the same to the bit.
 
     Args:
         recipe: what to train.
         folder: where the result goes: `model.safetensors` (weights with their description), `last.ckpt`
-            (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch).
+            (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch), `best.safetensors` (weights
+            of the epoch with the best validation accuracy).
         data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
         resume: go on from `folder/last.ckpt`.
+        machine: devices and the like; by default all GPUs, or one process on a CPU.
 
     Returns:
         The path of the weights.
@@ -48,14 +53,18 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
     Raises:
         ResumeError: there is a result in the folder already and `resume` is not asked for, or there is
             none to go on from, or it is of another recipe.
+        CheckpointError: the state to go on from is damaged, or one cannot be written.
+        LossError: the loss is no number.
+        ValueError: the images of a step cannot be divided among the devices.
         ImageError, DownloadError: the data cannot be had.
         KeyboardInterrupt: the training was interrupted.
     """
+    machine = machine or Machine()
+    accumulate = machine.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
     done = _steps_done(last, recipe, resume)
     keep_freed_memory()
-    # other random numbers than at the start, which would give the first epoch's images once more
-    pl.seed_everything(recipe.seed + done, verbose=False)
+    pl.seed_everything(recipe.seed, verbose=False)
     sets = splits(recipe, data)
     model = _network(recipe, sets)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,13 +78,12 @@ def fit(recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = F
         mean=sets.mean,
         std=sets.std,
     )
-    keep = KeepLast(folder, description, _plain(recipe))
+    keep = KeepLast(folder, description, _plain(recipe), machine.save_steps)
     with warnings.catch_warnings(), _interrupts_wait_for(keep):
         _ignore_lightnings_advice()
-        _trainer(recipe, keep).fit(
+        _trainer(recipe, keep, machine, accumulate).fit(
             _task(recipe, model, sets),
-            batches(sets.train, recipe.batch_size, train=True, workers=recipe.workers),
-            batches(sets.val, 2 * recipe.batch_size, workers=recipe.workers),
+            datamodule=Batches(sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
         )
@@ -131,6 +139,7 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
         return 0
     if not last.exists():
         raise ResumeError(f"nothing to resume: there is no {last}")
+    check_whole(last)
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     before, now = state.get("replknet_recipe"), _plain(recipe)
     if before != now:
@@ -172,21 +181,26 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
     )
 
 
-def _trainer(recipe: Recipe, keep: KeepLast) -> pl.Trainer:
+def _trainer(recipe: Recipe, keep: KeepLast, machine: Machine, accumulate: int) -> pl.Trainer:
     quiet = bool(os.environ.get("CI"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    callbacks: list[pl.Callback] = [keep, SeedSteps(recipe.seed)]
     return pl.Trainer(
         accelerator="auto",
-        devices="auto",
+        devices="auto" if machine.devices is None else machine.devices,
+        num_nodes=machine.nodes,
+        strategy="auto" if machine.processes == 1 else "ddp",
         precision=recipe.precision,
         max_epochs=recipe.epochs,
+        accumulate_grad_batches=accumulate,
         gradient_clip_val=recipe.clip_grad,
         logger=False,
-        callbacks=[keep] if quiet else [keep, TQDMProgressBar()],
+        callbacks=callbacks if quiet else [*callbacks, TQDMProgressBar()],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=not quiet,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
     )
 
 
@@ -196,6 +210,8 @@ def _ignore_lightnings_advice() -> None:
         ".*lr_scheduler.step.*",  # timm's schedulers count steps themselves
         ".*in eval mode at the start of training.*",  # the average of the weights always is
         ".*LeafSpec.*",  # Lightning 2.6 uses what torch 2.14 deprecates
-        ".*ended before the epoch ended.*",  # an interrupted epoch goes on with other images of the same set
+        ".*sync_dist.*",  # what is logged was reduced
+        ".*Grad strides do not match bucket view strides.*",  # one input channel: its stride means nothing
+        ".*ended before the epoch ended.*",  # the sampler knows where to go on
     ):
         warnings.filterwarnings("ignore", text)
