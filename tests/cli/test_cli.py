@@ -100,7 +100,7 @@ def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monke
     assert capsys.readouterr().err == "\n" + text
 
 
-@pytest.mark.parametrize("kind", ["CheckpointError", "LossError"])
+@pytest.mark.parametrize("kind", ["StateError", "LossError"])
 def test_a_training_that_fails_says_why_in_a_line(kind, capsys, monkeypatch):
     def failing(recipe, folder, data, resume, machine):
         assert (machine.devices, machine.device_batch, machine.save_steps) == (2, 16, None)
@@ -279,9 +279,9 @@ def test_unknown_words_get_their_nearest_match(capsys):
     assert main(["train", "cifar"]) == 2
     assert "no recipe is called 'cifar'; did you mean cifar10?" in capsys.readouterr().err
     assert main(["fly"]) == 2
-    assert "no command is called 'fly'; there are demo, info, train" in capsys.readouterr().err
-    assert main(["train", "imagenet"]) == 2
-    assert "no recipe is called 'imagenet'; there are cifar10, folder" in capsys.readouterr().err
+    assert "no command is called 'fly'; there are demo, info, recipes, train" in capsys.readouterr().err
+    assert main(["train", "objects"]) == 2
+    assert "no recipe is called 'objects'; there are cifar10, folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as info:
         main(["train", "cifar10", "--epoch", "3"])
     assert info.value.code == 2

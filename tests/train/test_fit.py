@@ -1,5 +1,6 @@
 """A training that Ctrl-C ends, at any moment, and that goes on to the end as if it had not."""
 
+import copy
 import dataclasses
 import errno
 import itertools
@@ -11,14 +12,15 @@ import sys
 
 import pytest
 import pytorch_lightning as pl
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from replknet.models import load_model
+from replknet.models import load_model, save_model
 from replknet.recipes import Machine, cifar10
 from replknet.tasks.classification import Classification
-from replknet.train import CheckpointError, LossError, ResumeError, fit
+from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
@@ -273,6 +275,37 @@ def test_an_augmentation_that_the_data_set_lacks_is_an_error(cifar, tmp_path):
         fit(dataclasses.replace(RECIPE, random_erasing=0.25), tmp_path, cifar)
 
 
+def test_a_fine_tuning_starts_from_its_checkpoint(cifar, tmp_path, monkeypatch):
+    first = fit(dataclasses.replace(RECIPE, epochs=1), tmp_path / "first", cifar)
+    recipe = dataclasses.replace(RECIPE, epochs=1, finetune=True)
+    with pytest.raises(ValueError, match="name the checkpoint it starts from with --weights FILE"):
+        fit(recipe, tmp_path / "second", cifar)
+    began = []
+    monkeypatch.setattr(
+        Classification, "on_fit_start", lambda self: began.append(copy.deepcopy(self.model.state_dict()))
+    )
+    fit(dataclasses.replace(recipe, weights=str(first)), tmp_path / "second", cifar)
+    assert same(dict(began[0]), load_file(first))
+    # a classifier of other classes is left out
+    other = timm.create_model("replknet_test", num_classes=7)
+    save_model(
+        other, tmp_path / "seven.safetensors", dataclasses.replace(load_model(first)[1], num_classes=7, classes=())
+    )
+    fit(dataclasses.replace(recipe, weights=str(tmp_path / "seven.safetensors")), tmp_path / "third", cifar)
+    assert began[1]["head.weight"].shape[0] == 10
+    assert torch.equal(began[1]["stem.0.conv.weight"], other.state_dict()["stem.0.conv.weight"])
+    with pytest.raises(ValueError, match="does not fit RepLKNet"):
+        fit(dataclasses.replace(recipe, weights=str(first), model="replknet_cifar"), tmp_path / "fourth", cifar)
+
+
+def test_without_evaluation_there_are_no_scores(cifar, tmp_path):
+    fit(dataclasses.replace(RECIPE, evaluate=False), tmp_path, cifar)
+    curve = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row.keys() for row in curve] == [{"epoch", "seconds", "train_loss"}] * 2
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "best.safetensors").exists()
+
+
 def test_a_loss_that_is_no_number_stops_with_its_batch(cifar, tmp_path, monkeypatch):
     real = Classification.training_step
 
@@ -302,7 +335,7 @@ def test_a_full_disk_leaves_the_state_before(cifar, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pl.Trainer, "save_checkpoint", save)
-        with pytest.raises(CheckpointError, match=r"step 12 could not be written .*No space left on device"):
+        with pytest.raises(StateError, match=r"step 12 could not be written .*No space left on device"):
             fit(RECIPE, tmp_path, cifar)
     assert not (tmp_path / "last.ckpt.part").exists()
     assert state(tmp_path)["global_step"] == 6
@@ -315,11 +348,11 @@ def test_a_damaged_state_is_no_state(cifar, tmp_path):
     last = tmp_path / "last.ckpt"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="is cut short or no state of a training"):
+    with pytest.raises(StateError, match="is cut short or no state of a training"):
         fit(RECIPE, tmp_path, cifar, resume=True)
     middle = len(whole) // 2
     last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
+    with pytest.raises(StateError, match="is damaged: the checksum of"):
         fit(RECIPE, tmp_path, cifar, resume=True)
 
 

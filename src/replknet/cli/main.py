@@ -14,6 +14,7 @@ from replknet.data.download import DownloadError
 COMMANDS = {
     "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
     "info": "list the models with their parameters and multiply-adds",
+    "recipes": "list the trainings that `train` knows, with command, hardware and score",
     "train": "train a classifier from a recipe",
     "eval": "score a trained network on a data set",
     "predict": "name the likeliest classes of image files",

@@ -83,12 +83,12 @@ def main(argv: list[str]) -> int:
     # Lightning takes seconds to import
     from pytorch_lightning.utilities import rank_zero_only
 
-    from replknet.train import CheckpointError, LossError, fit
+    from replknet.train import LossError, StateError, fit
 
     output = args.output or Path("runs") / args.recipe
     try:
         weights = fit(recipe, output, args.data, args.resume, machine)
-    except (CheckpointError, LossError) as error:
+    except (StateError, LossError) as error:
         print(f"replknet train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -4,11 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    create_transform,
+)
 from torchvision.transforms import InterpolationMode, v2
 
 IMAGENET_MEAN: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
 IMAGENET_STD: tuple[float, ...] = IMAGENET_DEFAULT_STD
+INCEPTION_MEAN: tuple[float, ...] = IMAGENET_INCEPTION_MEAN
+INCEPTION_STD: tuple[float, ...] = IMAGENET_INCEPTION_STD
 
 
 def small_image_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Any]:

@@ -282,13 +282,14 @@ def mismatch(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
     )
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = True) -> None:
     """Load weights of any known key format into a model, strictly: all keys fit, or nothing is changed.
 
     Args:
         model: a RepLKNet in the form of the checkpoint (training, merged or folded). Its parameters keep their
             dtype and device.
         path: see `read_state_dict`.
+        classifier: load that, too; else the model keeps its own, for other classes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -296,6 +297,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             the keys and both shapes.
     """
     state = read_state_dict(path)
+    if not classifier:
+        own = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
+        state = {key: value for key, value in state.items() if not key.startswith("head.")} | own
     wrong = mismatch(state, model)
     if wrong:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {wrong}{_way_out(state, wrong, model)}")

@@ -2,10 +2,26 @@
 
 from collections.abc import Callable
 
+from replknet.recipes import imagenet
 from replknet.recipes.classification import cifar10, folder
 from replknet.recipes.machine import Machine
 from replknet.recipes.recipe import Recipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"cifar10": cifar10, "folder": folder}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        cifar10,
+        folder,
+        imagenet.imagenet1k_31b_224,
+        imagenet.imagenet1k_31b_384,
+        imagenet.imagenet22k_31b_224,
+        imagenet.imagenet22k_31l_224,
+        imagenet.imagenet22k_to_1k_31b_224,
+        imagenet.imagenet22k_to_1k_31b_384,
+        imagenet.imagenet22k_to_1k_31l_384,
+        imagenet.imagenet1k_xl_320,
+        imagenet.imagenet1k_b_120,
+    )
+}
 
 __all__ = ["RECIPES", "Machine", "Recipe", "cifar10", "folder"]

@@ -10,9 +10,13 @@ class Recipe:
 
     Args:
         model: registered name of the network.
+        weights: a checkpoint to start from, of any known key format; a classifier of other classes is left out.
+        finetune: whether the training makes no sense without `weights`.
         kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
         dataset: "cifar10", or "folder" for images in {train,val}/<class>/.
         image_size: side of the images in pixels.
+        normalization: mean and std of the pixels: "imagenet", or "inception" for 0.5 and 0.5; CIFAR-10 has its own.
+        evaluate: score the validation images after each epoch; without it no val/ folder is needed.
         epochs: passes over the training images.
         batch_size: images a step, over all devices.
         lr: peak learning rate.
@@ -36,8 +40,12 @@ class Recipe:
 
     model: str
     dataset: Literal["cifar10", "folder"]
+    weights: str | None = None
+    finetune: bool = False
     kernels: tuple[int, ...] | None = None
     image_size: int = 224
+    normalization: Literal["imagenet", "inception"] = "imagenet"
+    evaluate: bool = True
     epochs: int
     batch_size: int
     lr: float
@@ -62,6 +70,9 @@ class Recipe:
         for name in ("image_size", "epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "workers", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("drop_path", "label_smoothing", "random_erasing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")

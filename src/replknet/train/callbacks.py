@@ -21,7 +21,7 @@ from replknet.models import Description, RepLKNet, save_model
 _STEP = -1
 
 
-class CheckpointError(RuntimeError):
+class StateError(RuntimeError):
     """A state that cannot be written or read; the text says which, why, and what is left."""
 
 
@@ -133,12 +133,18 @@ class KeepLast(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._check_loss(trainer)
-        row = {name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_top1")}
+        # nothing where no validation images are scored
+        scored = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name in ("val_loss", "val_top1")
+        }
+        best = scored.get("val_top1", -1.0) > max(
+            (earlier.get("val_top1", -1.0) for earlier in self.curve), default=-1.0
+        )
         self._gather_losses(trainer)
         # the exact sum does not depend on where the epoch was interrupted
-        row = {"train_loss": math.fsum(self._losses) / len(self._losses), **row}
-        best = row["val_top1"] > max((earlier["val_top1"] for earlier in self.curve), default=-1.0)
-        self.curve.append({"epoch": trainer.current_epoch, "seconds": round(self._spend(), 3), **row})
+        mean = math.fsum(self._losses) / len(self._losses)
+        seconds = round(self._spend(), 3)
+        self.curve.append({"epoch": trainer.current_epoch, "seconds": seconds, "train_loss": mean, **scored})
         self._seconds, self._losses = 0.0, []
         if trainer.is_global_zero:
             part = self.folder / "metrics.json.part"
@@ -159,7 +165,7 @@ class KeepLast(pl.Callback):
                 os.replace(part, self.folder / "last.ckpt")
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            raise CheckpointError(
+            raise StateError(
                 f"the state of step {trainer.global_step} could not be written to {self.folder} ({error}); the one "
                 "before is still in last.ckpt, and --resume goes on from it once there is room"
             ) from error
@@ -169,12 +175,12 @@ def check_whole(path: Path) -> None:
     """Compare a state with the checksums in it.
 
     Raises:
-        CheckpointError: it is cut short or damaged.
+        StateError: it is cut short or damaged.
     """
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is cut short or no state of a training ({error})") from error
+        raise StateError(f"{path} is cut short or no state of a training ({error})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not fit; start anew, or use a copy")
+        raise StateError(f"{path} is damaged: the checksum of {damaged} does not fit; start anew, or use a copy")

@@ -13,8 +13,10 @@ from replknet.data.draws import Drawn, EveryOnce, GlobalBatches, collate
 from replknet.models import Description
 from replknet.recipes import Recipe
 
-# whether images that come from a folder have the statistics of ImageNet is up to their owner
-_FOLDER = (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
+_NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
+    "inception": (transforms.INCEPTION_MEAN, transforms.INCEPTION_STD),
+}
 _CROP_PCT = 0.875
 
 
@@ -23,7 +25,7 @@ class Splits:
     """Training and evaluation data, and how the images were prepared."""
 
     train: Any
-    val: Any
+    val: Any  # None where nothing is evaluated
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -41,26 +43,38 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
         ValueError: images in a folder are asked for without the folder, or an augmentation that the data set lacks.
         ImageError, DownloadError: the data cannot be had.
     """
-    size = recipe.image_size
     if recipe.dataset == "cifar10":
-        if recipe.auto_augment is not None or recipe.random_erasing:
-            raise ValueError("auto_augment and random_erasing are for images in folders; cifar10 has crop_padding")
-        arrays = cifar10.load(data)
-        still = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD)
-        train, val = cifar10.Moved(arrays, size, recipe.crop_padding), cifar10.CIFAR10(arrays, False, still)
-        return Splits(train, val, cifar10.CLASSES, cifar10.MEAN, cifar10.STD, 1.0)
+        return _cifar10(recipe, data)
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder with --data DIR")
-    mean, std = _FOLDER
+    mean, std = _NORMALIZATIONS[recipe.normalization]
+    size = recipe.image_size
     moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing)
     train = images.image_folder(data, "train", moved)
-    val = images.image_folder(data, "val", transforms.eval_transform(size, mean, std, _CROP_PCT))
-    if train.classes != val.classes:
-        raise images.ImageError(
-            f"train and val in {data} must have the same classes; only one of them has "
-            f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))}"
-        )
+    val: Any = None
+    if recipe.evaluate:
+        val = images.image_folder(data, "val", transforms.eval_transform(size, mean, std, _CROP_PCT))
+        if train.classes != val.classes:
+            raise images.ImageError(
+                f"train and val in {data} must have the same classes; only one of them has "
+                f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))}"
+            )
     return Splits(train, val, tuple(train.classes), mean, std, _CROP_PCT)
+
+
+def _cifar10(recipe: Recipe, data: Path | None) -> Splits:
+    if recipe.auto_augment is not None or recipe.random_erasing:
+        raise ValueError("auto_augment and random_erasing are for images in folders; cifar10 has crop_padding")
+    size, arrays = recipe.image_size, cifar10.load(data)
+    still = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD)
+    return Splits(
+        train=cifar10.Moved(arrays, size, recipe.crop_padding),
+        val=cifar10.CIFAR10(arrays, False, still),
+        classes=cifar10.CLASSES,
+        mean=cifar10.MEAN,
+        std=cifar10.STD,
+        crop_pct=1.0,
+    )
 
 
 def evaluation_set(name: str, data: Path | None, description: Description) -> Any:

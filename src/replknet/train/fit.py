@@ -17,7 +17,7 @@ import timm
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from replknet.models import Description, RepLKNet
+from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
 from replknet.train.callbacks import KeepLast, SeedSteps, check_whole
@@ -53,12 +53,15 @@ def fit(
     Raises:
         ResumeError: there is a result in the folder already and `resume` is not asked for, or there is
             none to go on from, or it is of another recipe.
-        CheckpointError: the state to go on from is damaged, or one cannot be written.
+        StateError: the state to go on from is damaged, or one cannot be written.
         LossError: the loss is no number.
-        ValueError: the images of a step cannot be divided among the devices.
+        ValueError: the images of a step cannot be divided among the devices, or the checkpoint to start from is not
+            named or does not fit.
         ImageError, DownloadError: the data cannot be had.
         KeyboardInterrupt: the training was interrupted.
     """
+    if recipe.finetune and recipe.weights is None:
+        raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
     machine = machine or Machine()
     accumulate = machine.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
@@ -156,6 +159,10 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
     model = timm.create_model(recipe.model, num_classes=len(sets.classes), drop_path_rate=recipe.drop_path, **changes)
     if not isinstance(model, RepLKNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
+    if recipe.weights is not None:
+        theirs = read_state_dict(recipe.weights).get("head.bias")
+        same = theirs is not None and len(theirs) == len(sets.classes)
+        load_checkpoint(model, recipe.weights, classifier=same)
     return model
 
 
@@ -200,6 +207,7 @@ def _trainer(recipe: Recipe, keep: KeepLast, machine: Machine, accumulate: int) 
         enable_model_summary=False,
         enable_progress_bar=not quiet,
         num_sanity_val_steps=0,
+        limit_val_batches=None if recipe.evaluate else 0,
         use_distributed_sampler=False,
     )
 
