@@ -7,15 +7,19 @@ bound.
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from oracle import excess
-from replknet.kernels import reference, triton, triton_layout
+from replknet.kernels import reference, triton, triton_layout, use_backend
 from replknet.kernels.triton_plan import DirectTile, PatchTile, Tile
+from replknet.nn import DepthwiseConv2d
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
@@ -68,13 +72,53 @@ def layouts() -> None:
             x = torch.randn(shape).to(HALF).contiguous(memory_format=layout)
             w = x.shape[3]
             for width in (w, w + 3):
-                planes = triton_layout.planes(x, width)
+                planes = triton_layout.copied(x, width)
                 assert planes.is_contiguous(), (shape, width)
                 assert torch.equal(planes, pad(x, (0, width - w))), (shape, width)
-                back = triton_layout.images(planes, w, layout)
+                back = triton_layout.copied(planes, w, layout)
                 assert back.stride() == torch.empty(shape, memory_format=layout).stride(), (shape, width)
                 assert torch.equal(back, x), (shape, width)
         print(json.dumps([str(shape), {}]))
+
+
+def roads() -> None:
+    """The operator with these kernels under everything that PyTorch puts around an operator; float32 to rounding."""
+    use_backend("triton")
+    module = DepthwiseConv2d(3, 7)
+    x = torch.randn(2, 3, 8, 9, requires_grad=True)
+    expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False).float()
+    expected.square().sum().backward()
+    gradients = [x.grad, *(p.grad for p in module.parameters())]
+
+    def check(name: str, call: Callable[[torch.Tensor], torch.Tensor], bound: float = 1e-4) -> None:
+        x.grad = None
+        module.zero_grad()
+        y = call(x)
+        torch.testing.assert_close(y.float(), expected, rtol=bound, atol=bound)
+        if y.requires_grad:
+            y.float().square().sum().backward()
+            for found, wanted in zip((x.grad, *(p.grad for p in module.parameters())), gradients, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=10 * bound, atol=10 * bound * wanted.abs().max().item())
+        print(json.dumps([name, {}]), flush=True)
+
+    def autocast(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=HALF):
+            return module(x)
+
+    def inference(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return module(x)
+
+    check("eager", module)
+    check("compile", torch.compile(module, fullgraph=True, backend="aot_eager"))
+    check("autocast", autocast, 1e-2)
+    check("inference mode", inference)
+    check("checkpointing", lambda x: checkpoint(module, x, use_reentrant=False))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        check("DDP", torch.nn.parallel.DistributedDataParallel(module))
+        torch.distributed.destroy_process_group()
+    check("channels_last", lambda x: module(x.contiguous(memory_format=torch.channels_last)))
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,8 +132,8 @@ def main(group: str) -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if group == "layouts":
-        return layouts()
+    if group in ("layouts", "roads"):
+        return {"layouts": layouts, "roads": roads}[group]()
     for case in {"patch": PATCH, "direct": DIRECT}[group]:
         x, weight, dy = tensors(case)
         # as the plan would give them, but small

@@ -45,6 +45,10 @@ def test_copies_between_layouts_are_exact_in_the_interpreter():
     interpreted("layouts")
 
 
+def test_compile_autocast_checkpointing_and_ddp_work_in_the_interpreter():
+    interpreted("roads")
+
+
 @pytest.mark.parametrize("group", ["patch", "direct"])
 def test_the_kernels_keep_the_bound_in_the_interpreter(group):
     cases = interpreted(group)
@@ -70,6 +74,8 @@ SHAPES = [
     (64, 384, 64, 64, 7, 7),
     (8, 100, 60, 75, 51, 5),
     (64, 32, 130, 130, 127, 127),
+    # offsets of 64 bits
+    (1, 2, 50000, 50000, 13, 13),
 ]
 
 

@@ -17,7 +17,6 @@ from replknet.kernels.backend import Backend, Call
 from replknet.kernels.triton_plan import (
     DirectTile,
     Family,
-    PatchTile,
     Tile,
     family,
     forward_tile,
@@ -91,12 +90,12 @@ def run(tile: Tile, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
 
     if isinstance(tile, DirectTile):
         return triton_direct.forward(x, weight, bias, relu, tile, rotated)
-    planes = _planes(x, tile)
+    planes = _planes(x)
     y = triton_patch.forward(planes, weight, bias, relu, tile, rotated)
     if planes is x:
         return y
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return triton_layout.images(y, x.shape[3], layout)
+    return triton_layout.copied(y, x.shape[3], layout)
 
 
 def run_gradient(tile: Tile, dy: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
@@ -104,17 +103,17 @@ def run_gradient(tile: Tile, dy: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     from replknet.kernels import triton_direct, triton_layout, triton_patch
 
     if isinstance(tile, DirectTile):
-        dy, x = (t if t.is_contiguous() else triton_layout.planes(t, t.shape[3]) for t in (dy, x))
+        dy, x = (t if t.is_contiguous() else triton_layout.copied(t, t.shape[3]) for t in (dy, x))
         return triton_direct.weight_gradient(dy, x, kh, kw, tile)
-    return triton_patch.weight_gradient(_planes(dy, tile), _planes(x, tile), kh, kw, tile)
+    return triton_patch.weight_gradient(_planes(dy), _planes(x), kh, kw, tile)
 
 
-def _planes(x: Tensor, tile: PatchTile) -> Tensor:
+def _planes(x: Tensor) -> Tensor:
     """Images as the patch kernels take them; `x` itself if it is like that."""
     from replknet.kernels import triton_layout
 
     width = padded_width(x.shape[3], copied=not x.is_contiguous())
-    return x if width == x.shape[3] and x.is_contiguous() else triton_layout.planes(x, width)
+    return x if width == x.shape[3] and x.is_contiguous() else triton_layout.copied(x, width)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "direct") -> Tensor:
@@ -179,7 +178,7 @@ def _explanation(call: Call) -> list[str]:
     lines = []
     for direction, shipped in tiles.items():
         kind = kind_of(direction, *facts, call.channels_last)
-        timed = table_of(torch.cuda.current_device())[kind] if on_device else None
+        timed = table_of(torch.cuda.current_device())[kind] if on_device and autotuned() else None
         lines.append(f"{direction}: {shipped} as it ships" if timed is None else f"{direction}: {timed}, timed here")
     return lines
 

@@ -15,6 +15,9 @@ class Machine:
         device_batch: images that a device takes at once; None for as many as a step needs. With fewer, a step is
             accumulated.
         save_steps: steps after which the state is written within an epoch; None for after each epoch alone.
+
+    Raises:
+        ValueError: a number is not positive.
     """
 
     devices: int | None = None
