@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from replknet.nn import ConvFFN, DepthwiseConv2d, DropPath, ReparamLargeKernelConv, RepLKBlock, stem
+from replknet.nn.depthwise import StridedDepthwiseConv2d
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -28,6 +29,33 @@ def test_depthwise_conv_starts_like_nn_conv2d():
     theirs = nn.Conv2d(4, 4, 7, padding=3, groups=4)
     assert torch.equal(ours.weight, theirs.weight)
     assert torch.equal(ours.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_strided_depthwise_conv_is_nn_conv2d_in_the_same_dtype(dtype, autocast):
+    ours = StridedDepthwiseConv2d(6, 3, 2)
+    exact = nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False).double()
+    exact.load_state_dict(ours.state_dict())
+    if not autocast:
+        ours = ours.to(dtype)
+        exact.weight.data = ours.weight.detach().double()
+    x = torch.randn(2, 6, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ours(x)
+    assert y.dtype == (torch.bfloat16 if autocast else dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    g = torch.randn(y.shape).to(y.dtype)
+    y.backward(g)
+    exact(wide).backward(g.double())
+    # values of up to about 5, rounded to the dtype's mantissa; in float16 and bfloat16 gradients are rounded once
+    tolerance = 8 * torch.finfo(y.dtype).eps
+    torch.testing.assert_close(y.double(), exact(wide), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.weight.grad.double(), exact.weight.grad, rtol=tolerance, atol=4 * tolerance)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(ours(x).double(), y.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_even_kernel_is_named_in_the_error():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from replknet.nn.depthwise import DepthwiseConv2d
+from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d
 
 # builds a normalisation layer from a number of channels: nn.BatchNorm2d or nn.SyncBatchNorm
 Norm = Callable[[int], nn.Module]
@@ -45,11 +45,10 @@ class ConvBN(nn.Sequential):
         conv: nn.Conv2d
         if depthwise and stride == 1:
             conv = DepthwiseConv2d(in_channels, kernel_size, bias=False)
+        elif depthwise:
+            conv = StridedDepthwiseConv2d(in_channels, kernel_size, stride)
         else:
-            groups = in_channels if depthwise else 1
-            conv = nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-            )
+            conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         children: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, bn=norm(out_channels))
         if activation is not None:
             children["nonlinear"] = activation

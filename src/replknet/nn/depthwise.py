@@ -1,12 +1,15 @@
 """The depthwise convolution as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from replknet.ops import depthwise_conv2d
 
-# in a traced graph the operator is one node, not its checks
+# in a traced graph each is one node, not what it asks of its input
 torch.fx.wrap("depthwise_conv2d")
+torch.fx.wrap("_strided")
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -56,3 +59,36 @@ class DepthwiseConv2d(nn.Conv2d):
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
         return depthwise_conv2d(input, self.weight, self.bias)
+
+
+class StridedDepthwiseConv2d(nn.Conv2d):
+    """torch's own depthwise convolution of any stride, with gradients that are fast in half precision on a CPU, too.
+
+    For bfloat16 and float16 torch takes the gradients of strided depthwise convolutions on a CPU without vectors; here
+    a training on a CPU has these convolutions in float32, and rounds the result once.
+
+    Args:
+        channels: channels of input and output.
+        kernel_size: side of the kernel in pixels.
+        stride: in pixels.
+
+    Input: `[N,C,H,W]`; output `[N,C,H',W']` of `nn.Conv2d` with padding kernel_size // 2, in the dtype that it has.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
+            return self._conv_forward(input, self.weight, self.bias)
+        return _strided(input, self.weight, self.stride, self.padding)
+
+
+def _strided(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: Any) -> Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or not half:
+        return nn.functional.conv2d(x, weight, None, stride, padding, groups=len(weight))
+    with torch.autocast("cpu", enabled=False):
+        y = nn.functional.conv2d(x.float(), weight.float(), None, stride, padding, groups=len(weight))
+    return y.to(dtype)
