@@ -116,7 +116,7 @@ def test_uniform_numbers_belong_to_the_draw_and_are_uniform():
     assert np.abs(np.corrcoef(together.T) - np.eye(4)).max() < 0.05
 
 
-def test_moved_images_are_windows_of_padded_ones():
+def test_moved_images_are_windows_of_mirrored_ones():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     moved = Moved({"train_images": images, "train_labels": torch.arange(4)}, 32, 4)
     draws = [Draw(epoch, image) for epoch in range(30) for image in range(4)]
@@ -127,7 +127,7 @@ def test_moved_images_are_windows_of_padded_ones():
     pixels = (x * std + mean) * 255
     seen = set()
     for draw, image in zip(draws, pixels, strict=True):
-        padded = torch.nn.functional.pad(images[draw.image].float(), [4] * 4)
+        padded = torch.nn.functional.pad(images[draw.image].float(), [4] * 4, mode="reflect")
         for flip in (False, True):
             for top in range(9):
                 for left in range(9):
@@ -139,3 +139,22 @@ def test_moved_images_are_windows_of_padded_ones():
     assert torch.equal(moved.draw_batch(0, draws[5:6])[0][0], x[5])
     larger = Moved({"train_images": images, "train_labels": torch.arange(4)}, 40, None)
     assert larger.draw_batch(0, draws[:2])[0].shape == (2, 3, 40, 40)
+
+
+def test_erased_rectangles_have_the_mean_colour_and_the_papers_areas():
+    images = torch.full((500, 3, 32, 32), 255, dtype=torch.uint8)
+    erased = Moved({"train_images": images, "train_labels": torch.arange(500)}, 32, None, 0.4)
+    draws = [Draw(3, image) for image in range(500)]
+    holes = (erased.draw_batch(0, draws)[0] == 0).all(1)
+    areas = holes.sum((1, 2))
+    # binomial: 200 expected, five standard deviations
+    assert 145 < int((areas > 0).sum()) < 255
+    for hole in holes[areas > 0]:
+        rows, columns = hole.any(1), hole.any(0)
+        # rows and columns in one piece, and all of their crossings
+        assert int(hole.sum()) == int(rows.sum()) * int(columns.sum())
+        assert int(rows.int().diff().abs().sum()) <= 2
+    # 2 to 33 % of 1024 pixels, sides rounded; a long one is cut at the border
+    assert int(areas[areas > 0].min()) >= 12
+    assert int(areas.max()) <= 360
+    assert float(areas[areas > 0].float().std()) > 50

@@ -271,8 +271,8 @@ def test_a_batch_that_cannot_be_divided_is_an_error(cifar, tmp_path):
 
 
 def test_an_augmentation_that_the_data_set_lacks_is_an_error(cifar, tmp_path):
-    with pytest.raises(ValueError, match="auto_augment and random_erasing are for images in folders"):
-        fit(dataclasses.replace(RECIPE, random_erasing=0.25), tmp_path, cifar)
+    with pytest.raises(ValueError, match="auto_augment is for images in folders; cifar10 has"):
+        fit(dataclasses.replace(RECIPE, auto_augment="rand-m9"), tmp_path, cifar)
 
 
 def test_a_fine_tuning_starts_from_its_checkpoint(cifar, tmp_path, monkeypatch):

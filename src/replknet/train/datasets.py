@@ -63,12 +63,12 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
 
 
 def _cifar10(recipe: Recipe, data: Path | None) -> Splits:
-    if recipe.auto_augment is not None or recipe.random_erasing:
-        raise ValueError("auto_augment and random_erasing are for images in folders; cifar10 has crop_padding")
+    if recipe.auto_augment is not None:
+        raise ValueError("auto_augment is for images in folders; cifar10 has crop_padding and random_erasing")
     size, arrays = recipe.image_size, cifar10.load(data)
     still = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD)
     return Splits(
-        train=cifar10.Moved(arrays, size, recipe.crop_padding),
+        train=cifar10.Moved(arrays, size, recipe.crop_padding, recipe.random_erasing),
         val=cifar10.CIFAR10(arrays, False, still),
         classes=cifar10.CLASSES,
         mean=cifar10.MEAN,
