@@ -1,10 +1,12 @@
 """Scores and predictions on a network whose logits are its input."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from replknet.tasks.classification import Guess, evaluate, predict
+import replknet  # noqa: F401  # registers the networks
+from replknet.tasks.classification import Guess, _no_inner_matrices, evaluate, predict
 
 LOGITS = nn.Flatten()  # images [N,classes,1,1] are taken for the logits
 
@@ -37,3 +39,20 @@ def test_predictions_are_named_and_sorted():
     assert predict(LOGITS, x, top=9)[0][2] == Guess(0, "0", pytest.approx(0.0900, abs=1e-4))
     with pytest.raises(ValueError, match="top must be positive, got 0"):
         predict(LOGITS, x, top=0)
+
+
+def test_muon_moves_the_matrices_inside_the_network_alone():
+    model = timm.create_model("replknet_test")
+    fallback = _no_inner_matrices(model)
+    inner = {name for name, _ in model.named_parameters()} - set(fallback)
+    assert {name.rsplit(".", 2)[0].split(".")[-1] for name in inner} == {"2", "0", "pw1", "pw2"}
+    for name in inner:
+        assert model.get_parameter(name).shape[2:] == (1, 1)
+    assert {"stem.0.conv.weight", "head.weight", "stages.0.blocks.0.large_kernel.lkb_origin.conv.weight"} < set(
+        fallback
+    )
+    optimiser = timm.optim.create_optimizer_v2(model, "nmuon", lr=1e-3, fallback_list=fallback)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimiser.step()
+    moved = {name for name, p in model.named_parameters() if optimiser.state[p]["use_muon"]}
+    assert moved == inner

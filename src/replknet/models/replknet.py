@@ -346,6 +346,15 @@ CONFIGS: dict[str, RepLKNetConfig] = {
         ffn_ratio=2.0,
         stem_stride=2,
     ),
+    "replknet_cifar_l": replace(
+        B31,
+        kernels=(15, 13, 7),
+        depths=(1, 2, 2),
+        channels=(64, 128, 256),
+        small_kernel=3,
+        ffn_ratio=2.0,
+        stem_stride=2,
+    ),
     "replknet_test": replace(B31, kernels=(9, 7, 5, 5), depths=(1, 1, 2, 1), channels=(8, 12, 16, 24)),
 }
 
@@ -403,6 +412,9 @@ default_cfgs = generate_default_cfgs(
         "replknet_nano.untrained": _cfg(origin_url="", license="apache-2.0"),
         "replknet_cifar.untrained": _cfg(
             size=32, pool_size=(2, 2), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
+        ),
+        "replknet_cifar_l.untrained": _cfg(
+            size=32, pool_size=(4, 4), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
         ),
         "replknet_test.untrained": _cfg(size=64, num_classes=10, origin_url="", license="apache-2.0"),
     }
@@ -501,6 +513,12 @@ def replknet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def replknet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Ours, not the paper's: a stem of stride 2 for 32-pixel images, trained by `replknet demo`."""
     return _build("replknet_cifar", pretrained, **kwargs)
+
+
+@register_model
+def replknet_cifar_l(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Ours, not the paper's: for 32-pixel images, with more channels than `replknet_cifar`; 1.17M parameters."""
+    return _build("replknet_cifar_l", pretrained, **kwargs)
 
 
 @register_model

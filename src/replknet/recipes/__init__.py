@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from replknet.recipes import imagenet
-from replknet.recipes.classification import cifar10, folder
+from replknet.recipes.classification import cifar10, cifar10_l, folder
 from replknet.recipes.machine import Machine
 from replknet.recipes.recipe import Recipe
 
@@ -11,6 +11,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
         cifar10,
+        cifar10_l,
         folder,
         imagenet.imagenet1k_31b_224,
         imagenet.imagenet1k_31b_384,
@@ -24,4 +25,4 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     )
 }
 
-__all__ = ["RECIPES", "Machine", "Recipe", "cifar10", "folder"]
+__all__ = ["RECIPES", "Machine", "Recipe", "cifar10", "cifar10_l", "folder"]

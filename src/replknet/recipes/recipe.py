@@ -19,6 +19,9 @@ class Recipe:
         evaluate: score the validation images after each epoch; without it no val/ folder is needed.
         epochs: passes over the training images.
         batch_size: images a step, over all devices.
+        optimizer: timm's name of it. Those with a fallback, such as nmuon (Muon with Nesterov momentum), move the
+            matrices of the 1x1 convolutions, and leave depthwise kernels, stem, classifier, norms and biases to AdamW.
+        momentum: of optimizers that have one, such as sgd and nmuon.
         lr: peak learning rate.
         min_lr: learning rate at the end.
         warmup_epochs: epochs of linear warm-up.
@@ -27,6 +30,8 @@ class Recipe:
         label_smoothing: probability spread over all classes.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
+        mixup_prob: share of the batches that are mixed, if any are.
+        mixup_off_epoch: epoch from which none is, 0 for never.
         drop_path: rate of dropped residual branches in the last block.
         crop_padding: pixels of padding for random crops of small images; None for random resized crops.
         auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1; None for none.
@@ -48,6 +53,8 @@ class Recipe:
     evaluate: bool = True
     epochs: int
     batch_size: int
+    optimizer: str = "adamw"
+    momentum: float = 0.9
     lr: float
     min_lr: float = 1e-6
     warmup_epochs: int = 0
@@ -56,6 +63,8 @@ class Recipe:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_off_epoch: int = 0
     drop_path: float = 0.0
     crop_padding: int | None = None
     auto_augment: str | None = None
@@ -70,10 +79,12 @@ class Recipe:
         for name in ("image_size", "epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "workers", "warmup_epochs"):
+        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "mixup_off_epoch", "workers", "warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("drop_path", "label_smoothing", "random_erasing"):
+        if not 0 <= self.mixup_prob <= 1:
+            raise ValueError(f"mixup_prob must be from 0 to 1, got {self.mixup_prob}")
+        for name in ("momentum", "drop_path", "label_smoothing", "random_erasing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -22,6 +22,8 @@ class Classification(pl.LightningModule):
         model: images `[N,3,H,W]` to logits `[N,classes]`.
         num_classes: number of outputs.
         epochs: length of the schedule.
+        optimizer: timm's name of it; Muon leaves what is no dense matrix inside the network to AdamW.
+        momentum: of optimizers that have one.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: epochs of linear warm-up.
@@ -30,6 +32,8 @@ class Classification(pl.LightningModule):
         label_smoothing: probability spread over all classes.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
+        mixup_prob: share of the batches that are mixed.
+        mixup_off_epoch: epoch from which none is mixed; 0 for never.
         ema_decay: decay of the average of the weights, which is then what validation scores; None for none.
     """
 
@@ -39,6 +43,8 @@ class Classification(pl.LightningModule):
         *,
         num_classes: int,
         epochs: int,
+        optimizer: str = "adamw",
+        momentum: float = 0.9,
         lr: float,
         min_lr: float = 1e-6,
         warmup_epochs: int = 0,
@@ -47,20 +53,28 @@ class Classification(pl.LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_off_epoch: int = 0,
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.optimizer, self.momentum = optimizer, momentum
         self.lr, self.min_lr = lr, min_lr
         self.weight_decay, self.layer_decay = weight_decay, layer_decay
         self.mix: Mixup | None = None
         self.loss: nn.Module = LabelSmoothingCrossEntropy(label_smoothing)
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(
-                mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
             )
             self.loss = SoftTargetCrossEntropy()
+        self.mixup_off_epoch = mixup_off_epoch
         # a short training would never reach a long average, so its decay grows with the steps
         self.last_loss = torch.zeros(())
         self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
@@ -76,6 +90,7 @@ class Classification(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, target = batch
         if self.mix is not None:
+            self.mix.mixup_enabled = self.mixup_off_epoch == 0 or self.current_epoch < self.mixup_off_epoch
             x, target = self.mix(x, target)
         loss: Tensor = self.loss(self.model(_channels_last(x)), target)
         self.log("loss", loss, prog_bar=True)
@@ -105,7 +120,14 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimiser = create_optimizer_v2(
-            self.model, "adamw", lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
+            self.model,
+            self.optimizer,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            # optimisers without a fallback know no such groups
+            fallback_list=_no_inner_matrices(self.model) if "muon" in self.optimizer else (),
         )
         steps = max(1, int(self.trainer.estimated_stepping_batches) // self.epochs)
         scheduler, _ = create_scheduler_v2(
@@ -124,6 +146,14 @@ class Classification(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         # timm's schedulers take the number of the step
         scheduler.step_update(self.global_step)
+
+
+def _no_inner_matrices(model: nn.Module) -> list[str]:
+    """Parameters that Muon is not for: anything but the weights of dense convolutions and linear layers, and of
+    those the first and the last (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks")."""
+    dense = [name for name, p in model.named_parameters() if p.ndim > 1 and p.shape[1] > 1]
+    inner = set(dense[1:-1])
+    return [name for name, _ in model.named_parameters() if name not in inner]
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -176,6 +176,8 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
         model,
         num_classes=len(sets.classes),
         epochs=recipe.epochs,
+        optimizer=recipe.optimizer,
+        momentum=recipe.momentum,
         lr=recipe.lr,
         min_lr=recipe.min_lr,
         warmup_epochs=recipe.warmup_epochs,
@@ -184,6 +186,8 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
         label_smoothing=recipe.label_smoothing,
         mixup=recipe.mixup,
         cutmix=recipe.cutmix,
+        mixup_prob=recipe.mixup_prob,
+        mixup_off_epoch=recipe.mixup_off_epoch,
         ema_decay=recipe.ema_decay,
     )
 
