@@ -37,9 +37,11 @@ def curves(series: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for label, rows in series.items():
         epochs = [row["epoch"] + 1 for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], marker="o", label=label)
-        right.plot(epochs, [100 * row["val_top1"] for row in rows], marker="o", label=label)
+        # a training may score nothing
+        scored = [row for row in rows if "val_top1" in row]
+        right.plot([row["epoch"] + 1 for row in scored], [100 * row["val_top1"] for row in scored], marker="o")
     left.set(xlabel="epoch", ylabel="training loss, nats")
-    right.set(xlabel="epoch", ylabel="test accuracy, %")
+    right.set(xlabel="epoch", ylabel="accuracy, %")
     left.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -15,6 +15,7 @@ class Machine:
         device_batch: images that a device takes at once; None for as many as a step needs. With fewer, a step is
             accumulated.
         save_steps: steps after which the state is written within an epoch; None for after each epoch alone.
+        log_steps: steps between two lines of steps.csv, and on stderr where there is no bar.
 
     Raises:
         ValueError: a number is not positive.
@@ -24,9 +25,10 @@ class Machine:
     nodes: int = 1
     device_batch: int | None = None
     save_steps: int | None = None
+    log_steps: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("devices", "nodes", "device_batch", "save_steps"):
+        for name in ("devices", "nodes", "device_batch", "save_steps", "log_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -15,14 +15,17 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 
+from replknet.analysis import plots
+from replknet.data.download import quiet
 from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
 from replknet.train.callbacks import KeepLast, SeedSteps, check_whole
 from replknet.train.datasets import Batches, Splits, splits
 from replknet.train.memory import keep_freed_memory
+from replknet.train.progress import Bar, Progress
 
 
 class ResumeError(ValueError):
@@ -42,7 +45,8 @@ def fit(
         recipe: what to train.
         folder: where the result goes: `model.safetensors` (weights with their description), `last.ckpt`
             (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch), `best.safetensors` (weights
-            of the epoch with the best validation accuracy).
+            of the epoch with the best validation accuracy), `steps.csv` and `tensorboard/` (loss, learning rate and
+            speed every few steps), `curve.png`.
         data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
         resume: go on from `folder/last.ckpt`.
         machine: devices and the like; by default all GPUs, or one process on a CPU.
@@ -84,7 +88,7 @@ def fit(
     keep = KeepLast(folder, description, _plain(recipe), machine.save_steps)
     with warnings.catch_warnings(), _interrupts_wait_for(keep):
         _ignore_lightnings_advice()
-        _trainer(recipe, keep, machine, accumulate).fit(
+        _trainer(recipe, folder, keep, machine, accumulate).fit(
             _task(recipe, model, sets),
             datamodule=Batches(sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
@@ -93,7 +97,15 @@ def fit(
     if keep.interrupted:
         # it came after the last step
         raise KeyboardInterrupt
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it
+        _draw(folder / "curve.png", {recipe.model: keep.curve})
     return folder / "model.safetensors"
+
+
+def _draw(path: Path, curves: dict[str, list[dict[str, float]]]) -> None:
+    part = path.with_suffix(".part.png")
+    plots.curves(curves).savefig(part, dpi=110)
+    os.replace(part, path)
 
 
 @contextmanager
@@ -192,10 +204,11 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
     )
 
 
-def _trainer(recipe: Recipe, keep: KeepLast, machine: Machine, accumulate: int) -> pl.Trainer:
-    quiet = bool(os.environ.get("CI"))
+def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, accumulate: int) -> pl.Trainer:
+    lines = quiet()
+    progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    callbacks: list[pl.Callback] = [keep, SeedSteps(recipe.seed)]
+    callbacks: list[pl.Callback] = [keep, SeedSteps(recipe.seed), progress]
     return pl.Trainer(
         accelerator="auto",
         devices="auto" if machine.devices is None else machine.devices,
@@ -206,10 +219,10 @@ def _trainer(recipe: Recipe, keep: KeepLast, machine: Machine, accumulate: int) 
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recipe.clip_grad,
         logger=False,
-        callbacks=callbacks if quiet else [*callbacks, TQDMProgressBar()],
+        callbacks=callbacks if lines else [*callbacks, Bar(progress)],
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=not quiet,
+        enable_progress_bar=not lines,
         num_sanity_val_steps=0,
         limit_val_batches=None if recipe.evaluate else 0,
         use_distributed_sampler=False,

@@ -1,0 +1,182 @@
+"""What a training tells while it runs: a bar or lines, and tables for programs."""
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from torch.utils.tensorboard import SummaryWriter
+
+_TABLE = "steps.csv"
+# a share of the time that more workers may save
+_MUCH_WAITING = 0.3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of `steps.csv`: what was seen in the steps since the line before."""
+
+    step: int  # steps done
+    epoch: float  # epochs done
+    loss: float  # of this process's last batch
+    lr: float
+    images_per_second: float  # over all processes; validation and writing of states are not in it
+    waiting: float  # share of the time spent waiting for images, 0 to 1
+    seconds_left: float  # to the end of the training, validation included
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
+            f"{self.images_per_second:.0f} images/s, {self.waiting:.0%} waiting for images  "
+            f"{_spoken(self.seconds_left)} left"
+        )
+
+
+class Progress(pl.Callback):
+    """Write `steps.csv` and TensorBoard's events, and say how far the training is.
+
+    Every `every` steps a row goes to both, and to stderr if there is no bar. A resumed training drops the rows after
+    the step from which it goes on.
+
+    Args:
+        folder: where `steps.csv` and `tensorboard/` go.
+        batch_size: images a step, over all processes.
+        every: steps between two rows.
+        lines: whether to write rows to stderr.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, every: int, lines: bool) -> None:
+        self.folder, self.batch_size, self.every, self.lines = folder, batch_size, every, lines
+        self.row: Row | None = None
+        self._writer: SummaryWriter | None = None
+        self._steps = self._epoch_steps = 0
+        self._stepping = self._waiting = self._epoch_stepping = self._epoch_waiting = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._started, self._first = time.perf_counter(), trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        kept = [row for row in self._rows() if int(row["step"]) <= trainer.global_step]
+        part = self.folder / f"{_TABLE}.part"
+        with part.open("w", newline="") as file:
+            table = csv.DictWriter(file, [field.name for field in fields(Row)])
+            table.writeheader()
+            table.writerows(kept)
+        os.replace(part, self.folder / _TABLE)
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.global_step + 1)
+
+    def _rows(self) -> Iterator[dict[str, str]]:
+        table = self.folder / _TABLE
+        if table.exists():
+            with table.open(newline="") as file:
+                # a last line that is cut short lacks a value
+                yield from (row for row in csv.DictReader(file) if None not in row.values())
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waiting += self._lap()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stepping += self._lap()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._steps += 1
+        if trainer.global_step % self.every == 0:
+            self._tell(trainer, module)
+            self._since = time.perf_counter()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        spent, self._since = now - self._since, now
+        return spent
+
+    def _tell(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        spent, done = self._stepping + self._waiting, trainer.global_step
+        total = int(trainer.estimated_stepping_batches)
+        pace = (time.perf_counter() - self._started) / (done - self._first)
+        self.row = Row(
+            step=done,
+            epoch=round(done * trainer.max_epochs / total, 4),  # type: ignore[operator]  # a recipe has a number
+            loss=float(module.last_loss),  # type: ignore[arg-type]
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            images_per_second=round(self._steps * self.batch_size / spent, 1),
+            waiting=round(self._waiting / spent, 4),
+            seconds_left=round(pace * (total - done), 1),
+        )
+        self._close_interval()
+        if self._writer is None:
+            return
+        with (self.folder / _TABLE).open("a", newline="") as file:
+            csv.writer(file).writerow(asdict(self.row).values())
+        for name in ("loss", "lr", "images_per_second", "waiting"):
+            self._writer.add_scalar(name, getattr(self.row, name), done)
+        if self.lines:
+            print(self.row, file=sys.stderr, flush=True)
+
+    def _close_interval(self) -> None:
+        self._epoch_steps += self._steps
+        self._epoch_stepping += self._stepping
+        self._epoch_waiting += self._waiting
+        self._steps, self._stepping, self._waiting = 0, 0.0, 0.0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._close_interval()
+        waiting = self._epoch_waiting / max(1e-9, self._epoch_stepping + self._epoch_waiting)
+        steps, self._epoch_steps = self._epoch_steps, 0
+        self._epoch_stepping = self._epoch_waiting = 0.0
+        if self._writer is None:
+            return
+        scores = {
+            name: float(trainer.callback_metrics[name])
+            for name in ("val_loss", "val_top1")
+            if name in trainer.callback_metrics
+        }
+        for name, value in scores.items():
+            self._writer.add_scalar(name, value, trainer.global_step)
+        self._writer.flush()
+        if self.lines:
+            told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
+            print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{told}", file=sys.stderr, flush=True)
+        # a handful of steps says nothing of the others
+        if waiting > _MUCH_WAITING and steps >= 50:
+            print(
+                f"{waiting:.0%} of the training's time went to waiting for images; more --workers may help",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar of an epoch, with the speed in images and the time that is left for the whole training."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        items: dict[str, Any] = super().get_metrics(trainer, module)
+        row = self._progress.row
+        if row is not None:
+            items |= {"images/s": round(row.images_per_second), "left": _spoken(row.seconds_left)}
+        return items
+
+
+def _spoken(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
