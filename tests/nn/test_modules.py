@@ -35,11 +35,13 @@ def test_depthwise_conv_starts_like_nn_conv2d():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_strided_depthwise_conv_is_nn_conv2d_in_the_same_dtype(dtype, autocast):
     ours = StridedDepthwiseConv2d(6, 3, 2)
-    exact = nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False).double()
+    # as folding a norm does
+    ours.bias = nn.Parameter(torch.randn(6))
+    exact = nn.Conv2d(6, 6, 3, 2, 1, groups=6).double()
     exact.load_state_dict(ours.state_dict())
     if not autocast:
         ours = ours.to(dtype)
-        exact.weight.data = ours.weight.detach().double()
+        exact.weight.data, exact.bias.data = ours.weight.detach().double(), ours.bias.detach().double()
     x = torch.randn(2, 6, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     wide = x.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

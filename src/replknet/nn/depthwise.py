@@ -72,7 +72,8 @@ class StridedDepthwiseConv2d(nn.Conv2d):
         kernel_size: side of the kernel in pixels.
         stride: in pixels.
 
-    Input: `[N,C,H,W]`; output `[N,C,H',W']` of `nn.Conv2d` with padding kernel_size // 2, in the dtype that it has.
+    There is no bias, but one that is added later counts, as `merge` does. Input `[N,C,H,W]` and output `[N,C,H',W']`
+    are those of `nn.Conv2d` with padding kernel_size // 2, in the dtype that it has.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
@@ -81,14 +82,15 @@ class StridedDepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
-        return _strided(input, self.weight, self.stride, self.padding)
+        return _strided(input, self.weight, self.bias, self.stride, self.padding)
 
 
-def _strided(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: Any) -> Tensor:
+def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: Any) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     half = dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cpu" or not torch.is_grad_enabled() or not half:
-        return nn.functional.conv2d(x, weight, None, stride, padding, groups=len(weight))
+        return nn.functional.conv2d(x, weight, bias, stride, padding, groups=len(weight))
     with torch.autocast("cpu", enabled=False):
-        y = nn.functional.conv2d(x.float(), weight.float(), None, stride, padding, groups=len(weight))
+        wide = None if bias is None else bias.float()
+        y = nn.functional.conv2d(x.float(), weight.float(), wide, stride, padding, groups=len(weight))
     return y.to(dtype)
