@@ -199,6 +199,15 @@ def test_training_on_a_folder_and_its_errors(tmp_path, capsys):
     assert "name the folder of the images with --data DIR" in capsys.readouterr().err
     assert main(["train", "folder", "--output", str(tmp_path / "new"), *short]) == 2
     assert "trains on your images: name their folder with --data DIR" in capsys.readouterr().err
+    (tmp_path / "train" / "dark" / "1.png").write_text("no image")
+    again = ["train", "folder", "--data", str(tmp_path), *short]
+    assert main([*again, "--output", str(tmp_path / "skipping")]) == 0
+    assert "dark/1.png cannot be read as an image" in capsys.readouterr().err
+    strict = ["--output", str(tmp_path / "strict"), "--unreadable-images", "0", "--workers", "1"]
+    assert main([*again, *strict]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("replknet train: ")
+    assert told.endswith("that is image 1 that cannot be read, and 0 may be skipped (--unreadable-images)")
     (tmp_path / "val" / "extra").mkdir()
     (tmp_path / "val" / "dark" / "0.png").rename(tmp_path / "val" / "extra" / "0.png")
     assert main(["train", "folder", "--data", str(tmp_path), "--output", str(tmp_path / "new"), *short]) == 2

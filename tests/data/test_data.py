@@ -245,11 +245,68 @@ def test_files_are_found_and_errors_name_them(tmp_path):
 
 
 def test_image_folder_errors(tmp_path):
-    with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/, but there is no"):
-        images.image_folder(tmp_path, "train", lambda x: x)
+    with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/ or .*train.tar, but there is"):
+        images.ImageSet(images.split_of(tmp_path, "train"), np.array)
     (tmp_path / "train").mkdir()
     with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/: "):
-        images.image_folder(tmp_path, "train", lambda x: x)
+        images.ImageSet(tmp_path / "train", np.array)
+    (tmp_path / "train.tar").write_bytes(b"no archive")
+    with pytest.raises(images.ImageError, match=r"expected a tar archive with <class>/<image> in .*train\.tar: "):
+        images.ImageSet(images.split_of(tmp_path, "train"), np.array)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Three images in each of the classes 2 and 10; the second of class 2 is cut short, the third no image."""
+    for label, colour in (("2", 30), ("10", 220)):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 36), (colour, colour + i, 0)).save(tmp_path / "train" / label / f"{i}.png")
+    whole = (tmp_path / "train" / "2" / "1.png").read_bytes()
+    (tmp_path / "train" / "2" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train" / "2" / "2.png").write_text("no image")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "train", ".")
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["train", "train.tar"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_named_and_skipped_up_to_a_limit(source, workers, classes, capfd):
+    def colour(image):
+        return image.getpixel((0, 0))[1]
+
+    def loader(dataset):
+        return torch.utils.data.DataLoader(dataset, 2, num_workers=workers, collate_fn=images.present)
+
+    evaluated = images.ImageSet(classes / source, colour, unreadable=2)
+    assert evaluated.classes == ["10", "2"]
+    found = [batch for batch in loader(evaluated) if batch is not None]
+    # an archive counts the class 2 before the class 10, a folder does not; the labels are the same
+    pairs = [(int(x), int(y)) for batch in found for x, y in zip(*batch, strict=True)]
+    in_order = [(220, 0), (221, 0), (222, 0), (30, 1)]
+    assert pairs == (in_order if source == "train" else [in_order[3], *in_order[:3]])
+    assert evaluated.skipped == ([4, 5] if source == "train" else [1, 2])
+    told = capfd.readouterr().err
+    assert told.count("skipped 1 of at most 2: ") == 1
+    assert told.count("skipped 2 of at most 2: ") == 1
+    assert "2/1.png cannot be read as an image: " in told
+    list(loader(evaluated))
+    assert capfd.readouterr().err == ""
+    trained = images.ImageSet(classes / source, colour, unreadable=2, replace=True)
+    # the next readable one, around the end
+    replaced = [220, 221, 222, 30, 220, 220] if source == "train" else [30, 220, 220, 220, 221, 222]
+    assert torch.cat([x for x, _ in loader(trained)]).tolist() == replaced
+    with pytest.raises(images.ImageError, match=r"that is image 2 that cannot be read, and 1 may be skipped"):
+        list(loader(images.ImageSet(classes / source, colour, unreadable=1)))
+
+
+def test_a_set_without_a_readable_image_ends(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "a" / f"{i}.png").write_text("no image")
+    with pytest.raises(images.ImageError, match="that is image 3 that cannot be read"):
+        images.ImageSet(tmp_path, np.array, unreadable=9, replace=True)[1]
 
 
 def test_progress_is_off_in_ci(monkeypatch):

@@ -13,7 +13,7 @@ class Recipe:
         weights: a checkpoint to start from, of any known key format; a classifier of other classes is left out.
         finetune: whether the training makes no sense without `weights`.
         kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
-        dataset: "cifar10", or "folder" for images in {train,val}/<class>/.
+        dataset: "cifar10", or "folder" for images in {train,val}/<class>/, or {train,val}.tar with such paths.
         image_size: side of the images in pixels.
         normalization: mean and std of the pixels: "imagenet", or "inception" for 0.5 and 0.5; CIFAR-10 has its own.
         evaluate: score the validation images after each epoch; without it no val/ folder is needed.
@@ -39,6 +39,7 @@ class Recipe:
         ema_decay: decay of the average of the weights, or None.
         clip_grad: largest L2 norm of the gradients, or None.
         precision: of Lightning: "32-true", "bf16-mixed" or "16-mixed".
+        unreadable_images: images of a folder or archive that may be damaged; each is named and skipped.
         workers: processes that load images.
         seed: of all random numbers.
     """
@@ -72,6 +73,7 @@ class Recipe:
     ema_decay: float | None = None
     clip_grad: float | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    unreadable_images: int = 10
     workers: int = 1
     seed: int = 0
 
@@ -79,7 +81,16 @@ class Recipe:
         for name in ("image_size", "epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "mixup_off_epoch", "workers", "warmup_epochs"):
+        for name in (
+            "min_lr",
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "mixup_off_epoch",
+            "unreadable_images",
+            "workers",
+            "warmup_epochs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.mixup_prob <= 1:

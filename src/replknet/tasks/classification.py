@@ -105,7 +105,10 @@ class Classification(pl.LightningModule):
         # images, those that were right, and the sum of their losses
         self._scored = torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor] | None, index: int) -> None:
+        if batch is None:
+            # all of its images were unreadable
+            return
         x, target = batch
         logits = self.weights.eval()(_channels_last(x)).float()
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
@@ -173,15 +176,15 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
-    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`.
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) -> Scores:
+    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`; None is skipped.
 
     Raises:
         ValueError: there is no image, or a label that the network has no output for.
     """
     model = model.eval()
     logits, labels = [], []
-    for x, target in batches:
+    for x, target in filter(None, batches):
         logits.append(model(_channels_last(x)).float())
         labels.append(target)
     if not logits:

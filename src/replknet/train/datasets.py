@@ -50,10 +50,11 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
     mean, std = _NORMALIZATIONS[recipe.normalization]
     size = recipe.image_size
     moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing)
-    train = images.image_folder(data, "train", moved)
+    train = images.ImageSet(images.split_of(data, "train"), moved, recipe.unreadable_images, replace=True)
     val: Any = None
     if recipe.evaluate:
-        val = images.image_folder(data, "val", transforms.eval_transform(size, mean, std, _CROP_PCT))
+        still = transforms.eval_transform(size, mean, std, _CROP_PCT)
+        val = images.ImageSet(images.split_of(data, "val"), still, recipe.unreadable_images)
         if train.classes != val.classes:
             raise images.ImageError(
                 f"train and val in {data} must have the same classes; only one of them has "
@@ -90,12 +91,19 @@ def evaluation_set(name: str, data: Path | None, description: Description) -> An
         return cifar10.CIFAR10(cifar10.load(data), False, transforms.small_image_transform(size, mean, std))
     if data is None:
         raise ValueError("name the folder of the images with --data DIR")
-    return images.image_folder(data, "val", transforms.eval_transform(size, mean, std, description.crop_pct))
+    still = transforms.eval_transform(size, mean, std, description.crop_pct)
+    return images.ImageSet(images.split_of(data, "val"), still)
 
 
 def batches(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
     """A loader for evaluation: every image once, in order."""
-    return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=_leave_interrupts_to_the_parent)
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        collate_fn=images.present,
+    )
 
 
 class Batches(pl.LightningDataModule):
@@ -129,7 +137,7 @@ class Batches(pl.LightningDataModule):
         assert self.trainer is not None
         mine = EveryOnce(len(self.sets.val), self.trainer.global_rank, self.trainer.world_size)
         batch = max(1, 2 * self.recipe.batch_size // (self.trainer.world_size * self.accumulate))
-        return self._loader(self.sets.val, batch_size=batch, sampler=mine)
+        return self._loader(self.sets.val, batch_size=batch, sampler=mine, collate_fn=images.present)
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         workers = self.recipe.workers

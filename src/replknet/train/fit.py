@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from replknet.analysis import plots
 from replknet.data.download import quiet
+from replknet.data.images import ImageError
 from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
@@ -86,7 +87,7 @@ def fit(
         std=sets.std,
     )
     keep = KeepLast(folder, description, _plain(recipe), machine.save_steps)
-    with warnings.catch_warnings(), _interrupts_wait_for(keep):
+    with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
         _trainer(recipe, folder, keep, machine, accumulate).fit(
             _task(recipe, model, sets),
@@ -106,6 +107,15 @@ def _draw(path: Path, curves: dict[str, list[dict[str, float]]]) -> None:
     part = path.with_suffix(".part.png")
     plots.curves(curves).savefig(part, dpi=110)
     os.replace(part, path)
+
+
+@contextmanager
+def _one_line_for_images() -> Iterator[None]:
+    """torch's loaders put the traceback of a worker into the text of its error."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(str(error).rstrip().rsplit("ImageError: ", 1)[-1]) from error
 
 
 @contextmanager
