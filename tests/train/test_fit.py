@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -17,11 +18,14 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
+import replknet
+from replknet.data.draws import Drawn, GlobalBatches, collate
 from replknet.models import load_model, save_model
 from replknet.recipes import Machine, cifar10
 from replknet.tasks.classification import Classification
 from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
+from replknet.train.datasets import splits
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = dataclasses.replace(
@@ -304,6 +308,50 @@ def test_without_evaluation_there_are_no_scores(cifar, tmp_path):
     assert [row.keys() for row in curve] == [{"epoch", "seconds", "train_loss"}] * 2
     assert (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_sync_bn_on_a_cpu_is_an_error(cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU"):
+        fit(dataclasses.replace(RECIPE, sync_bn=True), tmp_path, cifar)
+
+
+@pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
+def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, tmp_path, monkeypatch):
+    # without an average, which hides differences, and with drop path, which recomputation must repeat
+    recipe = dataclasses.replace(RECIPE, epochs=1, ema_decay=None, drop_path=0.3)
+    # Inductor would take a minute; that the operator is right in it is tested with the operator
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    fit(recipe, plain, cifar)
+    calls = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(replknet.models.replknet, "checkpoint", lambda *a, **k: calls.append(0) or real(*a, **k))
+    fit(recipe, other, cifar, machine=Machine(**{option: True}))
+    # six steps and one batch of validation, of ten blocks each
+    assert len(calls) == (70 if option == "grad_checkpointing" else 0)
+    expected, found = load_file(plain / "model.safetensors"), load_file(other / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_precise_statistics_are_those_of_the_kept_weights(evaluate, cifar, tmp_path):
+    fit(dataclasses.replace(RECIPE, precise_bn=3, evaluate=evaluate), tmp_path, cifar)
+    model, _ = load_model(tmp_path / "model.safetensors")
+    recipe = dataclasses.replace(RECIPE, precise_bn=3)
+    draws = GlobalBatches(240, 40, recipe.seed, start=6)
+    drawn = Drawn(splits(recipe, cifar).train, recipe.seed)
+    seen = []
+    model.stem[0].conv.register_forward_hook(lambda module, x, y: seen.append(y))
+    with torch.inference_mode():
+        for batch in itertools.islice(draws, 3):
+            model(collate(drawn.__getitems__(batch))[0])
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(model.stem[0].bn.running_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.stem[0].bn.running_var, var, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_no_number_stops_with_its_batch(cifar, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """On what a training runs, which does not change what is trained, to rounding.
+    """On what and how a training runs, which does not change what is trained, to rounding.
 
     Args:
         devices: processes on this machine, one a GPU; None for all GPUs, or one process on a CPU.
@@ -15,6 +15,9 @@ class Machine:
         device_batch: images that a device takes at once; None for as many as a step needs. With fewer, a step is
             accumulated.
         save_steps: steps after which the state is written within an epoch; None for after each epoch alone.
+        grad_checkpointing: recompute the activations of each block in the backward pass, which saves memory and costs
+            a forward pass.
+        compile: run the network through torch.compile.
         log_steps: steps between two lines of steps.csv, and on stderr where there is no bar.
 
     Raises:
@@ -25,6 +28,8 @@ class Machine:
     nodes: int = 1
     device_batch: int | None = None
     save_steps: int | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
     log_steps: int = 50
 
     def __post_init__(self) -> None:

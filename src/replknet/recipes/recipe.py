@@ -37,6 +37,10 @@ class Recipe:
         auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1; None for none.
         random_erasing: probability of erasing a rectangle.
         ema_decay: decay of the average of the weights, or None.
+        sync_bn: batch norms take the statistics of all processes; on GPUs only, as torch has it.
+        precise_bn: batches on which the statistics of batch norms are computed anew before the network is scored or
+            kept at the end of an epoch, 0 for none (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+            arXiv:2105.07576).
         clip_grad: largest L2 norm of the gradients, or None.
         precision: of Lightning: "32-true", "bf16-mixed" or "16-mixed".
         unreadable_images: images of a folder or archive that may be damaged; each is named and skipped.
@@ -71,6 +75,8 @@ class Recipe:
     auto_augment: str | None = None
     random_erasing: float = 0.0
     ema_decay: float | None = None
+    sync_bn: bool = False
+    precise_bn: int = 0
     clip_grad: float | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     unreadable_images: int = 10
@@ -87,6 +93,7 @@ class Recipe:
             "mixup",
             "cutmix",
             "mixup_off_epoch",
+            "precise_bn",
             "unreadable_images",
             "workers",
             "warmup_epochs",

@@ -35,6 +35,7 @@ class Classification(pl.LightningModule):
         mixup_prob: share of the batches that are mixed.
         mixup_off_epoch: epoch from which none is mixed; 0 for never.
         ema_decay: decay of the average of the weights, which is then what validation scores; None for none.
+        compile: train through torch.compile.
     """
 
     def __init__(
@@ -56,9 +57,12 @@ class Classification(pl.LightningModule):
         mixup_prob: float = 1.0,
         mixup_off_epoch: int = 0,
         ema_decay: float | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
+        # in a tuple, since as a child of its own it would double the weights' names
+        self._trained = (torch.compile(self.model) if compile else self.model,)
         self.epochs, self.warmup_epochs = epochs, warmup_epochs
         self.optimizer, self.momentum = optimizer, momentum
         self.lr, self.min_lr = lr, min_lr
@@ -92,7 +96,7 @@ class Classification(pl.LightningModule):
         if self.mix is not None:
             self.mix.mixup_enabled = self.mixup_off_epoch == 0 or self.current_epoch < self.mixup_off_epoch
             x, target = self.mix(x, target)
-        loss: Tensor = self.loss(self.model(_channels_last(x)), target)
+        loss: Tensor = self.loss(self._trained[0](_channels_last(x)), target)
         self.log("loss", loss, prog_bar=True)
         self.last_loss = loss.detach()
         return loss

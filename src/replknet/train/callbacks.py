@@ -5,6 +5,7 @@ import math
 import os
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from replknet.data.draws import seed_all
 from replknet.models import Description, RepLKNet, save_model
@@ -37,6 +39,33 @@ class SeedSteps(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         seed_all(self.seed, _STEP, trainer.current_epoch, batch_idx, trainer.global_rank)
+
+
+class PreciseBN(pl.Callback):
+    """Batch norms get the statistics of training batches as they are now, before an epoch is scored and kept.
+
+    Their running averages are of networks some steps before, and an average of weights has no statistics of its own
+    but the average of theirs. Each process takes its own images.
+
+    Args:
+        batches: how many; 0 leaves the running averages.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._compute(trainer, module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._compute(trainer, module)
+
+    def _compute(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.batches:
+            drawn: Iterator[Any] = trainer.datamodule.first(self.batches)  # type: ignore[attr-defined]
+            x = (images.contiguous(memory_format=torch.channels_last) for images, _ in drawn)
+            update_bn(x, module.weights, module.device)  # type: ignore[arg-type]
 
 
 class KeepLast(pl.Callback):

@@ -1,7 +1,9 @@
 """The data of a recipe, ready for training and for evaluation."""
 
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +123,29 @@ class Batches(pl.LightningDataModule):
         self.sets, self.recipe, self.accumulate, self.start = sets, recipe, accumulate, start
 
     def train_dataloader(self) -> DataLoader[Any]:
+        draws = self._draws(self.start)
+        return self._loader(Drawn(self.sets.train, self.recipe.seed), batch_sampler=draws, collate_fn=collate)
+
+    def first(self, count: int) -> Iterator[Any]:
+        """The first batches of the epoch in work, of this process."""
         assert self.trainer is not None
-        draws = GlobalBatches(
+        draws = self._draws(0)
+        draws.set_epoch(self.trainer.current_epoch)
+        drawn = Drawn(self.sets.train, self.recipe.seed)
+        for batch in islice(draws, count):
+            yield collate(drawn.__getitems__(batch))
+
+    def _draws(self, start: int) -> GlobalBatches:
+        assert self.trainer is not None
+        return GlobalBatches(
             len(self.sets.train),
             self.recipe.batch_size,
             self.recipe.seed,
             rank=self.trainer.global_rank,
             processes=self.trainer.world_size,
             accumulate=self.accumulate,
-            start=self.start,
+            start=start,
         )
-        return self._loader(Drawn(self.sets.train, self.recipe.seed), batch_sampler=draws, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None

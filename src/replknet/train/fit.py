@@ -23,7 +23,7 @@ from replknet.data.images import ImageError
 from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
-from replknet.train.callbacks import KeepLast, SeedSteps, check_whole
+from replknet.train.callbacks import KeepLast, PreciseBN, SeedSteps, check_whole
 from replknet.train.datasets import Batches, Splits, splits
 from replknet.train.memory import keep_freed_memory
 from replknet.train.progress import Bar, Progress
@@ -68,6 +68,11 @@ def fit(
     if recipe.finetune and recipe.weights is None:
         raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
     machine = machine or Machine()
+    if recipe.sync_bn and not torch.cuda.is_available():
+        raise ValueError(
+            "sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU; without it each process takes the statistics of "
+            "its own images"
+        )
     accumulate = machine.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
     done = _steps_done(last, recipe, resume)
@@ -75,6 +80,7 @@ def fit(
     pl.seed_everything(recipe.seed, verbose=False)
     sets = splits(recipe, data)
     model = _network(recipe, sets)
+    model.set_grad_checkpointing(machine.grad_checkpointing)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     description = Description(
@@ -90,7 +96,7 @@ def fit(
     with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
         _trainer(recipe, folder, keep, machine, accumulate).fit(
-            _task(recipe, model, sets),
+            _task(recipe, model, sets, machine.compile),
             datamodule=Batches(sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
@@ -178,7 +184,13 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
     changes: dict[str, Any] = (
         {} if recipe.kernels is None else {"kernels": recipe.kernels, "small_kernel": _small(recipe.kernels)}
     )
-    model = timm.create_model(recipe.model, num_classes=len(sets.classes), drop_path_rate=recipe.drop_path, **changes)
+    model = timm.create_model(
+        recipe.model,
+        num_classes=len(sets.classes),
+        drop_path_rate=recipe.drop_path,
+        sync_bn=recipe.sync_bn,
+        **changes,
+    )
     if not isinstance(model, RepLKNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
     if recipe.weights is not None:
@@ -193,7 +205,7 @@ def _small(kernels: tuple[int, ...]) -> int | None:
     return 3 if min(kernels) > 3 else None
 
 
-def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
+def _task(recipe: Recipe, model: RepLKNet, sets: Splits, compile: bool) -> Classification:
     return Classification(
         model,
         num_classes=len(sets.classes),
@@ -211,6 +223,7 @@ def _task(recipe: Recipe, model: RepLKNet, sets: Splits) -> Classification:
         mixup_prob=recipe.mixup_prob,
         mixup_off_epoch=recipe.mixup_off_epoch,
         ema_decay=recipe.ema_decay,
+        compile=compile,
     )
 
 
@@ -218,7 +231,8 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    callbacks: list[pl.Callback] = [keep, SeedSteps(recipe.seed), progress]
+    # statistics before what keeps them
+    callbacks: list[pl.Callback] = [PreciseBN(recipe.precise_bn), keep, SeedSteps(recipe.seed), progress]
     return pl.Trainer(
         accelerator="auto",
         devices="auto" if machine.devices is None else machine.devices,
