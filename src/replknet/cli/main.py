@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
     "info": "list the models with their parameters and multiply-adds",
     "recipes": "list the trainings that `train` knows, with command, hardware and score",
+    "plan": "estimate memory and steps of a training before it runs",
     "train": "train a classifier from a recipe",
     "eval": "score a trained network on a data set",
     "predict": "name the likeliest classes of image files",

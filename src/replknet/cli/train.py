@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,35 @@ from replknet.recipes import RECIPES, Machine, Recipe
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
 
 
-def recipe_parser(recipe: Recipe) -> Parser:
-    """Every field of a recipe is an option, with the recipe's value as its default."""
-    p = parser("train", "replknet train cifar10 --epochs 12 --output runs/longer")
-    p.add_argument("recipe", choices=list(RECIPES), help="what to train")
+def _train_options(p: Parser) -> None:
     p.add_argument("--output", type=Path | None, help="folder of the result; runs/RECIPE by default")
     p.add_argument("--data", type=Path | None, help="folder of the images, or where CIFAR-10 is kept")
     p.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
-    p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
     p.add_argument("--print-config", action="store_true", help="print the resolved recipe as JSON and stop")
+
+
+def _plan_options(p: Parser) -> None:
+    p.add_argument("--gpus", type=int | None, help="processes on a machine, one a GPU; the same as --devices")
+    p.add_argument("--gpu-memory", type=float | None, help="of each, in GB")
+    p.add_argument("--images", type=int | None, help="of the training set, where the recipe does not say")
+    p.add_argument("--classes", type=int | None, help="of the training set")
+    p.add_argument("--json", action="store_true", help="machine-readable output, in bytes")
+
+
+# commands that take a recipe: an example, and their own options
+_COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "train": ("replknet train cifar10 --epochs 12 --output runs/longer", _train_options),
+    "plan": ("replknet plan imagenet1k_31b_224 --nodes 4 --gpus 8 --gpu-memory 80", _plan_options),
+}
+
+
+def recipe_parser(command: str, recipe: Recipe) -> Parser:
+    """Every field of a recipe is an option, with the recipe's value as its default."""
+    example, add_options = _COMMANDS[command]
+    p = parser(command, example)
+    p.add_argument("recipe", choices=list(RECIPES), help="what to train")
+    add_options(p)
+    p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
     for kind, defaults in ((Recipe, recipe), (Machine, Machine())):
         texts = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
         types = typing.get_type_hints(kind)
@@ -43,15 +64,15 @@ def _names(kind: type[Recipe] | type[Machine]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def resolved(argv: list[str]) -> tuple[Recipe, Machine, Any]:
+def resolved(command: str, argv: list[str]) -> tuple[Recipe, Machine, Any]:
     """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(RECIPES)}"
         raise ValueError(f"no recipe is called {argv[0]!r}; {hint}")
     # which preset and which file are known only after a first reading, with any defaults
-    first = recipe_parser(next(iter(RECIPES.values()))()).parse_args(argv)
-    p = recipe_parser(RECIPES[first.recipe]())
+    first = recipe_parser(command, next(iter(RECIPES.values()))()).parse_args(argv)
+    p = recipe_parser(command, RECIPES[first.recipe]())
     args = p.parse_args(argv if first.config is None else [*_options(first.config), *argv])
     recipe = Recipe(**{name: getattr(args, name) for name in _names(Recipe)})
     return recipe, Machine(**{name: getattr(args, name) for name in _names(Machine)}), args
@@ -76,7 +97,7 @@ def _options(file: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    recipe, machine, args = resolved(argv)
+    recipe, machine, args = resolved("train", argv)
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=1))
         return 0

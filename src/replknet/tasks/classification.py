@@ -133,8 +133,7 @@ class Classification(pl.LightningModule):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
-            # optimisers without a fallback know no such groups
-            fallback_list=_no_inner_matrices(self.model) if "muon" in self.optimizer else (),
+            **fallback_of(self.model, self.optimizer),
         )
         steps = max(1, int(self.trainer.estimated_stepping_batches) // self.epochs)
         scheduler, _ = create_scheduler_v2(
@@ -153,6 +152,11 @@ class Classification(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         # timm's schedulers take the number of the step
         scheduler.step_update(self.global_step)
+
+
+def fallback_of(model: nn.Module, optimizer: str) -> dict[str, Any]:
+    """The option that tells timm what AdamW moves beside an optimiser for matrices; none for others."""
+    return {"fallback_list": _no_inner_matrices(model)} if "muon" in optimizer else {}
 
 
 def _no_inner_matrices(model: nn.Module) -> list[str]:

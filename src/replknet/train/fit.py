@@ -181,15 +181,12 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
 
 
 def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
-    changes: dict[str, Any] = (
-        {} if recipe.kernels is None else {"kernels": recipe.kernels, "small_kernel": _small(recipe.kernels)}
-    )
     model = timm.create_model(
         recipe.model,
         num_classes=len(sets.classes),
         drop_path_rate=recipe.drop_path,
         sync_bn=recipe.sync_bn,
-        **changes,
+        **network_options(recipe),
     )
     if not isinstance(model, RepLKNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
@@ -200,9 +197,11 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
     return model
 
 
-def _small(kernels: tuple[int, ...]) -> int | None:
-    """The side of the small branch for other kernels than the network's own: 3, or none beside a 3x3."""
-    return 3 if min(kernels) > 3 else None
+def network_options(recipe: Recipe) -> dict[str, Any]:
+    """Other kernels than the network's own, where a recipe has them, with a small branch of 3, or none beside a 3x3."""
+    if recipe.kernels is None:
+        return {}
+    return {"kernels": recipe.kernels, "small_kernel": 3 if min(recipe.kernels) > 3 else None}
 
 
 def _task(recipe: Recipe, model: RepLKNet, sets: Splits, compile: bool) -> Classification:

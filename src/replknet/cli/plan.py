@@ -1,0 +1,39 @@
+"""replknet plan"""
+
+import dataclasses
+import json
+
+from replknet.cli.train import resolved
+
+
+def main(argv: list[str]) -> int:
+    recipe, machine, args = resolved("plan", argv)
+    if args.gpus is not None:
+        machine = dataclasses.replace(machine, devices=args.gpus)
+    from replknet.train.plan import USABLE, plan, training_images
+
+    images = args.images or training_images(args.recipe, recipe)
+    if images is None:
+        raise ValueError("the training images are yours: say how many with --images N")
+    classes = args.classes or {"cifar10": 10}.get(recipe.dataset, 1000 if recipe.evaluate else 21841)
+    found = plan(recipe, machine, images, classes, args.gpu_memory)
+    if args.json:
+        fields = {**dataclasses.asdict(found), "processes": machine.processes, "images": images, "classes": classes}
+        print(json.dumps(fields | {"total_bytes": found.memory.total}))
+        return 0
+    print(
+        f"{args.recipe}: {recipe.model}, {recipe.epochs} epochs of {images:,} images at {recipe.image_size} pixels, "
+        f"{recipe.precision}\n"
+        f"{machine.processes} processes x {found.device_batch} images x {found.accumulate} accumulated = "
+        f"{recipe.batch_size} images a step\n"
+        f"{found.steps_per_epoch:,} steps an epoch, {found.steps:,} in all\n"
+        f"memory of a device: {found.memory.total / 1e9:.2f} GB"
+    )
+    for name, size in dataclasses.asdict(found.memory).items():
+        print(f"  {name:<12} {size / 1e9:8.2f} GB")
+    print("images at once and GB, extrapolated:", end=" ")
+    print(", ".join(f"{n}: {size / 1e9:.1f}" for n, size in found.by_device_batch.items()))
+    if args.gpu_memory is not None:
+        fits = "fits" if found.fits else "does not fit"
+        print(f"{fits} {args.gpu_memory:g} GB, of which tensors may take {USABLE:.0%}")
+    return 0 if found.fits else 1

@@ -1,0 +1,180 @@
+"""What a training needs before anyone pays for it: memory of a device, and steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from replknet.models import RepLKNet
+from replknet.recipes import Machine, Recipe
+from replknet.tasks.classification import fallback_of
+from replknet.train.fit import network_options
+
+# images for training; ImageNet-22K is the whole of its 2011 release
+IMAGES = {"cifar10": 50_000, "imagenet1k": 1_281_167, "imagenet22k": 14_197_122}
+# share of a device's memory that the tensors may take; libraries, fragments and what a framework keeps take some, too
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a device at the worst moment of a step, in bytes."""
+
+    weights: int  # parameters and buffers
+    gradients: int
+    optimizer: int
+    average: int  # of the weights
+    buckets: int  # copies of the gradients that processes exchange
+    activations: int  # everything else: what the backward pass needs, and images
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.buckets + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe fits a machine."""
+
+    device_batch: int  # images that a device takes at once
+    accumulate: int  # batches of a device that make a step
+    steps_per_epoch: int
+    steps: int
+    memory: Memory
+    fits: bool
+    by_device_batch: dict[int, int]  # other choices and their bytes, extrapolated from two
+
+
+def plan(recipe: Recipe, machine: Machine, images: int, classes: int, device_memory: float | None = None) -> Plan:
+    """Memory and steps of a training, from a step on tensors that have shapes alone.
+
+    Args:
+        recipe: the training.
+        machine: its processes; `device_batch` None takes the largest that fits, or all images if no memory is given.
+        images: in the training set.
+        classes: outputs of the network.
+        device_memory: of a device, in GB (1e9 bytes).
+
+    Raises:
+        ValueError: the images of a step cannot be divided so.
+    """
+    per_process, rest = divmod(recipe.batch_size, machine.processes)
+    if rest or per_process == 0:
+        machine.accumulated(recipe.batch_size)  # says what is wrong
+    choices = [n for n in range(1, per_process + 1) if per_process % n == 0]
+    small, large = choices[max(0, len(choices) // 2 - 1)], choices[len(choices) // 2]
+    known = {n: step_memory(recipe, machine, n, classes).total for n in {small, large}}
+    slope = (known[large] - known[small]) / (large - small) if large > small else 0.0
+    estimated = {n: known.get(n, round(known[small] + slope * (n - small))) for n in choices}
+    limit = None if device_memory is None else USABLE * device_memory * 1e9
+    device_batch = machine.device_batch
+    if device_batch is None:
+        fitting = [n for n in choices if limit is None or estimated[n] <= limit]
+        device_batch = max(fitting, default=1)
+    memory = step_memory(recipe, machine, device_batch, classes)
+    steps_per_epoch = images // recipe.batch_size
+    return Plan(
+        device_batch=device_batch,
+        accumulate=Machine(devices=machine.devices, nodes=machine.nodes, device_batch=device_batch).accumulated(
+            recipe.batch_size
+        ),
+        steps_per_epoch=steps_per_epoch,
+        steps=steps_per_epoch * recipe.epochs,
+        memory=memory,
+        fits=limit is None or memory.total <= limit,
+        by_device_batch=estimated,
+    )
+
+
+def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> Memory:
+    """Memory of one step with so many images on a device.
+
+    Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. What the
+    optimiser's own step takes beside its state comes when the activations are gone. Scratch memory inside an operator
+    is not seen.
+    """
+    with FakeTensorMode():
+        model = timm.create_model(
+            recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **network_options(recipe)
+        )
+        assert isinstance(model, RepLKNet)
+        model.set_grad_checkpointing(machine.grad_checkpointing)
+        side = recipe.image_size
+        x = torch.empty(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
+        target = torch.empty(images, classes)
+        tracker = MemTracker()
+        tracker.track_external(model, x, target)
+        with tracker:
+            _forward_and_backward(model, x, target, recipe.precision)
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+        weights = sum(_bytes(t) for t in (*model.parameters(), *model.buffers()))
+        parameters = sum(_bytes(p) for p in model.parameters())
+        state = _state_of(model, recipe.optimizer)
+    gradients = next(size for kind, size in peak.items() if str(kind).endswith("GRAD"))
+    if images * machine.processes < recipe.batch_size:
+        # those of the batches before it lie there while a batch is accumulated
+        gradients, peak["Total"] = parameters, peak["Total"] + parameters - gradients
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        average=0 if recipe.ema_decay is None else weights,
+        buckets=parameters if machine.processes > 1 else 0,
+        activations=peak["Total"] - weights - gradients,
+    )
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _state_of(model: nn.Module, optimizer: str) -> int:
+    """Bytes of an optimiser's state: each parameter's, times its copies in the state of a small stand-in."""
+    with unset_fake_temporarily():
+        # what an optimiser does depends on the form alone; Muon refuses matrices with fewer than 4 rows
+        small = {
+            name: nn.Parameter(torch.zeros([min(side, 4) for side in p.shape])) for name, p in model.named_parameters()
+        }
+        other = fallback_of(model, optimizer).get("fallback_list", list(small))
+        groups = [
+            {"params": [p for name, p in small.items() if (name in other) == fallback], "use_fallback": fallback}
+            for fallback in (True, False)
+        ]
+        stepped = create_optimizer_v2([group for group in groups if group["params"]], optimizer, lr=0.1)
+        for p in small.values():
+            p.grad = torch.zeros_like(p)
+        stepped.step()
+        copies = {
+            name: sum(isinstance(t, Tensor) and t.shape == p.shape for t in stepped.state[p].values())
+            for name, p in small.items()
+        }
+    return sum(copies[name] * _bytes(p) for name, p in model.named_parameters())
+
+
+def _forward_and_backward(model: nn.Module, x: Tensor, target: Tensor, precision: str) -> None:
+    with _autocast(precision):
+        logits = model(x)
+        loss = -(logits.float().log_softmax(1) * target).sum(1).mean()
+    loss.backward()
+
+
+@contextmanager
+def _autocast(precision: str) -> Iterator[None]:
+    dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+
+
+def training_images(recipe_name: str, recipe: Recipe) -> int | None:
+    """Images of the recipe's training set, None where they are the user's own."""
+    if recipe.dataset == "cifar10":
+        return IMAGES["cifar10"]
+    if "imagenet" not in recipe_name:
+        return None
+    return IMAGES["imagenet22k" if recipe_name.startswith("imagenet22k_31") else "imagenet1k"]

@@ -1,0 +1,113 @@
+"""A plan against what a real step on a CPU allocates, and against arithmetic."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+from replknet.cli.main import main
+from replknet.recipes import RECIPES, Machine, cifar10, cifar10_l
+from replknet.tasks.classification import fallback_of
+from replknet.train.plan import plan, step_memory, training_images
+
+
+def allocated(recipe, images, machine):
+    """Bytes at the worst moment of a real step, from torch's profiler."""
+    model = timm.create_model(recipe.model, num_classes=10).to(memory_format=torch.channels_last)
+    model.set_grad_checkpointing(machine.grad_checkpointing)
+    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=1e-3, **fallback_of(model, recipe.optimizer))
+    side = recipe.image_size
+    x = torch.randn(images, 3, side, side).contiguous(memory_format=torch.channels_last)
+    target = torch.zeros(images, dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = [*model.parameters(), *model.buffers(), x]
+    held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    live, peak = 0, 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak + sum(t.numel() * t.element_size() for t in held)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "images", "precision", "checkpointing"),
+    [
+        ("replknet_nano", 96, 8, "32-true", False),
+        ("replknet_nano", 96, 8, "bf16-mixed", False),
+        ("replknet_nano", 96, 8, "32-true", True),
+        ("replknet_cifar_l", 32, 32, "bf16-mixed", False),
+    ],
+)
+def test_a_plan_is_what_a_real_step_allocates(name, side, images, precision, checkpointing):
+    recipe = dataclasses.replace(
+        cifar10_l(), model=name, image_size=side, batch_size=images, precision=precision, ema_decay=None
+    )
+    machine = Machine(devices=1, grad_checkpointing=checkpointing)
+    planned = step_memory(recipe, machine, images, 10).total
+    assert planned == pytest.approx(allocated(recipe, images, machine), rel=0.15)
+
+
+def test_parts_are_the_arithmetic_of_the_parameters():
+    model = timm.create_model("replknet_test")
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    weights = parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+    recipe = dataclasses.replace(cifar10(), model="replknet_test", batch_size=16)
+    alone = step_memory(recipe, Machine(devices=1), 16, 10)
+    assert (alone.weights, alone.optimizer, alone.average, alone.buckets) == (weights, 2 * parameters, weights, 0)
+    many = step_memory(dataclasses.replace(recipe, ema_decay=None), Machine(devices=2), 4, 10)
+    # accumulated gradients stay
+    assert (many.average, many.buckets, many.gradients) == (0, parameters, parameters)
+    sgd = step_memory(dataclasses.replace(recipe, optimizer="sgd"), Machine(devices=1), 16, 10)
+    assert sgd.optimizer == parameters
+    muon = step_memory(dataclasses.replace(recipe, optimizer="nmuon"), Machine(devices=1), 16, 10)
+    assert parameters < muon.optimizer < 2 * parameters
+
+
+def test_a_plan_takes_the_largest_batch_that_fits():
+    recipe = dataclasses.replace(cifar10(), model="replknet_test", image_size=64, batch_size=64, epochs=3)
+    free = plan(recipe, Machine(devices=2), 1000, 10)
+    assert (free.device_batch, free.accumulate, free.steps_per_epoch, free.steps, free.fits) == (32, 1, 15, 45, True)
+    sizes = free.by_device_batch
+    assert list(sizes) == [1, 2, 4, 8, 16, 32]
+    tight = plan(recipe, Machine(devices=2), 1000, 10, device_memory=1.01 * sizes[8] / 0.9 / 1e9)
+    assert (tight.device_batch, tight.accumulate, tight.fits) == (8, 4, True)
+    none = plan(recipe, Machine(devices=2), 1000, 10, device_memory=1e-6)
+    assert (none.device_batch, none.fits) == (1, False)
+    with pytest.raises(ValueError, match="batch_size 64 cannot be divided among 3 processes"):
+        plan(recipe, Machine(devices=3), 1000, 10)
+
+
+def test_the_papers_sets_have_their_sizes():
+    sizes = {name: training_images(name, recipe()) for name, recipe in RECIPES.items()}
+    assert sizes["cifar10_l"] == 50_000
+    assert sizes["folder"] is None
+    assert sizes["imagenet22k_31l_224"] == 14_197_122
+    assert sizes["imagenet22k_to_1k_31l_384"] == sizes["imagenet1k_b_120"] == 1_281_167
+
+
+def test_the_command(capsys):
+    short = ["--model", "replknet_test", "--image-size", "64", "--batch-size", "32"]
+    assert main(["plan", "folder", *short]) == 2
+    assert "say how many with --images N" in capsys.readouterr().err
+    assert main(["plan", "folder", *short, "--images", "320", "--gpus", "2", "--gpu-memory", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["processes"], found["steps_per_epoch"], found["steps"], found["classes"]) == (2, 10, 300, 1000)
+    assert found["total_bytes"] == sum(found["memory"].values())
+    assert main(["plan", "folder", *short, "--images", "320", "--gpu-memory", "0.001"]) == 1
+    told = capsys.readouterr().out
+    assert "10 steps an epoch, 300 in all" in told
+    assert "does not fit 0.001 GB" in told
