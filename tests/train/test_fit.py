@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -420,16 +421,41 @@ def step(self, *args):
 Classification.training_step = step
 torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
 fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] == "resume",
-    machine=Machine(devices=int(sys.argv[5]), device_batch=10))
+    machine=Machine(devices=int(sys.argv[5]), device_batch=10, shard=sys.argv[6] == "shard"))
 """
 
 
-def distributed(processes, recipe, folder, cifar, how="new"):
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def under_slurm(processes, arguments, environment):
+    """Start the processes as srun does, with what it tells them."""
+    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(processes), "SLURM_NODEID": "0"}
+    common |= {"SLURM_NTASKS_PER_NODE": str(processes), "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            env={**environment, **common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, errors
+
+
+def distributed(processes, recipe, folder, cifar, how="new", shard="whole", slurm=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     script = folder.parent / "distributed_run.py"
     script.write_text(DISTRIBUTED)
-    arguments = ["distributed_run", repr(dataclasses.asdict(recipe)), folder, cifar, how, str(processes)]
+    arguments = ["distributed_run", repr(dataclasses.asdict(recipe)), folder, cifar, how, str(processes), shard]
     environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
+    if slurm:
+        return under_slurm(processes, arguments, environment)
     result = subprocess.run([*command, *arguments], check=False, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -440,7 +466,26 @@ def test_two_processes_train_what_one_does(cifar, tmp_path):
     for processes in (1, 2):
         distributed(processes, recipe, tmp_path / str(processes), cifar)
     assert_close_trainings(tmp_path / "1", tmp_path / "2")
+    distributed(2, recipe, tmp_path / "srun", cifar, slurm=True)
+    assert torch.equal(*(state(tmp_path / name)["state_dict"]["model.head.weight"] for name in ("2", "srun")))
     # what two have begun one can end, from the state of the first epoch
     for processes, how in ((2, "half"), (1, "resume")):
         distributed(processes, recipe, tmp_path / "other", cifar, how)
     assert_close_trainings(tmp_path / "1", tmp_path / "other")
+
+
+def test_divided_weights_train_what_whole_ones_do(cifar, tmp_path):
+    recipe = dataclasses.replace(RECIPE, label_smoothing=0.0, ema_decay=None, layer_decay=0.8)
+    distributed(1, recipe, tmp_path / "1", cifar)
+    distributed(2, recipe, tmp_path / "2", cifar, shard="shard")
+    assert_close_trainings(tmp_path / "1", tmp_path / "2")
+    for how in ("half", "resume"):
+        distributed(2, recipe, tmp_path / "other", cifar, how, shard="shard")
+    assert_close_trainings(tmp_path / "1", tmp_path / "other")
+
+
+def test_what_cannot_be_divided_is_an_error(cifar, tmp_path):
+    with pytest.raises(ValueError, match="shard divides the weights among processes, and there is one"):
+        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=1, shard=True))
+    with pytest.raises(ValueError, match=r"shard takes no average of the weights \(ema_decay\): timm's average copies"):
+        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=2, shard=True))

@@ -17,6 +17,8 @@ class Machine:
         save_steps: steps after which the state is written within an epoch; None for after each epoch alone.
         grad_checkpointing: recompute the activations of each block in the backward pass, which saves memory and costs
             a forward pass.
+        shard: every process keeps a share of weights, gradients and optimiser state alone (FSDP2), for networks that
+            are too large for a device; without an average of the weights.
         compile: run the network through torch.compile.
         log_steps: steps between two lines of steps.csv, and on stderr where there is no bar.
 
@@ -29,6 +31,7 @@ class Machine:
     device_batch: int | None = None
     save_steps: int | None = None
     grad_checkpointing: bool = False
+    shard: bool = False
     compile: bool = False
     log_steps: int = 50
 

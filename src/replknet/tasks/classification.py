@@ -12,7 +12,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from replknet.nn import ConvFFN, RepLKBlock
 
 
 class Classification(pl.LightningModule):
@@ -85,6 +88,18 @@ class Classification(pl.LightningModule):
         if self.ema is not None:
             # DDP would wait for its gradients
             self.ema.requires_grad_(False)
+
+    def configure_model(self) -> None:
+        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        # FSDP2 takes contiguous weights only
+        self.model.to(memory_format=torch.contiguous_format)
+        # a block is what is gathered at once
+        for block in [module for module in self.model.modules() if isinstance(module, RepLKBlock | ConvFFN)]:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     @property
     def weights(self) -> nn.Module:

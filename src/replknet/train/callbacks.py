@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import update_bn
 
 from replknet.data.draws import seed_all
@@ -184,9 +185,8 @@ class KeepLast(pl.Callback):
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, best: bool = False) -> None:
         part = self.folder / "last.ckpt.part"
         try:
+            model = _whole(trainer, module)
             if trainer.is_global_zero:
-                model = module.weights
-                assert isinstance(model, RepLKNet)
                 for name in ("model", "best") if best else ("model",):
                     save_model(model, self.folder / f"{name}.safetensors", self.description)
             trainer.save_checkpoint(part)
@@ -198,6 +198,21 @@ class KeepLast(pl.Callback):
                 f"the state of step {trainer.global_step} could not be written to {self.folder} ({error}); the one "
                 "before is still in last.ckpt, and --resume goes on from it once there is room"
             ) from error
+
+
+def _whole(trainer: pl.Trainer, module: pl.LightningModule) -> RepLKNet:
+    """The network to be kept; where its weights are divided among processes the first one has them, put together."""
+    model = module.weights
+    assert isinstance(model, RepLKNet)
+    if not isinstance(model, FSDPModule):
+        return model
+    state = trainer.strategy.lightning_module_state_dict()
+    if not trainer.is_global_zero:
+        return model
+    with torch.device("meta"):
+        whole = RepLKNet(model.cfg, model.num_classes, model.in_chans)
+    whole.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, assign=True)
+    return whole
 
 
 def check_whole(path: Path) -> None:

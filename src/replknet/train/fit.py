@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from replknet.analysis import plots
@@ -68,6 +69,8 @@ def fit(
     if recipe.finetune and recipe.weights is None:
         raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
     machine = machine or Machine()
+    if machine.shard:
+        _check_shardable(recipe, machine)
     if recipe.sync_bn and not torch.cuda.is_available():
         raise ValueError(
             "sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU; without it each process takes the statistics of "
@@ -236,7 +239,7 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
         accelerator="auto",
         devices="auto" if machine.devices is None else machine.devices,
         num_nodes=machine.nodes,
-        strategy="auto" if machine.processes == 1 else "ddp",
+        strategy=_strategy(machine),
         precision=recipe.precision,
         max_epochs=recipe.epochs,
         accumulate_grad_batches=accumulate,
@@ -250,6 +253,26 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
         limit_val_batches=None if recipe.evaluate else 0,
         use_distributed_sampler=False,
     )
+
+
+def _check_shardable(recipe: Recipe, machine: Machine) -> None:
+    if machine.processes == 1:
+        raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
+    if recipe.ema_decay is not None:
+        raise ValueError(
+            "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
+            "has them; --ema-decay null trains without, or leave out --shard"
+        )
+    if machine.compile:
+        raise ValueError("shard with compile was never tried; leave out one of them")
+
+
+def _strategy(machine: Machine) -> str | Strategy:
+    if machine.shard:
+        return ModelParallelStrategy(
+            data_parallel_size=machine.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return "auto" if machine.processes == 1 else "ddp"
 
 
 def _ignore_lightnings_advice() -> None:
