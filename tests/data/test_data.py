@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import pickle
+import re
 import tarfile
 import threading
 
@@ -299,6 +300,53 @@ def test_unreadable_images_are_named_and_skipped_up_to_a_limit(source, workers, 
     assert torch.cat([x for x, _ in loader(trained)]).tolist() == replaced
     with pytest.raises(images.ImageError, match=r"that is image 2 that cannot be read, and 1 may be skipped"):
         list(loader(images.ImageSet(classes / source, colour, unreadable=1)))
+
+
+def shard(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def png(green):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (0, green, 0)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_webdataset_are_read_at_any_place(workers, tmp_path, capfd):
+    samples = {"a/01.png": png(10), "a/01.cls": b"2\n", "a/01.json": b"{}", "02.cls": b"0", "02.seg.png": b"no image"}
+    shard(tmp_path / "000.tar", samples | {"02.png": png(20), "03.png": png(30)[:20], "03.cls": b"1"})
+    shard(tmp_path / "001.tar", {"01.PNG": png(40), "01.cls": b"1"})
+    found = images.ImageSet(tmp_path, lambda image: image.getpixel((0, 0))[1], unreadable=1)
+    assert found.classes == ["0", "1", "2"]
+    loader = torch.utils.data.DataLoader(found, 2, num_workers=workers, collate_fn=images.present)
+    pairs = [(int(x), int(y)) for batch in loader for x, y in zip(*batch, strict=True)]
+    assert pairs == [(10, 2), (20, 0), (40, 1)]
+    assert re.search(r"skipped 1 of at most 1: image 2 \(.*000\.tar at byte \d+\) cannot", capfd.readouterr().err)
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
+    assert images.ImageSet(tmp_path, np.array).classes == ["ant", "bee", "cow"]
+
+
+def test_errors_of_shards(tmp_path):
+    def made(match):
+        with pytest.raises(images.ImageError, match=match):
+            images.ImageSet(tmp_path, np.array)
+
+    shard(tmp_path / "000.tar", {"01.png": png(10), "01.cls": b"cat"})
+    made(r"000\.tar has b'cat' in 01\.cls; expected the number of a class")
+    shard(tmp_path / "000.tar", {"01.png": png(10)})
+    made(r"000\.tar has an image 01 without a \.cls beside it")
+    shard(tmp_path / "000.tar", {"01.cls": b"1"})
+    made(r"have no KEY\.jpg with a KEY\.cls")
+    shard(tmp_path / "000.tar", {"01.png": png(10), "01.cls": b"1"})
+    (tmp_path / "classes.txt").write_text("ant\n")
+    made("classes.txt names 1 classes, and the shards have a class 1")
+    (tmp_path / "000.tar").write_bytes((tmp_path / "000.tar").read_bytes()[:700])
+    made(r"000\.tar cannot be read as a shard of webdataset: ")
 
 
 def test_a_set_without_a_readable_image_ends(tmp_path):

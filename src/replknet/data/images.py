@@ -1,8 +1,9 @@
 """Image files, and folders and archives of classes."""
 
+import io
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ class ImageError(ValueError):
 
 
 class ImageSet(Dataset[Any]):
-    """Images of classes in a folder or a tar archive, some of which may be unreadable.
+    """Images of classes in a folder or in archives, some of which may be unreadable.
 
     Args:
-        source: `root/class/image.jpg`, or a tar archive with such paths.
+        source: `root/class/image.jpg`, a tar archive with such paths, or a folder of webdataset's shards (tar archives
+            with `KEY.jpg` and `KEY.cls` next to each other, the latter a number). Names of classes are those of the
+            folders, or the lines of `classes.txt` beside the shards, or else numbers.
         transform: from a PIL image in RGB to what the network gets.
         unreadable: images that may be unreadable. Each is named on stderr once, and skipped.
         replace: take the next image for one that is skipped, so that batches stay as large as they are; else the item
@@ -40,7 +43,7 @@ class ImageSet(Dataset[Any]):
         self, source: Path, transform: Callable[[Any], Any], unreadable: int = 0, replace: bool = False
     ) -> None:
         self.transform, self.unreadable, self.replace = transform, unreadable, replace
-        self._reader = _Tar(source) if source.suffix == ".tar" else _Folder(source)
+        self._reader = _reader(source)
         self.classes: list[str] = self._reader.classes
         # one byte an image in memory that workers share, since each of them meets images of its own
         self._skipped = torch.zeros(len(self._reader), dtype=torch.uint8).share_memory_()
@@ -84,6 +87,13 @@ def present(items: list[Any]) -> Any:
     return torch.utils.data.default_collate(items) if items else None
 
 
+def _reader(source: Path) -> "_Folder | _Tar | _Shards":
+    if source.suffix == ".tar":
+        return _Tar(source)
+    shards = sorted(source.glob("*.tar"))
+    return _Shards(source, shards) if shards else _Folder(source)
+
+
 class _Folder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -122,6 +132,65 @@ class _Tar:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self._reader[index]
         return _decoded(file, f"{self._archive}:{self._reader.filename(index)}"), self._labels[label]
+
+
+class _Shards:
+    """webdataset's shards, read at any place, so that the order of the images is ours on any number of processes.
+
+    torch's and webdataset's loaders stream them, in an order that depends on workers and that no training can go on
+    from exactly. An index of all headers is made first.
+    """
+
+    def __init__(self, folder: Path, shards: list[Path]) -> None:
+        self._shards = shards
+        found: list[tuple[int, int, int, int]] = []
+        for number, shard in enumerate(shards):
+            try:
+                with tarfile.open(shard) as tar:
+                    found += [(number, *place) for place in _samples(shard, tar)]
+            except (tarfile.TarError, OSError) as error:
+                raise ImageError(f"{shard} cannot be read as a shard of webdataset: {error}") from error
+        if not found:
+            raise ImageError(f"the shards in {folder} have no KEY.jpg with a KEY.cls beside it")
+        # shard, start, bytes, label; a tensor, since workers would copy a list page by page
+        self._index = torch.tensor(found)
+        names = folder / "classes.txt"
+        count = int(self._index[:, 3].max()) + 1
+        self.classes = names.read_text().splitlines() if names.is_file() else [str(i) for i in range(count)]
+        if len(self.classes) < count:
+            raise ImageError(f"{names} names {len(self.classes)} classes, and the shards have a class {count - 1}")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        shard, start, size, label = self._index[index].tolist()
+        with self._shards[shard].open("rb") as file:
+            file.seek(start)
+            content = io.BytesIO(file.read(size))
+        return _decoded(content, f"image {index} ({self._shards[shard]} at byte {start})"), label
+
+
+def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[int, int, int]]:
+    """Start, bytes and label of each image of a shard."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    for member in tar:
+        # the key is everything before the first dot of the file's name
+        key, _, kind = member.name.rpartition("/")[2].partition(".")
+        key = f"{member.name.rpartition('/')[0]}/{key}"
+        if f".{kind.lower()}" in IMG_EXTENSIONS:
+            images[key] = member.offset_data, member.size
+        elif kind == "cls":
+            content = tar.extractfile(member)
+            text = b"" if content is None else content.read().strip()
+            if not text.isdigit():
+                raise ImageError(f"{shard} has {text[:20]!r} in {member.name}; expected the number of a class")
+            labels[key] = int(text)
+    for key, place in images.items():
+        if key not in labels:
+            raise ImageError(f"{shard} has an image {key.lstrip('/')} without a .cls beside it")
+        yield *place, labels[key]
 
 
 def split_of(root: Path, split: str) -> Path:
