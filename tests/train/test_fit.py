@@ -27,6 +27,7 @@ from replknet.tasks.classification import Classification
 from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
 from replknet.train.datasets import splits
+from replknet.train.memory import give_back_fragments, keep_freed_memory
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = dataclasses.replace(
@@ -309,6 +310,32 @@ def test_without_evaluation_there_are_no_scores(cifar, tmp_path):
     assert [row.keys() for row in curve] == [{"epoch", "seconds", "train_loss"}] * 2
     assert (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_a_state_of_an_earlier_version_lacks_later_options(cifar, tmp_path):
+    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar)
+    whole = state(tmp_path)
+    del whole["replknet_recipe"]["precise_bn"]
+    torch.save(whole, tmp_path / "last.ckpt")
+    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar, resume=True)
+    with pytest.raises(ResumeError, match=r"is of another recipe \(precise_bn was 0, now 2\)"):
+        fit(dataclasses.replace(RECIPE, epochs=1, precise_bn=2), tmp_path, cifar, resume=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and only glibc keeps gaps so")
+def test_gaps_in_memory_are_given_back():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_freed_memory()
+    # 400 MB in blocks of 64 kB, of which every tenth stays
+    blocks = [torch.ones(16384) for _ in range(6400)]
+    full = resident()
+    blocks = blocks[::10]
+    give_back_fragments()
+    assert len(blocks) == 640
+    assert full - resident() > 200e6
 
 
 def test_sync_bn_on_a_cpu_is_an_error(cifar, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import update_bn
 
 from replknet.data.draws import seed_all
 from replknet.models import Description, RepLKNet, save_model
+from replknet.train.memory import give_back_fragments
 
 # tells the random numbers of a step from those of an image
 _STEP = -1
@@ -40,6 +41,17 @@ class SeedSteps(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         seed_all(self.seed, _STEP, trainer.current_epoch, batch_idx, trainer.global_rank)
+
+
+class GiveBackMemory(pl.Callback):
+    """On a CPU, keep the gaps in the C library's memory from growing with the steps."""
+
+    _EVERY = 100
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        # the gradients and activations of the step before are gone
+        if module.device.type == "cpu" and batch_idx % self._EVERY == 0:
+            give_back_fragments()
 
 
 class PreciseBN(pl.Callback):

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from replknet.data.images import ImageError
 from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
-from replknet.train.callbacks import KeepLast, PreciseBN, SeedSteps, check_whole
+from replknet.train.callbacks import GiveBackMemory, KeepLast, PreciseBN, SeedSteps, check_whole
 from replknet.train.datasets import Batches, Splits, splits
 from replknet.train.memory import keep_freed_memory
 from replknet.train.progress import Bar, Progress
@@ -175,10 +175,12 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
         raise ResumeError(f"nothing to resume: there is no {last}")
     check_whole(last)
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    before, now = state.get("replknet_recipe"), _plain(recipe)
-    if before != now:
-        differing = sorted(key for key in now if (before or {}).get(key) != now[key])
-        told = ", ".join(f"{key} was {(before or {}).get(key)!r}, now {now[key]!r}" for key in differing)
+    # a state of an earlier version lacks options that came later
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    before, now = {**defaults, **state.get("replknet_recipe", {})}, _plain(recipe)
+    differing = sorted(key for key in now if before.get(key) != now[key])
+    if differing:
+        told = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in differing)
         raise ResumeError(f"{last} is of another recipe ({told}); give the same options, or another --output")
     return int(state["global_step"])
 
@@ -234,7 +236,13 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
     progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # statistics before what keeps them
-    callbacks: list[pl.Callback] = [PreciseBN(recipe.precise_bn), keep, SeedSteps(recipe.seed), progress]
+    callbacks: list[pl.Callback] = [
+        PreciseBN(recipe.precise_bn),
+        keep,
+        SeedSteps(recipe.seed),
+        GiveBackMemory(),
+        progress,
+    ]
     return pl.Trainer(
         accelerator="auto",
         devices="auto" if machine.devices is None else machine.devices,

@@ -8,6 +8,18 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 
+def give_back_fragments() -> None:
+    """Return free memory to the kernel, also that between blocks in use.
+
+    Blocks of many sizes, as bfloat16 beside float32 makes them, leave gaps that glibc does not fill again: a training
+    took 16 GB after 2,000 steps that need 1.3. Does nothing where the C library has no malloc_trim.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Have glibc reuse large freed blocks instead of giving them back to the kernel.
 
