@@ -30,6 +30,7 @@ ORDER = list(LAYERS)
 # packages that single files may use as well
 FILES = {
     "analysis/plots.py": {"matplotlib"},
+    "data/images.py": {"datasets"},
     "bench/runtimes.py": {"onnx", "onnxruntime", "openvino"},
 }
 # the only files with triton: the kernels

@@ -7,8 +7,10 @@ import io
 import json
 import pickle
 import re
+import sys
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,17 +249,17 @@ def test_files_are_found_and_errors_name_them(tmp_path):
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/ or .*train.tar, but there is"):
-        images.ImageSet(images.split_of(tmp_path, "train"), np.array)
+        images.ImageSet(images.source_of(tmp_path, "train"), np.array)
     (tmp_path / "train").mkdir()
     with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/: "):
-        images.ImageSet(tmp_path / "train", np.array)
+        images.source_of(tmp_path, "train")
     (tmp_path / "train.tar").write_bytes(b"no archive")
     with pytest.raises(images.ImageError, match=r"expected a tar archive with <class>/<image> in .*train\.tar: "):
-        images.ImageSet(images.split_of(tmp_path, "train"), np.array)
+        images.ImageSet(images.source_of(tmp_path, "train"), np.array)
 
 
-@pytest.fixture
-def classes(tmp_path):
+@pytest.fixture(params=["folder", "archive"])
+def classes(tmp_path, request):
     """Three images in each of the classes 2 and 10; the second of class 2 is cut short, the third no image."""
     for label, colour in (("2", 30), ("10", 220)):
         (tmp_path / "train" / label).mkdir(parents=True)
@@ -266,40 +268,42 @@ def classes(tmp_path):
     whole = (tmp_path / "train" / "2" / "1.png").read_bytes()
     (tmp_path / "train" / "2" / "1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "train" / "2" / "2.png").write_text("no image")
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        tar.add(tmp_path / "train", ".")
+    if request.param == "archive":
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            tar.add(tmp_path / "train", ".")
     return tmp_path
 
 
-@pytest.mark.parametrize("source", ["train", "train.tar"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_named_and_skipped_up_to_a_limit(source, workers, classes, capfd):
+def test_unreadable_images_are_named_and_skipped_up_to_a_limit(workers, classes, capfd):
+    source, folder = images.source_of(classes, "train"), not (classes / "train.tar").exists()
+
     def colour(image):
         return image.getpixel((0, 0))[1]
 
     def loader(dataset):
         return torch.utils.data.DataLoader(dataset, 2, num_workers=workers, collate_fn=images.present)
 
-    evaluated = images.ImageSet(classes / source, colour, unreadable=2)
+    evaluated = images.ImageSet(source, colour, unreadable=2)
     assert evaluated.classes == ["10", "2"]
     found = [batch for batch in loader(evaluated) if batch is not None]
     # an archive counts the class 2 before the class 10, a folder does not; the labels are the same
     pairs = [(int(x), int(y)) for batch in found for x, y in zip(*batch, strict=True)]
     in_order = [(220, 0), (221, 0), (222, 0), (30, 1)]
-    assert pairs == (in_order if source == "train" else [in_order[3], *in_order[:3]])
-    assert evaluated.skipped == ([4, 5] if source == "train" else [1, 2])
+    assert pairs == (in_order if folder else [in_order[3], *in_order[:3]])
+    assert evaluated.skipped == ([4, 5] if folder else [1, 2])
     told = capfd.readouterr().err
     assert told.count("skipped 1 of at most 2: ") == 1
     assert told.count("skipped 2 of at most 2: ") == 1
     assert "2/1.png cannot be read as an image: " in told
     list(loader(evaluated))
     assert capfd.readouterr().err == ""
-    trained = images.ImageSet(classes / source, colour, unreadable=2, replace=True)
+    trained = images.ImageSet(source, colour, unreadable=2, replace=True)
     # the next readable one, around the end
-    replaced = [220, 221, 222, 30, 220, 220] if source == "train" else [30, 220, 220, 220, 221, 222]
+    replaced = [220, 221, 222, 30, 220, 220] if folder else [30, 220, 220, 220, 221, 222]
     assert torch.cat([x for x, _ in loader(trained)]).tolist() == replaced
     with pytest.raises(images.ImageError, match=r"that is image 2 that cannot be read, and 1 may be skipped"):
-        list(loader(images.ImageSet(classes / source, colour, unreadable=1)))
+        list(loader(images.ImageSet(source, colour, unreadable=1)))
 
 
 def shard(path, samples):
@@ -321,20 +325,22 @@ def test_shards_of_webdataset_are_read_at_any_place(workers, tmp_path, capfd):
     samples = {"a/01.png": png(10), "a/01.cls": b"2\n", "a/01.json": b"{}", "02.cls": b"0", "02.seg.png": b"no image"}
     shard(tmp_path / "000.tar", samples | {"02.png": png(20), "03.png": png(30)[:20], "03.cls": b"1"})
     shard(tmp_path / "001.tar", {"01.PNG": png(40), "01.cls": b"1"})
-    found = images.ImageSet(tmp_path, lambda image: image.getpixel((0, 0))[1], unreadable=1)
+    found = images.ImageSet(
+        images.source_of(tmp_path.parent, tmp_path.name), lambda image: image.getpixel((0, 0))[1], unreadable=1
+    )
     assert found.classes == ["0", "1", "2"]
     loader = torch.utils.data.DataLoader(found, 2, num_workers=workers, collate_fn=images.present)
     pairs = [(int(x), int(y)) for batch in loader for x, y in zip(*batch, strict=True)]
     assert pairs == [(10, 2), (20, 0), (40, 1)]
     assert re.search(r"skipped 1 of at most 1: image 2 \(.*000\.tar at byte \d+\) cannot", capfd.readouterr().err)
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
-    assert images.ImageSet(tmp_path, np.array).classes == ["ant", "bee", "cow"]
+    assert images.source_of(tmp_path.parent, tmp_path.name).classes == ["ant", "bee", "cow"]
 
 
 def test_errors_of_shards(tmp_path):
     def made(match):
         with pytest.raises(images.ImageError, match=match):
-            images.ImageSet(tmp_path, np.array)
+            images.source_of(tmp_path.parent, tmp_path.name)
 
     shard(tmp_path / "000.tar", {"01.png": png(10), "01.cls": b"cat"})
     made(r"000\.tar has b'cat' in 01\.cls; expected the number of a class")
@@ -349,12 +355,35 @@ def test_errors_of_shards(tmp_path):
     made(r"000\.tar cannot be read as a shard of webdataset: ")
 
 
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="timm's reader of the Hugging Face hub needs the package datasets")
+    # a folder is what the hub's own loader takes for a data set, too
+    for split, green in (("train", 10), ("test", 20)):
+        for label in ("ant", "bee"):
+            (tmp_path / "mine" / split / label).mkdir(parents=True)
+            (tmp_path / "mine" / split / label / "0.png").write_bytes(png(green + (label == "bee")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for split, expected in (("train", [(10, 0), (11, 1)]), ("val", [(20, 0), (21, 1)])):
+        found = images.ImageSet(images.source_of(Path("hfds/mine"), split), lambda image: image.getpixel((0, 0))[1])
+        assert found.classes == ["ant", "bee"]
+        assert sorted(found[i] for i in range(len(found))) == expected
+    with pytest.raises(images.ImageError, match="hfds/mine has no split other, but train, test"):
+        images.source_of(Path("hfds/mine"), "other")
+
+
+def test_the_hub_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(images.ImageError, match="hfds/mine needs one package more: pip install datasets"):
+        images.source_of(Path("hfds/mine"), "train")
+
+
 def test_a_set_without_a_readable_image_ends(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(3):
         (tmp_path / "a" / f"{i}.png").write_text("no image")
     with pytest.raises(images.ImageError, match="that is image 3 that cannot be read"):
-        images.ImageSet(tmp_path, np.array, unreadable=9, replace=True)[1]
+        images.ImageSet(images.source_of(tmp_path.parent, tmp_path.name), np.array, 9, replace=True)[1]
 
 
 def test_progress_is_off_in_ci(monkeypatch):

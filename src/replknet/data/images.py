@@ -5,7 +5,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -21,13 +21,21 @@ class ImageError(ValueError):
     """An image or a folder of images that cannot be used; the text names it and what was expected."""
 
 
+class Source(Protocol):
+    """Images with a label, not yet decoded when they are counted."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
 class ImageSet(Dataset[Any]):
-    """Images of classes in a folder or in archives, some of which may be unreadable.
+    """Images of classes, some of which may be unreadable.
 
     Args:
-        source: `root/class/image.jpg`, a tar archive with such paths, or a folder of webdataset's shards (tar archives
-            with `KEY.jpg` and `KEY.cls` next to each other, the latter a number). Names of classes are those of the
-            folders, or the lines of `classes.txt` beside the shards, or else numbers.
+        source: from `source_of`.
         transform: from a PIL image in RGB to what the network gets.
         unreadable: images that may be unreadable. Each is named on stderr once, and skipped.
         replace: take the next image for one that is skipped, so that batches stay as large as they are; else the item
@@ -40,11 +48,11 @@ class ImageSet(Dataset[Any]):
     """
 
     def __init__(
-        self, source: Path, transform: Callable[[Any], Any], unreadable: int = 0, replace: bool = False
+        self, source: Source, transform: Callable[[Any], Any], unreadable: int = 0, replace: bool = False
     ) -> None:
         self.transform, self.unreadable, self.replace = transform, unreadable, replace
-        self._reader = _reader(source)
-        self.classes: list[str] = self._reader.classes
+        self._reader = source
+        self.classes = source.classes
         # one byte an image in memory that workers share, since each of them meets images of its own
         self._skipped = torch.zeros(len(self._reader), dtype=torch.uint8).share_memory_()
 
@@ -85,13 +93,6 @@ def present(items: list[Any]) -> Any:
     """Collate the items that were not skipped; None if all were."""
     items = [item for item in items if item is not None]
     return torch.utils.data.default_collate(items) if items else None
-
-
-def _reader(source: Path) -> "_Folder | _Tar | _Shards":
-    if source.suffix == ".tar":
-        return _Tar(source)
-    shards = sorted(source.glob("*.tar"))
-    return _Shards(source, shards) if shards else _Folder(source)
 
 
 class _Folder:
@@ -193,10 +194,54 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[int, int, int]
         yield *place, labels[key]
 
 
-def split_of(root: Path, split: str) -> Path:
-    """`root/split.tar` if it is there, else the folder `root/split`."""
+class _Hub:
+    """A data set of the Hugging Face hub, through timm's reader; it needs the package `datasets`."""
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            from datasets import get_dataset_split_names
+            from timm.data.readers.reader_hfds import ReaderHfds
+        except ModuleNotFoundError as error:
+            raise ImageError(f"hfds/{name} needs one package more: pip install datasets ({error})") from error
+        wanted = ("validation", "val", "test") if split == "val" else (split,)
+        there = get_dataset_split_names(name)
+        found = next((one for one in wanted if one in there), None)
+        if found is None:
+            raise ImageError(f"hfds/{name} has no split {' or '.join(wanted)}, but {', '.join(there)}")
+        self._reader = ReaderHfds(name, split=found)
+        self._name = f"hfds/{name}:{found}"
+        labels = self._reader.class_to_idx
+        if not labels:
+            raise ImageError(f"hfds/{name} has no labels with names")
+        self.classes = sorted(labels, key=labels.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self._reader[index]
+        return _decoded(file, f"image {index} of {self._name}"), label
+
+
+def source_of(root: Path, split: str) -> Source:
+    """The images of a split.
+
+    Args:
+        root: a folder with `SPLIT/CLASS/IMAGE`, or with `SPLIT.tar` that has paths `CLASS/IMAGE`, or with webdataset's
+            shards `SPLIT/*.tar` (`KEY.jpg` beside `KEY.cls`, which is a number; the lines of `SPLIT/classes.txt`, if it
+            is there, name the classes). Or `hfds/NAME`, a data set of the Hugging Face hub.
+        split: "train", or "val", which the hub may call validation or test.
+
+    Raises:
+        ImageError: there are no such images.
+    """
+    if root.parts[:1] == ("hfds",):
+        return _Hub("/".join(root.parts[1:]), split)
     archive = root / f"{split}.tar"
-    return archive if archive.is_file() else root / split
+    if archive.is_file():
+        return _Tar(archive)
+    shards = sorted((root / split).glob("*.tar"))
+    return _Shards(root / split, shards) if shards else _Folder(root / split)
 
 
 def files(paths: Sequence[Path]) -> list[Path]:

@@ -14,7 +14,7 @@ class Recipe:
         finetune: whether the training makes no sense without `weights`.
         kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
         dataset: "cifar10", or "folder" for images in {train,val}/<class>/, {train,val}.tar with such paths, or
-            webdataset's shards in {train,val}/*.tar.
+            webdataset's shards in {train,val}/*.tar, or a data set of the Hugging Face hub, whose folder is hfds/NAME.
         image_size: side of the images in pixels.
         normalization: mean and std of the pixels: "imagenet", or "inception" for 0.5 and 0.5; CIFAR-10 has its own.
         evaluate: score the validation images after each epoch; without it no val/ folder is needed.

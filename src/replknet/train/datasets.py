@@ -52,11 +52,11 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
     mean, std = _NORMALIZATIONS[recipe.normalization]
     size = recipe.image_size
     moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing)
-    train = images.ImageSet(images.split_of(data, "train"), moved, recipe.unreadable_images, replace=True)
+    train = images.ImageSet(images.source_of(data, "train"), moved, recipe.unreadable_images, replace=True)
     val: Any = None
     if recipe.evaluate:
         still = transforms.eval_transform(size, mean, std, _CROP_PCT)
-        val = images.ImageSet(images.split_of(data, "val"), still, recipe.unreadable_images)
+        val = images.ImageSet(images.source_of(data, "val"), still, recipe.unreadable_images)
         if train.classes != val.classes:
             raise images.ImageError(
                 f"train and val in {data} must have the same classes; only one of them has "
@@ -94,7 +94,7 @@ def evaluation_set(name: str, data: Path | None, description: Description) -> An
     if data is None:
         raise ValueError("name the folder of the images with --data DIR")
     still = transforms.eval_transform(size, mean, std, description.crop_pct)
-    return images.ImageSet(images.split_of(data, "val"), still)
+    return images.ImageSet(images.source_of(data, "val"), still)
 
 
 def batches(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
