@@ -40,6 +40,8 @@ NETWORKS = (
     Network("convnext_tiny.forward", "convnext_tiny", 1, 224, "forward", "torch"),
     Network("convnext_tiny.step", "convnext_tiny", 8, 224, "training step", "torch"),
     Network("31b.step", "replknet_31b", 8, 224, "training step", "aten"),
+    Network("31b.step.n2", "replknet_31b", 2, 224, "training step", "aten"),
+    Network("cifar_l.step", "replknet_cifar_l", 128, 32, "training step", "aten"),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from replknet.analysis import effective_receptive_field
@@ -14,7 +15,9 @@ from replknet.models import load_model
 
 def main(argv: list[str]) -> int:
     p = parser("erf", "replknet erf runs/cifar10/model.safetensors --size 96 -o erf.png")
-    p.add_argument("checkpoint", type=Path, help="weights, in any format that load_checkpoint reads")
+    p.add_argument(
+        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
+    )
     p.add_argument("--images", type=Path, nargs="+", default=[], help="images or folders; the two shipped by default")
     p.add_argument(
         "--size", type=int, default=1024, help="side in pixels to which images are warped; the paper's is 1024"
@@ -24,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     from replknet.analysis import plots  # matplotlib is optional
 
-    model, d = load_model(args.checkpoint)
+    model, d = load_model(args.checkpoint, torch.float32)
     transform = transforms.small_image_transform(args.size, d.mean, d.std)
     files = images.files(args.images or list(images.PHOTOS))
     batches = (images.batch([file], transform) for file in tqdm(files, desc="receptive field", disable=quiet()))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from replknet.cli.main import parser
@@ -14,7 +15,9 @@ from replknet.models import load_model
 
 def main(argv: list[str]) -> int:
     p = parser("eval", "replknet eval runs/cifar10/model.safetensors --dataset cifar10")
-    p.add_argument("checkpoint", type=Path, help="weights, in any format that load_checkpoint reads")
+    p.add_argument(
+        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
+    )
     p.add_argument("--dataset", type=Literal["cifar10", "folder"], default="cifar10", help="test images")
     p.add_argument("--data", type=Path | None, help="folder with val/<class>/, or where CIFAR-10 is kept")
     p.add_argument("--batch-size", type=int, default=256, help="images at a time")
@@ -23,7 +26,7 @@ def main(argv: list[str]) -> int:
     from replknet.tasks.classification import evaluate  # Lightning takes seconds to import
     from replknet.train.datasets import batches, evaluation_set
 
-    model, description = load_model(args.checkpoint)
+    model, description = load_model(args.checkpoint, torch.float32)
     dataset = evaluation_set(args.dataset, args.data, description)
     scores = evaluate(model, tqdm(batches(dataset, args.batch_size), desc="evaluating", disable=quiet()))
     if args.json:

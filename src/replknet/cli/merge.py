@@ -19,7 +19,9 @@ BOUND = 2e-5
 
 def main(argv: list[str]) -> int:
     p = parser("merge", "replknet merge RepLKNet-31B_ImageNet-1K_224.pth 31b.safetensors --verify")
-    p.add_argument("checkpoint", type=Path, help="weights, in any format that load_checkpoint reads")
+    p.add_argument(
+        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
+    )
     p.add_argument("output", type=Path, help="safetensors file to write")
     p.add_argument("--branches-only", action="store_true", help="merge the parallel kernels, keep the norms")
     p.add_argument("--verify", action="store_true", help="compare logits before and after; exit 1 above the bound")
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int:
     if args.output.suffix != ".safetensors":
         raise ValueError(f"the result is a .safetensors file, got {args.output}")
 
-    model, description = load_model(args.checkpoint)
+    model, description = load_model(args.checkpoint, torch.float32)
     merged = merge(model, fold_bn=not args.branches_only)
     save_model(merged, args.output, description)
     result: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
 from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
-from replknet.models.saved import Description, load_model, save_model
+from replknet.models.saved import Description, load_model, save_model, shipped
 
 __all__ = [
     "CONFIGS",
@@ -14,4 +14,5 @@ __all__ = [
     "load_model",
     "read_state_dict",
     "save_model",
+    "shipped",
 ]

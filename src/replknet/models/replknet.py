@@ -9,6 +9,7 @@ adds norms to the features only; the drop path rate is 0 unless given, as everyw
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -369,10 +370,10 @@ _BY_HAND = {
 }
 
 
-def _cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+def _cfg(mirrored: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
     """timm's facts about weights; at 384 pixels the official evaluation warps to the size and crops nothing."""
     return {
-        "url": _MIRROR + file if file else "",
+        "url": _MIRROR + mirrored if mirrored else "",
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
         "num_classes": 1000,
@@ -413,8 +414,20 @@ default_cfgs = generate_default_cfgs(
         "replknet_cifar.untrained": _cfg(
             size=32, pool_size=(2, 2), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
         ),
-        "replknet_cifar_l.untrained": _cfg(
-            size=32, pool_size=(4, 4), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
+        "replknet_cifar_l.cifar10": _cfg(
+            # part of the package, so that no network is needed
+            file=str(Path(__file__).parent / "weights" / "replknet_cifar_l.cifar10.safetensors"),
+            size=32,
+            pool_size=(4, 4),
+            num_classes=10,
+            crop_pct=1.0,
+            # those of replknet.data.cifar10, which a test compares
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            origin_url="",
+            paper_ids="",
+            paper_name="",
+            license="apache-2.0",
         ),
         "replknet_test.untrained": _cfg(size=64, num_classes=10, origin_url="", license="apache-2.0"),
     }

@@ -21,6 +21,8 @@ from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
 from replknet.nn import merge
 
 _FIELD = "replknet"
+# weights that are part of the package, as MODEL.TAG.safetensors
+_SHIPPED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +75,42 @@ def save_model(model: RepLKNet, path: str | Path, description: Description) -> N
     os.replace(part, path)
 
 
-def load_model(path: str | Path) -> tuple[RepLKNet, Description]:
+def shipped() -> list[str]:
+    """Names of the weights that come with the package, such as replknet_cifar_l.cifar10."""
+    return sorted(file.stem for file in _SHIPPED.glob("*.safetensors"))
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file itself, or that of weights that come with the package, which may be named without their tag.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    named = [name for name in shipped() if str(path) in (name, name.partition(".")[0])]
+    if not named:
+        raise FileNotFoundError(f"no checkpoint at {path}; weights that come with replknet: {', '.join(shipped())}")
+    return _SHIPPED / f"{named[0]}.safetensors"
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[RepLKNet, Description]:
     """The network of a checkpoint file, in the file's form and in eval mode, and its description.
 
     Args:
         path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
-            understood from keys and shapes, and image size, mean and std are those of the paper's networks.
+            understood from keys and shapes, and image size, mean and std are those of the paper's networks. Also the
+            name of weights that come with the package (`shipped`).
+        dtype: of the network; None for that of the file.
 
     Returns:
-        The network on the CPU, in the dtype of the file, and its description.
+        The network on the CPU and its description.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file holds no weights of a RepLKNet.
     """
+    path = weights_file(path)
     state = read_state_dict(path)
     text = read_metadata(path).get(_FIELD)
     description = _parsed(text, path) if text is not None else described(state, str(path))
@@ -104,7 +128,7 @@ def load_model(path: str | Path) -> tuple[RepLKNet, Description]:
     if wrong:
         raise CheckpointError(f"{path} holds no complete RepLKNet: {wrong}")
     model.load_state_dict(state, assign=True)
-    return model.eval(), description
+    return model.to(dtype).eval(), description
 
 
 def _parsed(text: str, path: str | Path) -> Description:
