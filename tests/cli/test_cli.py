@@ -288,9 +288,9 @@ def test_unknown_words_get_their_nearest_match(capsys):
     assert main(["train", "cifar"]) == 2
     assert "no recipe is called 'cifar'; did you mean cifar10?" in capsys.readouterr().err
     assert main(["fly"]) == 2
-    assert "no command is called 'fly'; there are demo, info, recipes, train" in capsys.readouterr().err
+    assert "no command is called 'fly'; there are demo, info, recipes, plan, train" in capsys.readouterr().err
     assert main(["train", "objects"]) == 2
-    assert "no recipe is called 'objects'; there are cifar10, folder" in capsys.readouterr().err
+    assert "no recipe is called 'objects'; there are cifar10, cifar10_l, folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as info:
         main(["train", "cifar10", "--epoch", "3"])
     assert info.value.code == 2

@@ -84,7 +84,7 @@ def test_names_are_ours_and_registered():
     assert sorted(NAMES) == sorted(registered)
     assert all(is_model_in_modules(name, ["replknet"]) for name in NAMES)
     pretrained = timm.list_models("replknet_*", pretrained=True)
-    assert len(pretrained) == 6
+    assert len(pretrained) == 7
 
 
 # ---- timm's own model tests, on small networks and small images

@@ -76,7 +76,11 @@ def save_model(model: RepLKNet, path: str | Path, description: Description) -> N
 
 
 def shipped() -> list[str]:
-    """Names of the weights that come with the package, such as replknet_cifar_l.cifar10."""
+    """The weights that come with the package.
+
+    Returns:
+        Their names, such as replknet_cifar_l.cifar10.
+    """
     return sorted(file.stem for file in _SHIPPED.glob("*.safetensors"))
 
 

@@ -114,7 +114,10 @@ def fit(
 
 def _draw(path: Path, curves: dict[str, list[dict[str, float]]]) -> None:
     part = path.with_suffix(".part.png")
-    plots.curves(curves).savefig(part, dpi=110)
+    figure = plots.curves(curves)
+    figure.savefig(part, dpi=110)
+    # pyplot keeps figures, and counts them
+    plots.plt.close(figure)
     os.replace(part, path)
 
 
@@ -190,7 +193,7 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
         recipe.model,
         num_classes=len(sets.classes),
         drop_path_rate=recipe.drop_path,
-        sync_bn=recipe.sync_bn,
+        **({"sync_bn": True} if recipe.sync_bn else {}),
         **network_options(recipe),
     )
     if not isinstance(model, RepLKNet):

@@ -59,7 +59,9 @@ class Progress(pl.Callback):
         self._stepping = self._waiting = self._epoch_stepping = self._epoch_waiting = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._started, self._first = time.perf_counter(), trainer.global_step
+        # an epoch that is gone on with does not start
+        self._started = self._since = time.perf_counter()
+        self._first = trainer.global_step
         if not trainer.is_global_zero:
             return
         kept = [row for row in self._rows() if int(row["step"]) <= trainer.global_step]
