@@ -193,7 +193,7 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
         recipe.model,
         num_classes=len(sets.classes),
         drop_path_rate=recipe.drop_path,
-        **({"sync_bn": True} if recipe.sync_bn else {}),
+        **_sync(recipe),
         **network_options(recipe),
     )
     if not isinstance(model, RepLKNet):
@@ -297,3 +297,7 @@ def _ignore_lightnings_advice() -> None:
         ".*ended before the epoch ended.*",  # the sampler knows where to go on
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def _sync(recipe: Recipe) -> dict[str, Any]:
+    return {"sync_bn": True} if recipe.sync_bn else {}
