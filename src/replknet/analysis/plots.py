@@ -2,7 +2,9 @@
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 
@@ -97,6 +99,15 @@ def times_by_kernel(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float,
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, in the format that the path's ending names; an earlier one is replaced when all is written."""
+    part = path.with_name(f"part.{path.name}")
+    figure.savefig(part, dpi=110)
+    # pyplot keeps every figure until then
+    plt.close(figure)
+    os.replace(part, path)
 
 
 def as_html(figure: Figure, text: str) -> str:

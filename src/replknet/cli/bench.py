@@ -95,7 +95,7 @@ def _run(args: Namespace) -> int:
         closing += tables.explanation(peak)
     _say(args, "", *closing)
     if args.plot is not None:
-        plots.times_by_kernel(tables.curves(records)).savefig(args.plot, dpi=110)
+        plots.save(plots.times_by_kernel(tables.curves(records)), args.plot)
         _say(args, str(args.plot))
     return int(wrong)
 

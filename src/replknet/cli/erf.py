@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     files = images.files(args.images or list(images.PHOTOS))
     batches = (images.batch([file], transform) for file in tqdm(files, desc="receptive field", disable=quiet()))
     field = effective_receptive_field(model, batches)
-    plots.receptive_fields({d.name: field}).savefig(args.output, dpi=110)
+    plots.save(plots.receptive_fields({d.name: field}), args.output)
     if args.json:
         print(
             json.dumps({"output": str(args.output), "images": field.images, "sides": field.sides, "areas": field.areas})

@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import timm
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
-from pytorch_lightning.utilities import rank_zero_only
 
 from replknet.analysis import plots
 from replknet.data.download import quiet
@@ -98,7 +97,8 @@ def fit(
     keep = KeepLast(folder, description, _plain(recipe), machine.save_steps)
     with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
-        _trainer(recipe, folder, keep, machine, accumulate).fit(
+        trainer = _trainer(recipe, folder, keep, machine, accumulate)
+        trainer.fit(
             _task(recipe, model, sets, machine.compile),
             datamodule=Batches(sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
@@ -107,18 +107,9 @@ def fit(
     if keep.interrupted:
         # it came after the last step
         raise KeyboardInterrupt
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it
-        _draw(folder / "curve.png", {recipe.model: keep.curve})
+    if trainer.is_global_zero:
+        plots.save(plots.curves({recipe.model: keep.curve}), folder / "curve.png")
     return folder / "model.safetensors"
-
-
-def _draw(path: Path, curves: dict[str, list[dict[str, float]]]) -> None:
-    part = path.with_suffix(".part.png")
-    figure = plots.curves(curves)
-    figure.savefig(part, dpi=110)
-    # pyplot keeps figures, and counts them
-    plots.plt.close(figure)
-    os.replace(part, path)
 
 
 @contextmanager
@@ -189,13 +180,11 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
 
 
 def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
-    model = timm.create_model(
-        recipe.model,
-        num_classes=len(sets.classes),
-        drop_path_rate=recipe.drop_path,
-        **_sync(recipe),
-        **network_options(recipe),
-    )
+    options = network_options(recipe)
+    if recipe.sync_bn:
+        # a name that networks of others do not know
+        options["sync_bn"] = True
+    model = timm.create_model(recipe.model, num_classes=len(sets.classes), drop_path_rate=recipe.drop_path, **options)
     if not isinstance(model, RepLKNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
     if recipe.weights is not None:
@@ -297,7 +286,3 @@ def _ignore_lightnings_advice() -> None:
         ".*ended before the epoch ended.*",  # the sampler knows where to go on
     ):
         warnings.filterwarnings("ignore", text)
-
-
-def _sync(recipe: Recipe) -> dict[str, Any]:
-    return {"sync_bn": True} if recipe.sync_bn else {}
