@@ -208,6 +208,12 @@ def test_training_on_a_folder_and_its_errors(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("replknet train: ")
     assert told.endswith("that is image 1 that cannot be read, and 0 may be skipped (--unreadable-images)")
+    (tmp_path / "val" / "dark" / "3.png").write_text("no image")
+    scoring = ["eval", checkpoint, "--dataset", "folder", "--data", str(tmp_path)]
+    assert main(scoring) == 2
+    assert "and 0 may be skipped (--unreadable-images)" in capsys.readouterr().err
+    assert main([*scoring, "--unreadable-images", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 7
     (tmp_path / "val" / "extra").mkdir()
     (tmp_path / "val" / "dark" / "0.png").rename(tmp_path / "val" / "extra" / "0.png")
     assert main(["train", "folder", "--data", str(tmp_path), "--output", str(tmp_path / "new"), *short]) == 2
@@ -347,7 +353,9 @@ def test_a_reader_that_stops_early_sees_no_traceback():
 
 def test_a_missing_file_is_one_line(capsys):
     assert main(["eval", "nowhere.pth"]) == 2
-    assert capsys.readouterr().err == "replknet eval: no checkpoint at nowhere.pth\n"
+    assert capsys.readouterr().err == (
+        "replknet eval: no checkpoint at nowhere.pth; weights that come with replknet: replknet_cifar_l.cifar10\n"
+    )
 
 
 def test_official_weights_merge_from_the_command_line(tmp_path, capsys):

@@ -89,6 +89,8 @@ def test_a_plan_takes_the_largest_batch_that_fits():
     assert (none.device_batch, none.fits) == (1, False)
     with pytest.raises(ValueError, match="batch_size 64 cannot be divided among 3 processes"):
         plan(recipe, Machine(devices=3), 1000, 10)
+    with pytest.raises(ValueError, match="a plan counts whole weights on every device"):
+        plan(recipe, Machine(devices=2, shard=True), 1000, 10)
 
 
 def test_the_papers_sets_have_their_sizes():
@@ -107,6 +109,8 @@ def test_the_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["processes"], found["steps_per_epoch"], found["steps"], found["classes"]) == (2, 10, 300, 1000)
     assert found["total_bytes"] == sum(found["memory"].values())
+    assert main(["plan", "folder", *short, "--images", "320", "--gpu-memory", "0.001", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
     assert main(["plan", "folder", *short, "--images", "320", "--gpu-memory", "0.001"]) == 1
     told = capsys.readouterr().out
     assert "10 steps an epoch, 300 in all" in told

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from replknet.analysis import effective_receptive_field
-from replknet.cli.main import parser
+from replknet.cli.main import CHECKPOINT, parser
 from replknet.data import images, transforms
 from replknet.data.download import quiet
 from replknet.models import load_model
@@ -15,9 +15,7 @@ from replknet.models import load_model
 
 def main(argv: list[str]) -> int:
     p = parser("erf", "replknet erf runs/cifar10/model.safetensors --size 96 -o erf.png")
-    p.add_argument(
-        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
-    )
+    p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     p.add_argument("--images", type=Path, nargs="+", default=[], help="images or folders; the two shipped by default")
     p.add_argument(
         "--size", type=int, default=1024, help="side in pixels to which images are warped; the paper's is 1024"

@@ -25,6 +25,9 @@ COMMANDS = {
     "doctor": "show what this machine can do and which backend takes which call",
 }
 
+# help of the argument of every command that reads a network
+CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of some that come with the package"
+
 
 class Parser(ArgumentParser):
     """Options are never abbreviated, and an unknown one gets its nearest match."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from replknet.cli.main import parser
+from replknet.cli.main import CHECKPOINT, parser
 from replknet.data import images, transforms
 from replknet.models import load_model, save_model
 from replknet.nn import merge, unfolded_norms
@@ -19,9 +19,7 @@ BOUND = 2e-5
 
 def main(argv: list[str]) -> int:
     p = parser("merge", "replknet merge RepLKNet-31B_ImageNet-1K_224.pth 31b.safetensors --verify")
-    p.add_argument(
-        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
-    )
+    p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     p.add_argument("output", type=Path, help="safetensors file to write")
     p.add_argument("--branches-only", action="store_true", help="merge the parallel kernels, keep the norms")
     p.add_argument("--verify", action="store_true", help="compare logits before and after; exit 1 above the bound")

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         fields = {**dataclasses.asdict(found), "processes": machine.processes, "images": images, "classes": classes}
         print(json.dumps(fields | {"total_bytes": found.memory.total}))
-        return 0
+        return 0 if found.fits else 1
     print(
         f"{args.recipe}: {recipe.model}, {recipe.epochs} epochs of {images:,} images at {recipe.image_size} pixels, "
         f"{recipe.precision}\n"

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import torch
 
-from replknet.cli.main import parser
+from replknet.cli.main import CHECKPOINT, parser
 from replknet.data import images, transforms
 from replknet.models import load_model
 
 
 def main(argv: list[str]) -> int:
     p = parser("predict", "replknet predict replknet_cifar_l photo.jpg folder --top 3")
-    p.add_argument(
-        "checkpoint", type=Path, help="weights, in any format that load_checkpoint reads, or the name of ours"
-    )
+    p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     p.add_argument("images", type=Path, nargs="+", help="image files, and folders to search")
     p.add_argument("--top", type=int, default=5, help="classes an image")
     p.add_argument("--json", action="store_true", help="one JSON object a line, an image each")

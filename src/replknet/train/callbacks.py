@@ -76,9 +76,9 @@ class PreciseBN(pl.Callback):
 
     def _compute(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.batches:
-            drawn: Iterator[Any] = trainer.datamodule.first(self.batches)  # type: ignore[attr-defined]
+            drawn: Iterator[Any] = trainer.datamodule.first(self.batches)  # type: ignore[attr-defined]  # fit() gives ours
             x = (images.contiguous(memory_format=torch.channels_last) for images, _ in drawn)
-            update_bn(x, module.weights, module.device)  # type: ignore[arg-type]
+            update_bn(x, module.weights, module.device)  # type: ignore[arg-type]  # a task's network
 
 
 class KeepLast(pl.Callback):

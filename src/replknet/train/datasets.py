@@ -80,13 +80,14 @@ def _cifar10(recipe: Recipe, data: Path | None) -> Splits:
     )
 
 
-def evaluation_set(name: str, data: Path | None, description: Description) -> Any:
+def evaluation_set(name: str, data: Path | None, description: Description, unreadable: int = 0) -> Any:
     """The data set on which a trained network is scored, prepared as its description says.
 
     Args:
         name: "cifar10" for its test split, or "folder" for val/<class>/ below `data`.
         data: the folder.
         description: image size, mean and std of the network.
+        unreadable: images of a folder that may be skipped, because they cannot be read.
     """
     size, mean, std = description.image_size, description.mean, description.std
     if name == "cifar10":
@@ -94,7 +95,7 @@ def evaluation_set(name: str, data: Path | None, description: Description) -> An
     if data is None:
         raise ValueError("name the folder of the images with --data DIR")
     still = transforms.eval_transform(size, mean, std, description.crop_pct)
-    return images.ImageSet(images.source_of(data, "val"), still)
+    return images.ImageSet(images.source_of(data, "val"), still, unreadable)
 
 
 def batches(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:

@@ -62,8 +62,10 @@ def plan(recipe: Recipe, machine: Machine, images: int, classes: int, device_mem
         device_memory: of a device, in GB (1e9 bytes).
 
     Raises:
-        ValueError: the images of a step cannot be divided so.
+        ValueError: the images of a step cannot be divided so, or the weights are to be divided, which is not counted.
     """
+    if machine.shard:
+        raise ValueError("a plan counts whole weights on every device; it cannot tell what --shard saves, leave it out")
     per_process, rest = divmod(recipe.batch_size, machine.processes)
     if rest or per_process == 0:
         machine.accumulated(recipe.batch_size)  # says what is wrong
@@ -93,7 +95,7 @@ def plan(recipe: Recipe, machine: Machine, images: int, classes: int, device_mem
 
 
 def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> Memory:
-    """Memory of one step with so many images on a device.
+    """Memory of one step with so many images on a device, without torch.compile.
 
     Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. What the
     optimiser's own step takes beside its state comes when the activations are gone. Scratch memory inside an operator

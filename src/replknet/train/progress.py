@@ -109,7 +109,7 @@ class Progress(pl.Callback):
         self.row = Row(
             step=done,
             epoch=round(done * trainer.max_epochs / total, 4),  # type: ignore[operator]  # a recipe has a number
-            loss=float(module.last_loss),  # type: ignore[arg-type]
+            loss=float(module.last_loss),  # type: ignore[arg-type]  # a task's, of this process
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             images_per_second=round(self._steps * self.batch_size / spent, 1),
             waiting=round(self._waiting / spent, 4),
