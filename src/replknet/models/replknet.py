@@ -7,6 +7,7 @@ adds norms to the features only; the drop path rate is 0 unless given, as everyw
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from replknet.models.checkpoints import checkpoint_filter_fn
 from replknet.nn import ConvFFN, RepLKBlock, stem, transition
-from replknet.nn.conv_bn import Norm
+from replknet.nn.conv_bn import Norm, statistics_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,14 @@ class RepLKNetConfig:
             raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
 
 
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """A block that is computed again in the backward pass; the second time its batch norms count nothing."""
+    if torch.compiler.is_compiling():
+        # the compiler recomputes values only, and takes no such contexts
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(block)))
+
+
 class RepLKNetStage(nn.Module):
     """Pairs of a large-kernel block (even index) and a feed-forward block (odd) at one resolution.
 
@@ -94,8 +103,8 @@ class RepLKNetStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, use_reentrant=False)
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  # TorchScript leaves it out
+                x = _checkpointed(block, x)
             else:
                 x = block(x)
         return x
