@@ -33,11 +33,12 @@ def test_depthwise_conv_starts_like_nn_conv2d():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_strided_depthwise_conv_is_nn_conv2d_in_the_same_dtype(dtype, autocast):
-    ours = StridedDepthwiseConv2d(6, 3, 2)
+@pytest.mark.parametrize("kernel", [3, 13])
+def test_a_strided_depthwise_conv_is_nn_conv2d_in_the_same_dtype(kernel, dtype, autocast):
+    ours = StridedDepthwiseConv2d(6, kernel, 2)
     # as folding a norm does
     ours.bias = nn.Parameter(torch.randn(6))
-    exact = nn.Conv2d(6, 6, 3, 2, 1, groups=6).double()
+    exact = nn.Conv2d(6, 6, kernel, 2, kernel // 2, groups=6).double()
     exact.load_state_dict(ours.state_dict())
     if not autocast:
         ours = ours.to(dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d
+from replknet.nn.depthwise import depthwise_conv
 
 # builds a normalisation layer from a number of channels: nn.BatchNorm2d or nn.SyncBatchNorm
 Norm = Callable[[int], nn.Module]
@@ -17,7 +17,7 @@ Norm = Callable[[int], nn.Module]
 class ConvBN(nn.Sequential):
     """A convolution without bias (`conv`), its norm (`bn`) and an activation (`nonlinear`), if any.
 
-    The padding is half the kernel. A depthwise convolution of stride 1 runs on the operator.
+    The padding keeps the size, but for the stride. Depthwise convolutions are those of `depthwise_conv`.
 
     Args:
         in_channels: channels of the input.
@@ -27,6 +27,7 @@ class ConvBN(nn.Sequential):
         depthwise: one kernel a channel; `in_channels` and `out_channels` are equal then.
         activation: the third child, or None.
         norm: builds the norm from the number of channels.
+        dilation: of a depthwise convolution, in pixels.
     """
 
     if TYPE_CHECKING:  # TorchScript would read these at run time
@@ -42,12 +43,10 @@ class ConvBN(nn.Sequential):
         depthwise: bool = False,
         activation: nn.Module | None = None,
         norm: Norm = nn.BatchNorm2d,
+        dilation: int = 1,
     ) -> None:
-        conv: nn.Conv2d
-        if depthwise and stride == 1:
-            conv = DepthwiseConv2d(in_channels, kernel_size, bias=False)
-        elif depthwise:
-            conv = StridedDepthwiseConv2d(in_channels, kernel_size, stride)
+        if depthwise:
+            conv = depthwise_conv(in_channels, kernel_size, stride, dilation)
         else:
             conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         children: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, bn=norm(out_channels))

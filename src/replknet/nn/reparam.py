@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from replknet.nn.conv_bn import ConvBN, Norm, folded, set_weight_and_bias
-from replknet.nn.depthwise import DepthwiseConv2d
+from replknet.nn.depthwise import depthwise_conv
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -21,11 +21,13 @@ class ReparamLargeKernelConv(nn.Module):
         small_kernel: side of the small kernel, odd and not larger; None for no second branch.
         merged: build the merged form, one convolution with a bias.
         norm: builds the norm of a branch from the number of channels.
+        stride: of both kernels, in pixels.
+        dilation: of the large kernel, in pixels; with more than 1 there is no small one.
 
-    Input and output: `[N,C,H,W]`, the dtype of the parameters.
+    Input `[N,C,H,W]` and output `[N,C,H/stride,W/stride]`, rounded up, in the dtype of the parameters.
 
     Raises:
-        ValueError: a side is even, or the small kernel is larger.
+        ValueError: a side is even, or the small kernel is larger or beside a dilated one.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """
@@ -37,21 +39,30 @@ class ReparamLargeKernelConv(nn.Module):
         small_kernel: int | None = None,
         merged: bool = False,
         norm: Norm = nn.BatchNorm2d,
+        stride: int = 1,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         if small_kernel is not None:
             _check_pair(kernel_size, small_kernel)
+            if dilation > 1:
+                raise ValueError(
+                    f"a small kernel cannot merge into one of dilation {dilation}, which has no pixels for it; take "
+                    "small_kernel=None or dilation=1"
+                )
         self.kernel_size = kernel_size
         self.small_kernel = small_kernel
+        self.stride = stride
+        self.dilation = dilation
         self.lkb_origin: ConvBN | None = None
         self.small_conv: ConvBN | None = None
-        self.lkb_reparam: DepthwiseConv2d | None = None
+        self.lkb_reparam: nn.Conv2d | None = None
         if merged:
-            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size)
+            self.lkb_reparam = depthwise_conv(channels, kernel_size, stride, dilation, bias=True)
             return
-        self.lkb_origin = ConvBN(channels, channels, kernel_size, depthwise=True, norm=norm)
+        self.lkb_origin = ConvBN(channels, channels, kernel_size, stride, depthwise=True, norm=norm, dilation=dilation)
         if small_kernel is not None:
-            self.small_conv = ConvBN(channels, channels, small_kernel, depthwise=True, norm=norm)
+            self.small_conv = ConvBN(channels, channels, small_kernel, stride, depthwise=True, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lkb_reparam is not None:
@@ -79,7 +90,9 @@ class ReparamLargeKernelConv(nn.Module):
             bias = bias + small_bias
         old = self.lkb_origin.conv.weight
         with torch.device("meta"):
-            fused = ReparamLargeKernelConv(len(bias), self.kernel_size, self.small_kernel, merged=True)
+            fused = ReparamLargeKernelConv(
+                len(bias), self.kernel_size, self.small_kernel, True, stride=self.stride, dilation=self.dilation
+            )
         fused = fused.to(old.dtype).to_empty(device=old.device).requires_grad_(old.requires_grad)
         assert fused.lkb_reparam is not None
         set_weight_and_bias(fused.lkb_reparam, weight, bias)
