@@ -15,7 +15,7 @@ from PIL import Image
 import replknet.train
 from replknet.cli.main import COMMANDS, main
 from replknet.data.images import PHOTOS
-from replknet.models import CONFIGS, load_model
+from replknet.models import NETWORKS, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -332,7 +332,7 @@ def test_info_and_doctor(capsys):
     assert main(["info", "--json"]) == 0
     text = capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads(text)}
-    assert rows.keys() == CONFIGS.keys()
+    assert rows.keys() == NETWORKS.keys()
     assert rows["replknet_31b"]["parameters"] == 79_864_168
     assert rows["replknet_31b"]["multiply_adds_merged"] == pytest.approx(15.354e9, rel=1e-4)
     assert len(rows["replknet_31b"]["pretrained"]) == 4

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -19,9 +20,8 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-import replknet
 from replknet.data.draws import Drawn, GlobalBatches, collate
-from replknet.models import load_model, save_model
+from replknet.models import load_model, save_model, staged
 from replknet.recipes import Machine, cifar10
 from replknet.tasks.classification import Classification
 from replknet.train import LossError, ResumeError, StateError, fit
@@ -33,6 +33,10 @@ from replknet.train.memory import give_back_fragments, keep_freed_memory
 RECIPE = dataclasses.replace(
     cifar10(), model="replknet_test", epochs=2, warmup_epochs=0, batch_size=40, workers=0, ema_decay=0.9
 )
+
+
+# of the average of the weights, and of the network beside it
+SCORES = ("val_loss", "val_top1", "val_loss_raw", "val_top1_raw")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +86,7 @@ def check_complete(folder):
     assert state(folder)["global_step"] == 12
     curve = json.loads((folder / "metrics.json").read_text())
     assert [row["epoch"] for row in curve] == [0, 1]
-    assert all(row.keys() == {"epoch", "seconds", "train_loss", "val_loss", "val_top1"} for row in curve)
+    assert all(row.keys() == {"epoch", "seconds", "train_loss", *SCORES} for row in curve)
     assert all(row["seconds"] > 0 for row in curve)
     # the end of the cosine: the schedule was gone through once
     assert state(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(RECIPE.min_lr, rel=0.5)
@@ -263,7 +267,7 @@ def assert_close_trainings(one, two, steps=12):
     assert (weights[0] - weights[1]).norm() <= 0.02 * weights[0].norm()
     curves = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     for a, b in zip(*curves, strict=True):
-        for name in ("train_loss", "val_loss", "val_top1"):
+        for name in a.keys() - {"epoch", "seconds"}:
             assert a[name] == pytest.approx(b[name], rel=2e-3), name
 
 
@@ -354,7 +358,7 @@ def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, t
     fit(recipe, plain, cifar)
     calls = []
     real = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(replknet.models.replknet, "checkpoint", lambda *a, **k: calls.append(0) or real(*a, **k))
+    monkeypatch.setattr(staged, "checkpoint", lambda *a, **k: calls.append(0) or real(*a, **k))
     fit(recipe, other, cifar, machine=Machine(**{option: True}))
     # six steps and one batch of validation, of ten blocks each
     assert len(calls) == (70 if option == "grad_checkpointing" else 0)
@@ -516,3 +520,17 @@ def test_what_cannot_be_divided_is_an_error(cifar, tmp_path):
         fit(RECIPE, tmp_path, cifar, machine=Machine(devices=1, shard=True))
     with pytest.raises(ValueError, match=r"shard takes no average of the weights \(ema_decay\): timm's average copies"):
         fit(RECIPE, tmp_path, cifar, machine=Machine(devices=2, shard=True))
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_processor_without_bfloat16_is_told_of(supported, cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = dataclasses.replace(RECIPE, epochs=1, precision="bf16-mixed", optimizer="nmuon", lr=1e-3)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(recipe, tmp_path, cifar)
+    told = [str(warning.message) for warning in found if "no bfloat16" in str(warning.message)]
+    assert len(told) == (not supported)
+    if told:
+        assert "--precision 32-true trains in float32; timm's Muon computes in bfloat16" in told[0]

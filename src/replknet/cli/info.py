@@ -8,14 +8,14 @@ import torch
 
 from replknet.analysis import cost
 from replknet.cli.main import parser
-from replknet.models import CONFIGS
+from replknet.models import NETWORKS
 from replknet.nn import merge
 
 
 def rows() -> list[dict[str, Any]]:
     """For each network: its kernels, parameters in training and merged, and multiply-adds for one image."""
     found = []
-    for name, config in CONFIGS.items():
+    for name, config in NETWORKS.items():
         with torch.device("meta"):
             model = timm.create_model(name)
         facts = timm.get_pretrained_cfg(name)

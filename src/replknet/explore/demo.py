@@ -20,7 +20,8 @@ from replknet.analysis import ERF, effective_receptive_field, plots
 from replknet.bench.harness import Timing, interleaved
 from replknet.data import transforms
 from replknet.data.cifar10 import CLASSES, MEAN, STD, load
-from replknet.models import CONFIGS, RepLKNet, load_model, save_model
+from replknet.models import CONFIGS, load_model, save_model
+from replknet.models.staged import StagedNet
 from replknet.nn import merge
 from replknet.nn.merge import largest_difference
 from replknet.recipes import Recipe, cifar10
@@ -115,11 +116,11 @@ def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Out
     )
 
 
-def _logits(model: RepLKNet, images: Tensor) -> Tensor:
+def _logits(model: StagedNet, images: Tensor) -> Tensor:
     return torch.cat([model(x.contiguous(memory_format=torch.channels_last)) for x in images.split(500)])
 
 
-def _parameters(model: RepLKNet) -> int:
+def _parameters(model: StagedNet) -> int:
     return sum(p.numel() for p in model.parameters())
 
 

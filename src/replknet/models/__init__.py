@@ -1,13 +1,17 @@
 """Network families, registered with timm when this is imported, and their weights."""
 
 from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
+from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
-from replknet.models.saved import Description, load_model, save_model, shipped
+from replknet.models.saved import NETWORKS, Description, load_model, save_model, shipped
 
 __all__ = [
     "CONFIGS",
+    "NETWORKS",
     "CheckpointError",
     "Description",
+    "MobileNetV2",
+    "MobileNetV2Config",
     "RepLKNet",
     "RepLKNetConfig",
     "load_checkpoint",

@@ -7,7 +7,7 @@ adds norms to the features only; the drop path rate is 0 unless given, as everyw
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from replknet.models.checkpoints import checkpoint_filter_fn
-from replknet.models.staged import Stage, StagedNet, linear
+from replknet.models.staged import Stage, StagedNet, changed, linear
 from replknet.nn import ConvFFN, RepLKBlock, stem, transition
 from replknet.nn.conv_bn import Norm
 
@@ -289,8 +289,7 @@ default_cfgs = generate_default_cfgs(
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """A registered network; fields of the configuration may be given by name, as `kernels=(3, 3, 3, 3)`."""
-    changes = {field.name: kwargs.pop(field.name) for field in fields(RepLKNetConfig) if field.name in kwargs}
-    cfg = replace(CONFIGS[variant], **changes)
+    cfg = changed(CONFIGS[variant], kwargs)
     if kwargs.get("norm_intermediate_features") and not kwargs.get("features_only") and kwargs.get("num_classes") != 0:
         raise ValueError(
             "norm_intermediate_features adds norms that a classifier never uses; "

@@ -16,11 +16,18 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor
 
+from replknet.models import mobilenetv2, replknet
 from replknet.models.checkpoints import CheckpointError, form_of, mismatch, read_metadata, read_state_dict
-from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
+from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from replknet.models.replknet import RepLKNet, RepLKNetConfig
+from replknet.models.staged import StagedNet
 from replknet.nn import merge
 
+# every network that is registered with timm
+NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
+
 _FIELD = "replknet"
+_FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
 # weights that are part of the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
 
@@ -40,7 +47,7 @@ class Description:
         std: per channel.
     """
 
-    config: RepLKNetConfig
+    config: RepLKNetConfig | MobileNetV2Config
     in_chans: int = 3
     classes: tuple[str, ...] = ()
     num_classes: int = 1000
@@ -52,10 +59,17 @@ class Description:
     @property
     def name(self) -> str:
         """The registered name of the architecture, or "custom"."""
-        return next((name for name, config in CONFIGS.items() if config == self.config), "custom")
+        return next((name for name, config in NETWORKS.items() if config == self.config), "custom")
+
+    def build(self, **options: Any) -> StagedNet:
+        """A network with these inputs and outputs; options are those of its class."""
+        options |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        if isinstance(self.config, MobileNetV2Config):
+            return MobileNetV2(self.config, **options)
+        return RepLKNet(self.config, **options)
 
 
-def save_model(model: RepLKNet, path: str | Path, description: Description) -> None:
+def save_model(model: StagedNet, path: str | Path, description: Description) -> None:
     """Write a network to a safetensors file; an existing file is replaced only when all is written.
 
     Args:
@@ -70,9 +84,13 @@ def save_model(model: RepLKNet, path: str | Path, description: Description) -> N
     # safetensors makes files that only their owner may read
     part.touch()
     mode = part.stat().st_mode
-    save_file(state, part, metadata={"format": "pt", _FIELD: json.dumps(asdict(description))})
+    save_file(state, part, metadata={"format": "pt", _FIELD: json.dumps(_plain(description))})
     part.chmod(mode)
     os.replace(part, path)
+
+
+def _plain(description: Description) -> dict[str, Any]:
+    return {"family": _FAMILY[type(description.config)], **asdict(description)}
 
 
 def shipped() -> list[str]:
@@ -98,7 +116,7 @@ def weights_file(path: str | Path) -> Path:
     return _SHIPPED / f"{named[0]}.safetensors"
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[RepLKNet, Description]:
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[StagedNet, Description]:
     """The network of a checkpoint file, in the file's form and in eval mode, and its description.
 
     Args:
@@ -112,25 +130,23 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[RepL
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file holds no weights of a RepLKNet.
+        CheckpointError: the file holds no weights of a network of replknet's.
     """
     path = weights_file(path)
     state = read_state_dict(path)
     text = read_metadata(path).get(_FIELD)
     description = _parsed(text, path) if text is not None else described(state, str(path))
+    options = {}
+    if any(re.match(r"stages\.\d\.norm\.", key) for key in state):
+        options["norm_intermediate_features"] = True
     with torch.device("meta"):
-        model = RepLKNet(
-            description.config,
-            num_classes=description.num_classes,
-            in_chans=description.in_chans,
-            norm_intermediate_features=any(re.match(r"stages\.\d\.norm\.", key) for key in state),
-        )
+        model = description.build(**options)
     form = form_of(state)
     if form != "training":
         model = merge(model, fold_bn=form == "folded")
     wrong = mismatch(state, model)
     if wrong:
-        raise CheckpointError(f"{path} holds no complete RepLKNet: {wrong}")
+        raise CheckpointError(f"{path} holds no complete {type(model).__name__}: {wrong}")
     model.load_state_dict(state, assign=True)
     return model.to(dtype).eval(), description
 
@@ -138,11 +154,14 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[RepL
 def _parsed(text: str, path: str | Path) -> Description:
     try:
         fields: dict[str, Any] = json.loads(text)
-        fields["config"] = RepLKNetConfig(**fields["config"])
+        # files of earlier versions are all of one family
+        family = fields.pop("family", "replknet")
+        config = next(config for config, name in _FAMILY.items() if name == family)
+        fields["config"] = config(**fields["config"])
         for name in ("classes", "mean", "std"):
             fields[name] = tuple(fields[name])
         return Description(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
         raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
 
 
@@ -173,7 +192,7 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Des
         ffn_ratio=hidden / channels[0],
     )
     # of the released networks XL alone was trained with other statistics and at 320 pixels
-    xl = config.channels == CONFIGS["replknet_xl"].channels
+    xl = config.channels == replknet.CONFIGS["replknet_xl"].channels
     return Description(
         config=config,
         in_chans=state["stem.0.conv.weight"].shape[1],

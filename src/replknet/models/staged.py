@@ -5,7 +5,8 @@ A family of networks subclasses `StagedNet` and builds the parts; TorchScript an
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from timm.layers import create_classifier
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from replknet.nn.conv_bn import statistics_kept
+
+Config = TypeVar("Config")
 
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
@@ -192,6 +195,12 @@ def _taken(stages: int, indices: int | list[int] | None) -> tuple[list[int], int
         raise ValueError(f"indices must name one of the {stages} stages at least, got {indices}; None takes all")
     taken, last = feature_take_indices(stages, indices)
     return taken, last
+
+
+def changed(cfg: Config, kwargs: dict[str, Any]) -> Config:
+    """A configuration with those of its fields that are among the arguments, which are taken out of them."""
+    named = [field.name for field in fields(cfg) if field.name in kwargs]  # type: ignore[arg-type]  # a dataclass
+    return replace(cfg, **{name: kwargs.pop(name) for name in named})  # type: ignore[type-var]  # the same
 
 
 def linear(last: float, count: int) -> list[float]:

@@ -22,6 +22,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         imagenet.imagenet22k_to_1k_31l_384,
         imagenet.imagenet1k_xl_320,
         imagenet.imagenet1k_b_120,
+        imagenet.imagenet1k_mobilenetv2_100,
     )
 }
 

@@ -1,7 +1,7 @@
 """What a training is: everything that decides its result, in one frozen record."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class Recipe:
         weights: a checkpoint to start from, of any known key format; a classifier of other classes is left out.
         finetune: whether the training makes no sense without `weights`.
         kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
+        network: other options of the network by name, as timm.create_model takes them, such as {"shortcut": false}.
         dataset: "cifar10", or "folder" for images in {train,val}/<class>/, {train,val}.tar with such paths, or
             webdataset's shards in {train,val}/*.tar, or a data set of the Hugging Face hub, whose folder is hfds/NAME.
         image_size: side of the images in pixels.
@@ -36,8 +37,11 @@ class Recipe:
         drop_path: rate of dropped residual branches in the last block.
         crop_padding: pixels of padding for random crops of small images; None for random resized crops.
         auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1; None for none.
+        color_jitter: range of brightness, contrast and saturation around 1 where there is no auto_augment; images of a
+            folder only.
         random_erasing: probability of erasing a rectangle.
-        ema_decay: decay of the average of the weights, or None.
+        ema_decay: decay of the average of the weights, which is then what is kept and scored, with a score of the
+            network itself beside it; None for no average.
         sync_bn: batch norms take the statistics of all processes; on GPUs only, as torch has it.
         precise_bn: batches on which the statistics of batch norms are computed anew before the network is scored or
             kept at the end of an epoch, 0 for none (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm",
@@ -54,6 +58,7 @@ class Recipe:
     weights: str | None = None
     finetune: bool = False
     kernels: tuple[int, ...] | None = None
+    network: dict[str, Any] | None = None
     image_size: int = 224
     normalization: Literal["imagenet", "inception"] = "imagenet"
     evaluate: bool = True
@@ -74,6 +79,7 @@ class Recipe:
     drop_path: float = 0.0
     crop_padding: int | None = None
     auto_augment: str | None = None
+    color_jitter: float = 0.4
     random_erasing: float = 0.0
     ema_decay: float | None = None
     sync_bn: bool = False
@@ -94,6 +100,7 @@ class Recipe:
             "mixup",
             "cutmix",
             "mixup_off_epoch",
+            "color_jitter",
             "precise_bn",
             "unreadable_images",
             "workers",

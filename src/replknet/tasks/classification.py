@@ -37,7 +37,8 @@ class Classification(pl.LightningModule):
         cutmix: alpha of CutMix; 0 for none.
         mixup_prob: share of the batches that are mixed.
         mixup_off_epoch: epoch from which none is mixed; 0 for never.
-        ema_decay: decay of the average of the weights, which is then what validation scores; None for none.
+        ema_decay: decay of the average of the weights, which is then what is kept; validation scores it (val_top1) and
+            the network beside it (val_top1_raw). None for none.
         compile: train through torch.compile.
     """
 
@@ -121,24 +122,26 @@ class Classification(pl.LightningModule):
             self.ema.update(self.model, step=self.global_step)
 
     def on_validation_epoch_start(self) -> None:
-        # images, those that were right, and the sum of their losses
-        self._scored = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # of what is kept, and of the network beside its average: images, those that were right, and the sum of losses
+        self._scored = torch.zeros(1 if self.ema is None else 2, 3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor] | None, index: int) -> None:
         if batch is None:
             # all of its images were unreadable
             return
         x, target = batch
-        logits = self.weights.eval()(_channels_last(x)).float()
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        right = (logits.argmax(1) == target).sum()
-        self._scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
+        for model, scored in zip((self.weights, self.model), self._scored, strict=False):
+            logits = model.eval()(_channels_last(x)).float()
+            loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+            right = (logits.argmax(1) == target).sum()
+            scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
 
     def on_validation_epoch_end(self) -> None:
         # each image is with one process
-        images, right, loss = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
-        self.log("val_loss", loss / images)
-        self.log("val_top1", right / images, prog_bar=True)
+        all_scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
+        for (images, right, loss), of in zip(all_scored, ("", "_raw"), strict=False):
+            self.log(f"val_loss{of}", loss / images)
+            self.log(f"val_top1{of}", right / images, prog_bar=not of)
 
     def configure_optimizers(self) -> Any:
         optimiser = create_optimizer_v2(

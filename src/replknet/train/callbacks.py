@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import update_bn
 
 from replknet.data.draws import seed_all
-from replknet.models import Description, RepLKNet, save_model
+from replknet.models import Description, save_model
+from replknet.models.staged import StagedNet
 from replknet.train.memory import give_back_fragments
 
 # tells the random numbers of a step from those of an image
@@ -176,9 +177,7 @@ class KeepLast(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._check_loss(trainer)
         # nothing where no validation images are scored
-        scored = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name in ("val_loss", "val_top1")
-        }
+        scored = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
         best = scored.get("val_top1", -1.0) > max(
             (earlier.get("val_top1", -1.0) for earlier in self.curve), default=-1.0
         )
@@ -197,7 +196,7 @@ class KeepLast(pl.Callback):
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, best: bool = False) -> None:
         part = self.folder / "last.ckpt.part"
         try:
-            model = _whole(trainer, module)
+            model = _whole(trainer, module, self.description)
             if trainer.is_global_zero:
                 for name in ("model", "best") if best else ("model",):
                     save_model(model, self.folder / f"{name}.safetensors", self.description)
@@ -212,17 +211,17 @@ class KeepLast(pl.Callback):
             ) from error
 
 
-def _whole(trainer: pl.Trainer, module: pl.LightningModule) -> RepLKNet:
+def _whole(trainer: pl.Trainer, module: pl.LightningModule, description: Description) -> StagedNet:
     """The network to be kept; where its weights are divided among processes the first one has them, put together."""
     model = module.weights
-    assert isinstance(model, RepLKNet)
+    assert isinstance(model, StagedNet)
     if not isinstance(model, FSDPModule):
         return model
     state = trainer.strategy.lightning_module_state_dict()
     if not trainer.is_global_zero:
         return model
     with torch.device("meta"):
-        whole = RepLKNet(model.cfg, model.num_classes, model.in_chans)
+        whole = description.build()
     whole.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, assign=True)
     return whole
 

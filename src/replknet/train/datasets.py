@@ -51,7 +51,7 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
         raise ValueError("this recipe trains on your images: name their folder with --data DIR")
     mean, std = _NORMALIZATIONS[recipe.normalization]
     size = recipe.image_size
-    moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing)
+    moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing, recipe.color_jitter)
     train = images.ImageSet(images.source_of(data, "train"), moved, recipe.unreadable_images, replace=True)
     val: Any = None
     if recipe.evaluate:

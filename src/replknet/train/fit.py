@@ -16,11 +16,13 @@ import pytorch_lightning as pl
 import timm
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from torch import nn
 
 from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
-from replknet.models import Description, RepLKNet, load_checkpoint, read_state_dict
+from replknet.models import CONFIGS, Description, load_checkpoint, read_state_dict
+from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
 from replknet.train.callbacks import GiveBackMemory, KeepLast, PreciseBN, SeedSteps, check_whole
@@ -75,6 +77,7 @@ def fit(
             "sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU; without it each process takes the statistics of "
             "its own images"
         )
+    _warn_of_emulation(recipe)
     accumulate = machine.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
     done = _steps_done(last, recipe, resume)
@@ -110,6 +113,21 @@ def fit(
     if trainer.is_global_zero:
         plots.save(plots.curves({recipe.model: keep.curve}), folder / "curve.png")
     return folder / "model.safetensors"
+
+
+def _warn_of_emulation(recipe: Recipe) -> None:
+    """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    found = []
+    if recipe.precision == "bf16-mixed":
+        found.append("--precision 32-true trains in float32")
+    if "muon" in recipe.optimizer:
+        found.append("timm's Muon computes in bfloat16 whatever the precision, --optimizer adamw does not")
+    if found:
+        warnings.warn(
+            f"this processor has no bfloat16, and torch's emulation of it is slow: {'; '.join(found)}", stacklevel=3
+        )
 
 
 @contextmanager
@@ -179,13 +197,11 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
     return int(state["global_step"])
 
 
-def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
-    options = network_options(recipe)
-    if recipe.sync_bn:
-        # a name that networks of others do not know
-        options["sync_bn"] = True
-    model = timm.create_model(recipe.model, num_classes=len(sets.classes), drop_path_rate=recipe.drop_path, **options)
-    if not isinstance(model, RepLKNet):
+def _network(recipe: Recipe, sets: Splits) -> StagedNet:
+    # a name that networks of others do not know
+    options = {"sync_bn": True} if recipe.sync_bn else {}
+    model = create_network(recipe, len(sets.classes), **options)
+    if not isinstance(model, StagedNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
     if recipe.weights is not None:
         theirs = read_state_dict(recipe.weights).get("head.bias")
@@ -194,14 +210,23 @@ def _network(recipe: Recipe, sets: Splits) -> RepLKNet:
     return model
 
 
-def network_options(recipe: Recipe) -> dict[str, Any]:
-    """Other kernels than the network's own, where a recipe has them, with a small branch of 3, or none beside a 3x3."""
-    if recipe.kernels is None:
-        return {}
-    return {"kernels": recipe.kernels, "small_kernel": 3 if min(recipe.kernels) > 3 else None}
+def create_network(recipe: Recipe, classes: int, **options: Any) -> nn.Module:
+    """The network of a recipe, untrained.
+
+    With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.
+    """
+    if recipe.kernels is not None:
+        options["kernels"] = recipe.kernels
+        if recipe.model in CONFIGS:
+            options["small_kernel"] = 3 if min(recipe.kernels) > 3 else None
+    options |= recipe.network or {}
+    try:
+        return timm.create_model(recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **options)
+    except TypeError as error:
+        raise ValueError(f"{recipe.model} cannot be built with {options}: {error}") from error
 
 
-def _task(recipe: Recipe, model: RepLKNet, sets: Splits, compile: bool) -> Classification:
+def _task(recipe: Recipe, model: StagedNet, sets: Splits, compile: bool) -> Classification:
     return Classification(
         model,
         num_classes=len(sets.classes),

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from replknet.models import RepLKNet
+from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import fallback_of
-from replknet.train.fit import network_options
+from replknet.train.fit import create_network
 
 # images for training; ImageNet-22K is the whole of its 2011 release
 IMAGES = {"cifar10": 50_000, "imagenet1k": 1_281_167, "imagenet22k": 14_197_122}
@@ -102,10 +101,8 @@ def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> 
     is not seen.
     """
     with FakeTensorMode():
-        model = timm.create_model(
-            recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **network_options(recipe)
-        )
-        assert isinstance(model, RepLKNet)
+        model = create_network(recipe, classes)
+        assert isinstance(model, StagedNet)
         model.set_grad_checkpointing(machine.grad_checkpointing)
         side = recipe.image_size
         x = torch.empty(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)

@@ -138,11 +138,7 @@ class Progress(pl.Callback):
         self._epoch_stepping = self._epoch_waiting = 0.0
         if self._writer is None:
             return
-        scores = {
-            name: float(trainer.callback_metrics[name])
-            for name in ("val_loss", "val_top1")
-            if name in trainer.callback_metrics
-        }
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
         for name, value in scores.items():
             self._writer.add_scalar(name, value, trainer.global_step)
         self._writer.flush()
