@@ -3,6 +3,7 @@
 Key formats:
 - official: DingXiaoH/RepLKNet-pytorch, the names of our own parameters;
 - mmpretrain: prefix `backbone.`, the final norm as `stages.3.norm`, the classifier as `head.fc`;
+- mmsegmentation 0.x: prefix `backbone.`, and heads with `bn` and `conv_seg`;
 - MegEngine: flat `blocks`, batch-norm arrays of [1,C,1,1], grouped kernels of [C,1,1,K,K], images in BGR.
 """
 
@@ -156,6 +157,8 @@ def to_official(state: Mapping[str, Any]) -> State:
     if any(".pre_bn." in key for key in state):
         return from_megengine(state)
     tensors = {key: torch.as_tensor(value) for key, value in state.items()}
+    if any(_SEGMENTATION_HEAD.match(key) for key in tensors):
+        return from_mmseg(tensors)
     if "head.fc.weight" in tensors:
         return from_mmpretrain(tensors)
     if tensors and all(key.startswith("backbone.") for key in tensors):
@@ -229,6 +232,33 @@ def _official_from_megengine(key: str, ends: list[int]) -> str:
     return key
 
 
+def from_mmseg(state: Mapping[str, Tensor]) -> State:
+    """Keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to those of `replknet.tasks.upernet.UperNet`."""
+    return {_mmseg_to_ours(key): value for key, value in state.items()}
+
+
+def to_mmseg(state: Mapping[str, Tensor]) -> State:
+    """Keys of `replknet.tasks.upernet.UperNet` to those of mmsegmentation 0.x."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace("backbone.model.", "backbone.", 1)
+        if _SEGMENTATION_HEAD.match(key):
+            key = key.replace(".batch_norm.", ".bn.").replace("_head.classifier.", "_head.conv_seg.")
+        renamed[key] = value
+    return renamed
+
+
+_SEGMENTATION_HEAD = re.compile(r"(decode|auxiliary)_head\.")
+
+
+def _mmseg_to_ours(key: str) -> str:
+    if _SEGMENTATION_HEAD.match(key):
+        return key.replace(".bn.", ".batch_norm.").replace("_head.conv_seg.", "_head.classifier.")
+    if key.startswith("backbone.") and not key.startswith("backbone.model."):
+        return key.replace("backbone.", "backbone.model.", 1)
+    return key
+
+
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> State:
     """timm's hook between a downloaded file and the model."""
     return to_official(unwrapped(state))
@@ -286,8 +316,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = Tr
     """Load weights of any known key format into a model, strictly: all keys fit, or nothing is changed.
 
     Args:
-        model: a RepLKNet in the form of the checkpoint (training, merged or folded). Its parameters keep their
-            dtype and device.
+        model: a network in the form of the checkpoint (training, merged or folded): a RepLKNet, or a UperNet over one.
+            Its parameters keep their dtype and device.
         path: see `read_state_dict`.
         classifier: load that, too; else the model keeps its own, for other classes.
 

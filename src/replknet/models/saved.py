@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from torch import Tensor
+from torch import Tensor, nn
 
 from replknet.models import mobilenetv2, replknet
 from replknet.models.checkpoints import CheckpointError, form_of, mismatch, read_metadata, read_state_dict
@@ -77,6 +77,11 @@ def save_model(model: StagedNet, path: str | Path, description: Description) -> 
         path: the file; its folder is made.
         description: what is needed to build the network again and to feed it, written into the file's header.
     """
+    write(model, path, {_FIELD: json.dumps(_plain(description))})
+
+
+def write(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the tensors of a network to a safetensors file with these texts in its header, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -84,7 +89,7 @@ def save_model(model: StagedNet, path: str | Path, description: Description) -> 
     # safetensors makes files that only their owner may read
     part.touch()
     mode = part.stat().st_mode
-    save_file(state, part, metadata={"format": "pt", _FIELD: json.dumps(_plain(description))})
+    save_file(state, part, metadata={"format": "pt", **metadata})
     part.chmod(mode)
     os.replace(part, path)
 

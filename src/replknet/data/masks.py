@@ -1,0 +1,261 @@
+"""Images with a class for each pixel: ADE20K, Cityscapes, and any folder or zip of pairs, such as CamVid's."""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from replknet.data.images import ImageError
+
+# label of a pixel that is not trained on and not scored
+IGNORE = 255
+
+_IMAGES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names and colours of the classes, in the order of the labels."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]  # RGB, 0 to 255
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "palette", tuple(tuple(colour) for colour in self.palette))
+        if not self.names or len(self.names) != len(self.palette):
+            raise ValueError(f"each class needs a colour, got {len(self.names)} names and {len(self.palette)} colours")
+
+
+@cache
+def shipped_classes(name: str) -> Classes:
+    """Those of "ade20k" (150) or "cityscapes" (19)."""
+    return _parsed((Path(__file__).parent / "classes" / f"{name}.json").read_text(), name)
+
+
+def _parsed(text: str, where: str) -> Classes:
+    try:
+        content = json.loads(text)
+        return Classes(content["classes"], content["palette"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageError(
+            f'{where} must be JSON with "classes" (names) and "palette" (a colour [r,g,b] each), got {text:.60}...: '
+            f"{error!r}"
+        ) from error
+
+
+class _Files:
+    """Names and contents of the files in a folder or a zip archive."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._archives: dict[int, zipfile.ZipFile] = {}
+        if root.is_dir():
+            self._names: list[str] | None = None
+        elif zipfile.is_zipfile(root):
+            self._names = [name for name in self._archive().namelist() if not name.endswith("/")]
+        else:
+            raise ImageError(f"expected a folder or a zip archive of images and masks, but {root} is neither")
+
+    def _archive(self) -> zipfile.ZipFile:
+        # processes must not share a file's position
+        if os.getpid() not in self._archives:
+            self._archives[os.getpid()] = zipfile.ZipFile(self.root)
+        return self._archives[os.getpid()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archives": {}}
+
+    def below(self, folder: str) -> list[str]:
+        """Names of the files in a folder and the folders in it, sorted."""
+        if self._names is not None:
+            return sorted(name for name in self._names if name.startswith(f"{folder}/"))
+        return sorted(p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*") if p.is_file())
+
+    def read(self, name: str) -> bytes:
+        if self._names is not None:
+            return self._archive().read(name)
+        return (self.root / name).read_bytes()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names if self._names is not None else (self.root / name).is_file()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set keeps its pairs, and what its labels mean.
+
+    Args:
+        images: folder of a split's images, with {split}.
+        masks: folder of their masks, with {split}.
+        ending: of an image's name, which is `mask_ending` in its mask's.
+        mask_ending: of a mask's name.
+        splits: names of the folders of train, val and test, where they are others.
+        labels: value in a mask -> class, or IGNORE; None for values that are the class, or IGNORE.
+    """
+
+    images: str
+    masks: str
+    ending: str = ""
+    mask_ending: str = ".png"
+    splits: Mapping[str, str] | None = None
+    labels: Mapping[int, int] | None = None
+
+
+# of the 34 labels of Cityscapes those that are scored
+_CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+LAYOUTS: dict[str, Layout] = {
+    "masks": Layout("images/{split}", "annotations/{split}"),
+    "ade20k": Layout(
+        "images/{split}",
+        "annotations/{split}",
+        splits={"train": "training", "val": "validation"},
+        # what is of no class has 0
+        labels={0: IGNORE, **{label: label - 1 for label in range(1, 151)}},
+    ),
+    "cityscapes": Layout(
+        "leftImg8bit/{split}",
+        "gtFine/{split}",
+        "_leftImg8bit.png",
+        "_gtFine_labelIds.png",
+        # a licence plate is label -1, which a mask has as 255
+        labels={**dict.fromkeys([*range(34), 255], IGNORE), **{label: i for i, label in enumerate(_CITYSCAPES)}},
+    ),
+}
+
+
+class Pairs:
+    """Images and their masks, by name.
+
+    Args:
+        name: of the layout: "ade20k" (ADEChallengeData2016), "cityscapes" (leftImg8bit and gtFine, original
+            labels), or "masks" for images/{split}/NAME.jpg, annotations/{split}/NAME.png and classes.json.
+        data: the folder, or a zip archive of it.
+        split: "train", "val" or "test".
+
+    Raises:
+        ImageError: files are not where they are expected, or an image has no mask; the text names them. By an item:
+            a file cannot be read, a mask has another size, or a label that is no class.
+    """
+
+    def __init__(self, name: str, data: Path, split: str) -> None:
+        layout = LAYOUTS[name]
+        self._files = _Files(data)
+        if name == "masks":
+            if "classes.json" not in self._files:
+                raise ImageError(f'expected classes.json in {data}, with "classes" and "palette"')
+            self.classes = _parsed(self._files.read("classes.json").decode(), f"classes.json in {data}")
+        else:
+            self.classes = shipped_classes(name)
+        folder = (layout.splits or {}).get(split, split)
+        images, masks = layout.images.format(split=folder), layout.masks.format(split=folder)
+        there = set(self._files.below(masks))
+        self.names: list[tuple[str, str]] = []
+        without = []
+        for image in self._files.below(images):
+            if not (image.endswith(layout.ending) if layout.ending else image.lower().endswith(_IMAGES)):
+                continue
+            stem = image.removesuffix(layout.ending) if layout.ending else image.rpartition(".")[0]
+            mask = masks + stem.removeprefix(images) + layout.mask_ending
+            self.names.append((image, mask))
+            if mask not in there:
+                without.append(mask)
+        if not self.names:
+            raise ImageError(
+                f"expected images in {images}/ and masks in {masks}/ of {data}, but found no image; that is the layout "
+                f"of {name!r}, others are {', '.join(other for other in LAYOUTS if other != name)}"
+            )
+        if without:
+            raise ImageError(
+                f"{len(without)} of the {len(self.names)} images in {images}/ of {data} have no mask: expected "
+                f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}"
+            )
+        self._labels = _table(layout.labels, len(self.classes.names))
+        self._accepted = sorted(layout.labels or [*range(len(self.classes.names)), IGNORE])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
+        """The image in RGB and its mask `[H,W]`, uint8: the class of each pixel, or IGNORE."""
+        image, mask = self.image(index), self._decoded(self.names[index][1])
+        where = f"{self._files.root}: {self.names[index][1]}"
+        if mask.mode not in ("L", "P"):
+            raise ImageError(f"{where} must have one channel of 8 bits with a label a pixel, got mode {mask.mode}")
+        if mask.size != image.size:
+            raise ImageError(f"{where} must be as large as its image, {image.size}, got {mask.size}")
+        values = np.asarray(mask)
+        labels = self._labels[values]
+        if labels.min() < 0:
+            wrong = sorted(set(np.unique(values[labels < 0]).tolist()))
+            raise ImageError(
+                f"{where} has labels that are no class: {', '.join(map(str, wrong[:5]))}; expected "
+                f"{_ranges(self._accepted)}"
+            )
+        return image, torch.from_numpy(labels.astype(np.uint8))
+
+    def image(self, index: int) -> Image.Image:
+        """The image alone, in RGB."""
+        return self._decoded(self.names[index][0]).convert("RGB")
+
+    def _decoded(self, name: str) -> Image.Image:
+        try:
+            image = Image.open(io.BytesIO(self._files.read(name)))
+            image.load()
+        except (OSError, UnidentifiedImageError, zipfile.BadZipFile) as error:
+            raise ImageError(f"{self._files.root}: {name} cannot be read as an image: {error}") from error
+        return image
+
+
+def _table(labels: Mapping[int, int] | None, classes: int) -> Any:
+    """For each of the 256 values of a mask its class, IGNORE, or -1 for none: `[256]`, int16."""
+    table = np.full(256, -1, np.int16)
+    for value, label in (labels or {**{i: i for i in range(classes)}, IGNORE: IGNORE}).items():
+        table[value] = label
+    return table
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Numbers as text, runs of them shortened."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return " and ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+
+
+class MaskSet(Dataset[Any]):
+    """Pairs, transformed together.
+
+    Args:
+        pairs: the images and their masks.
+        transform: from an image `[3,H,W]` and a mask `[H,W]`, both uint8, to what the network gets and what it is
+            compared with.
+
+    An item is (image, mask).
+    """
+
+    def __init__(self, pairs: Pairs, transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.pairs, self.transform = pairs, transform
+        self.classes = pairs.classes.names
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.pairs[index]
+        return self.transform(torch.from_numpy(np.array(image)).permute(2, 0, 1), mask)

@@ -1,0 +1,96 @@
+"""UperNet over any backbone with features: the segmentation networks of the paper.
+
+The heads are transformers', which are mmsegmentation's. What they lack is added: dropout before the classifiers,
+the corners of Cityscapes' configuration, and mmsegmentation's initial values.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import UperNetConfig
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+_DROPOUT = 0.1
+
+
+class _Classifier(nn.Conv2d):
+    """A 1x1 convolution that whole channels are dropped before, in training."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.dropout2d(input, _DROPOUT, self.training))
+
+
+class UperNet(nn.Module):
+    """A backbone, UperNet's head on its features, and an auxiliary head for training.
+
+    Args:
+        backbone: a timm model with `features_only=True`; its features are four, at strides 4, 8, 16 and 32 as the
+            paper has them, or any number from two on.
+        num_classes: classes of a pixel.
+        channels: of the head: 512 in the paper.
+        auxiliary_channels: of the auxiliary head, on the last feature but one: 256 in the paper; None for no such head.
+        align_corners: of every interpolation, as the paper's configuration for Cityscapes has it.
+
+    Input: images `[N,3,H,W]`, any size.
+    Output: logits `[N,num_classes,H,W]`; with `auxiliary=True` a tuple of those of both heads.
+
+    Source: Xiao et al. 2018, "Unified Perceptual Parsing for Scene Understanding", arXiv:1807.10221; Ding et al. 2022,
+    arXiv:2203.06717, section 4.3.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        channels: int = 512,
+        auxiliary_channels: int | None = 256,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        widths: list[int] = backbone.feature_info.channels()  # type: ignore[operator,union-attr]  # of every such model
+        config = UperNetConfig(
+            # no backbone is built from it
+            backbone_config={"model_type": "resnet"},
+            hidden_size=channels,
+            auxiliary_channels=auxiliary_channels or channels,
+        )
+        config.num_labels = num_classes
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.align_corners = align_corners
+        self.decode_head = UperNetHead(config, widths)
+        self.auxiliary_head: UperNetFCNHead | None = None
+        if auxiliary_channels is not None:
+            self.auxiliary_head = UperNetFCNHead(config, widths, in_index=len(widths) - 2)
+        for head in (self.decode_head, self.auxiliary_head):
+            if head is None:
+                continue
+            head.classifier = _Classifier(head.classifier)
+            for module in head.modules():
+                if isinstance(module, _Classifier):
+                    nn.init.normal_(module.weight, std=0.01)
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # it has one
+                elif isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.decode_head.align_corners = self.decode_head.psp_modules.align_corners = align_corners
+
+    def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.backbone(x)
+        size = x.shape[-2:]
+        logits = self._upsampled(self.decode_head(features), size)
+        if not auxiliary:
+            return logits
+        assert self.auxiliary_head is not None
+        return logits, self._upsampled(self.auxiliary_head(features), size)
+
+    def _upsampled(self, logits: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
+
+
+def without_auxiliary(model: UperNet) -> UperNet:
+    """The same network as it is used: the head that only training has is dropped, in place."""
+    model.auxiliary_head = None
+    return model
