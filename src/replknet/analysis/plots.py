@@ -5,12 +5,16 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 
 from replknet.analysis.erf import ERF
 
@@ -33,21 +37,55 @@ def receptive_fields(fields: Mapping[str, ERF]) -> Figure:
     return figure
 
 
-def curves(series: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Training loss and validation accuracy by epoch, one line a network."""
+_DPI = 110
+
+# what an axis says of a score
+_SCORES = {"val_top1": "accuracy, %", "val_miou": "mIoU, %"}
+
+
+def curves(series: Mapping[str, Sequence[Mapping[str, float]]], score: str = "val_top1") -> Figure:
+    """Training loss and a validation score by epoch, one line a network."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for label, rows in series.items():
         epochs = [row["epoch"] + 1 for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], marker="o", label=label)
         # a training may score nothing
-        scored = [row for row in rows if "val_top1" in row]
-        right.plot([row["epoch"] + 1 for row in scored], [100 * row["val_top1"] for row in scored], marker="o")
+        scored = [row for row in rows if score in row]
+        right.plot([row["epoch"] + 1 for row in scored], [100 * row[score] for row in scored], marker="o")
     left.set(xlabel="epoch", ylabel="training loss, nats")
-    right.set(xlabel="epoch", ylabel="accuracy, %")
+    right.set(xlabel="epoch", ylabel=_SCORES[score])
     left.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
+    return figure
+
+
+def overlay(image: Image.Image, labels: Any, names: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Figure:
+    """An image under the colours of its pixels' classes, with a legend of those that cover most.
+
+    Args:
+        image: in RGB.
+        labels: class of each pixel, `[H,W]`.
+        names: of the classes.
+        palette: of the classes, RGB from 0 to 255.
+    """
+    labels = np.asarray(labels)
+    mixed = (np.asarray(image) / 2 + np.array(palette)[labels] / 2).astype(np.uint8)
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    shown = [i for i in counts.argsort()[::-1][:20] if counts[i]]
+    # pixels stay pixels: the picture is as large as the image, with room for the legend
+    width, height = image.width / _DPI, image.height / _DPI
+    legend = 1.9
+    figure = plt.figure(figsize=(width + legend, height), dpi=_DPI)
+    axis = figure.add_axes((0, 0, width / (width + legend), 1))
+    axis.imshow(mixed, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    entries = []
+    for i in shown:
+        r, g, b = palette[i]
+        entries.append(Patch(color=(r / 255, g / 255, b / 255), label=f"{names[i]} {counts[i] / labels.size:.1%}"))
+    figure.legend(handles=entries, loc="center right", fontsize=8, frameon=False)
     return figure
 
 
@@ -104,7 +142,7 @@ def times_by_kernel(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float,
 def save(figure: Figure, path: Path) -> None:
     """Write a picture, in the format that the path's ending names; an earlier one is replaced when all is written."""
     part = path.with_name(f"part.{path.name}")
-    figure.savefig(part, dpi=110)
+    figure.savefig(part, dpi=_DPI)
     # pyplot keeps every figure until then
     plt.close(figure)
     os.replace(part, path)
@@ -113,6 +151,6 @@ def save(figure: Figure, path: Path) -> None:
 def as_html(figure: Figure, text: str) -> str:
     """An <img> element with the picture inside, described by `text`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=_DPI)
     plt.close(figure)
     return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

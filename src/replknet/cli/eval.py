@@ -3,12 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from replknet.cli.main import CHECKPOINT, parser
+from replknet.cli.main import CHECKPOINT, TASK, WINDOW, Task, parser
 from replknet.data.download import quiet
 from replknet.models import load_model
 
@@ -16,17 +16,36 @@ from replknet.models import load_model
 def main(argv: list[str]) -> int:
     p = parser("eval", "replknet eval runs/cifar10/model.safetensors --dataset cifar10")
     p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    p.add_argument("--dataset", type=Literal["cifar10", "folder"], default="cifar10", help="test images")
-    p.add_argument("--data", type=Path | None, help="folder with val/<class>/, or where CIFAR-10 is kept")
-    p.add_argument("--batch-size", type=int, default=256, help="images at a time")
+    p.add_argument("--task", type=Task, default="classification", help=TASK)
+    p.add_argument(
+        "--dataset",
+        type=Literal["cifar10", "folder", "ade20k", "cityscapes", "masks"] | None,
+        help="test images; cifar10 by default, and masks (images/, annotations/, classes.json) in segmentation",
+    )
+    p.add_argument("--data", type=Path | None, help="folder with val/<class>/ or of masks, or where CIFAR-10 is kept")
+    p.add_argument("--split", type=Literal["train", "val", "test"], default="val", help="of the masks")
+    p.add_argument("--batch-size", type=int, default=256, help="images at a time, in classification")
     p.add_argument("--unreadable-images", type=int, default=0, help="that may be skipped; one more is an error")
+    p.add_argument("--window", type=int | None, help=WINDOW)
+    p.add_argument("--stride", type=int | None, help="from one window to the next, pixels")
+    p.add_argument(
+        "--ratios", type=tuple[float, ...], default=(1.0,), help="sizes of the image to average, as '[1, 1.5]'"
+    )
+    p.add_argument("--flip", action="store_true", help="average with the mirrored image, in segmentation")
     p.add_argument("--json", action="store_true", help="machine-readable output, with the confusion matrix")
     args = p.parse_args(argv)
+    return _segmentation(args) if args.task == "segmentation" else _classification(args)
+
+
+def _classification(args: Any) -> int:
     from replknet.tasks.classification import evaluate  # Lightning takes seconds to import
     from replknet.train.datasets import batches, evaluation_set
 
+    name = args.dataset or "cifar10"
+    if name not in ("cifar10", "folder"):
+        raise ValueError(f"{name} has a class a pixel: score it with --task segmentation")
     model, description = load_model(args.checkpoint, torch.float32)
-    dataset = evaluation_set(args.dataset, args.data, description, args.unreadable_images)
+    dataset = evaluation_set(name, args.data, description, args.unreadable_images)
     scores = evaluate(model, tqdm(batches(dataset, args.batch_size), desc="evaluating", disable=quiet()))
     if args.json:
         print(json.dumps(dataclasses.asdict(scores)))
@@ -36,3 +55,40 @@ def main(argv: list[str]) -> int:
     for label, share in enumerate(scores.per_class):
         print(f"  {description.classes[label] if description.classes else label:<12} {100 * share:.1f} %")
     return 0
+
+
+def _segmentation(args: Any) -> int:
+    from replknet.data.masks import MaskSet, Pairs
+    from replknet.tasks.segmentation import evaluate, inference_of, load_segmentation
+    from replknet.train.datasets import batches
+
+    name = args.dataset or "masks"
+    if name in ("cifar10", "folder"):
+        raise ValueError(f"{name} has a class an image: score it with --task classification")
+    if args.data is None:
+        raise ValueError("name the folder or zip of the images and masks with --data")
+    model, description = load_segmentation(args.checkpoint, torch.float32)
+    inference = inference_of(description, args.window, args.stride, args.ratios, args.flip)
+    pairs = Pairs(name, args.data, args.split)
+    if pairs.classes.names != description.classes:
+        raise ValueError(
+            f"the network has the classes {', '.join(description.classes[:3])}, ..., and {args.data} has "
+            f"{', '.join(pairs.classes.names[:3])}, ...; they must be the same, in the same order"
+        )
+    loader = batches(MaskSet(pairs, description.transform), 1)
+    scores = evaluate(model, tqdm(loader, desc="evaluating", disable=quiet()), len(description.classes), inference)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(scores)))
+        return 0
+    print(
+        f"{scores.images} images  mIoU {100 * scores.miou:.2f} %  pixel accuracy {100 * scores.accuracy:.2f} %  "
+        f"mean class accuracy {100 * scores.mean_accuracy:.2f} %"
+    )
+    print(f"  {'class':<20} {'IoU':>7} {'accuracy':>9}")
+    for label, iou, accuracy in zip(description.classes, scores.iou, scores.class_accuracy, strict=True):
+        print(f"  {label:<20} {_percent(iou):>7} {_percent(accuracy):>9}")
+    return 0
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

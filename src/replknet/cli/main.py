@@ -4,7 +4,7 @@ import difflib
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -16,9 +16,9 @@ COMMANDS = {
     "info": "list the models with their parameters and multiply-adds",
     "recipes": "list the trainings that `train` knows, with command, hardware and score",
     "plan": "estimate memory and steps of a training before it runs",
-    "train": "train a classifier from a recipe",
+    "train": "train a classifier or a segmentation network from a recipe",
     "eval": "score a trained network on a data set",
-    "predict": "name the likeliest classes of image files",
+    "predict": "name the likeliest classes of image files, or the class of each of their pixels",
     "merge": "turn a checkpoint into the inference form",
     "erf": "compute and draw the effective receptive field",
     "bench": "time the depthwise operator against torch and other runtimes",
@@ -27,6 +27,10 @@ COMMANDS = {
 
 # help of the argument of every command that reads a network
 CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of some that come with the package"
+# and of those that run one
+TASK = "what the network does"
+WINDOW = "side of the windows that segmentation takes of an image, pixels; the network's own if none is given"
+Task = Literal["classification", "segmentation"]
 
 
 class Parser(ArgumentParser):
@@ -68,9 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("replknet"):
             raise
-        extra = {"matplotlib": "viz", "pytorch_lightning": "train", "torchmetrics": "train"}.get(
-            error.name or "", "all"
-        )
+        extra = {
+            "matplotlib": "viz",
+            "pytorch_lightning": "train",
+            "torchmetrics": "train",
+            "transformers": "seg",
+            "monai": "seg",
+        }.get(error.name or "", "all")
         print(f'replknet {name}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

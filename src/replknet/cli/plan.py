@@ -4,10 +4,13 @@ import dataclasses
 import json
 
 from replknet.cli.train import resolved
+from replknet.recipes import Recipe
 
 
 def main(argv: list[str]) -> int:
     recipe, machine, args = resolved("plan", argv)
+    if not isinstance(recipe, Recipe):
+        raise ValueError("a plan counts the memory of classifiers; it cannot count segmentation yet")
     if args.gpus is not None:
         machine = dataclasses.replace(machine, devices=args.gpus)
     from replknet.train.plan import USABLE, plan, training_images

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from replknet.cli.main import Parser, parser
-from replknet.recipes import RECIPES, Machine, Recipe
+from replknet.recipes import RECIPES, Machine, Recipe, SegmentationRecipe
 
 # the arguments in a docstring, and what it says of them
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
@@ -40,14 +40,15 @@ _COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
-def recipe_parser(command: str, recipe: Recipe) -> Parser:
+def recipe_parser(command: str, recipe: Recipe | SegmentationRecipe) -> Parser:
     """Every field of a recipe is an option, with the recipe's value as its default."""
     example, add_options = _COMMANDS[command]
     p = parser(command, example)
     p.add_argument("recipe", choices=list(RECIPES), help="what to train")
     add_options(p)
     p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
-    for kind, defaults in ((Recipe, recipe), (Machine, Machine())):
+    for defaults in (recipe, Machine()):
+        kind = type(defaults)
         texts = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
         types = typing.get_type_hints(kind)
         for name in _names(kind):
@@ -60,27 +61,32 @@ def recipe_parser(command: str, recipe: Recipe) -> Parser:
     return p
 
 
-def _names(kind: type[Recipe] | type[Machine]) -> list[str]:
+def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def resolved(command: str, argv: list[str]) -> tuple[Recipe, Machine, Any]:
+def resolved(command: str, argv: list[str]) -> tuple[Recipe | SegmentationRecipe, Machine, Any]:
     """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(RECIPES)}"
         raise ValueError(f"no recipe is called {argv[0]!r}; {hint}")
-    # which preset and which file are known only after a first reading, with any defaults
-    first = recipe_parser(command, next(iter(RECIPES.values()))()).parse_args(argv)
-    p = recipe_parser(command, RECIPES[first.recipe]())
-    args = p.parse_args(argv if first.config is None else [*_options(first.config), *argv])
-    recipe = Recipe(**{name: getattr(args, name) for name in _names(Recipe)})
+    # a recipe decides which options there are; any will do for --help alone
+    named = next((word for word in argv if word in RECIPES), None)
+    preset = RECIPES[named or next(iter(RECIPES))]()
+    p = recipe_parser(command, preset)
+    args = p.parse_args(argv)
+    if args.recipe != named:
+        raise ValueError(f"name the recipe before the options: replknet {command} {args.recipe} ...")
+    if args.config is not None:
+        args = p.parse_args([*_options(args.config, preset), *argv])
+    recipe = type(preset)(**{name: getattr(args, name) for name in _names(type(preset))})
     return recipe, Machine(**{name: getattr(args, name) for name in _names(Machine)}), args
 
 
-def _options(file: Path) -> list[str]:
+def _options(file: Path, preset: Recipe | SegmentationRecipe) -> list[str]:
     """The fields in a file that --print-config wrote, as the options that they stand for."""
-    names = _names(Recipe)
+    names = _names(type(preset))
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

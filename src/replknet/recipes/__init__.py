@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from replknet.recipes import imagenet
+from replknet.recipes import imagenet, segmentation
 from replknet.recipes.classification import cifar10, cifar10_l, folder
 from replknet.recipes.machine import Machine
 from replknet.recipes.recipe import Recipe
+from replknet.recipes.segmentation import SegmentationRecipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[[], Recipe | SegmentationRecipe]] = {
     recipe.__name__: recipe
     for recipe in (
         cifar10,
@@ -23,7 +24,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         imagenet.imagenet1k_xl_320,
         imagenet.imagenet1k_b_120,
         imagenet.imagenet1k_mobilenetv2_100,
+        segmentation.ade20k_31b_512,
+        segmentation.ade20k_31b_640,
+        segmentation.ade20k_31l_640,
+        segmentation.ade20k_xl_640,
+        segmentation.cityscapes_31b_769,
+        segmentation.camvid,
     )
 }
 
-__all__ = ["RECIPES", "Machine", "Recipe", "cifar10", "cifar10_l", "folder"]
+__all__ = ["RECIPES", "Machine", "Recipe", "SegmentationRecipe", "cifar10", "cifar10_l", "folder"]

@@ -5,7 +5,8 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ import pytorch_lightning as pl
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import update_bn
 
 from replknet.data.draws import seed_all
-from replknet.models import Description, save_model
-from replknet.models.staged import StagedNet
 from replknet.train.memory import give_back_fragments
 
 # tells the random numbers of a step from those of an image
@@ -32,6 +31,22 @@ class StateError(RuntimeError):
 
 class LossError(RuntimeError):
     """A loss that is no number; the text says at which step, and where its batch is."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How the network of a training is kept: written to a file, and built anew without weights."""
+
+    save: Callable[[nn.Module, Path], None]
+    build: Callable[[], nn.Module]
+
+
+def scores_of(trainer: pl.Trainer) -> dict[str, float]:
+    """What the validation of this epoch found; nothing where there was none."""
+    if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):
+        # those of an earlier epoch are still there
+        return {}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
 
 
 class SeedSteps(pl.Callback):
@@ -95,15 +110,16 @@ class KeepLast(pl.Callback):
 
     Args:
         folder: where the files go.
-        description: of the weights.
+        kept: how the network is built and written.
         recipe: what `last.ckpt` is of.
         every: steps after which the state is written within an epoch; None for after each epoch alone.
+        score: name of the score that decides what is best.
     """
 
     def __init__(
-        self, folder: Path, description: Description, recipe: dict[str, Any], every: int | None = None
+        self, folder: Path, kept: Kept, recipe: dict[str, Any], every: int | None = None, score: str = "val_top1"
     ) -> None:
-        self.folder, self.description, self.recipe, self.every = folder, description, recipe, every
+        self.folder, self.kept, self.recipe, self.every, self.score = folder, kept, recipe, every, score
         self.curve: list[dict[str, float]] = []
         self.interrupted = False
         # of the epoch in work, in all processes that worked on it
@@ -177,9 +193,9 @@ class KeepLast(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._check_loss(trainer)
         # nothing where no validation images are scored
-        scored = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-        best = scored.get("val_top1", -1.0) > max(
-            (earlier.get("val_top1", -1.0) for earlier in self.curve), default=-1.0
+        scored = scores_of(trainer)
+        best = scored.get(self.score, -1.0) > max(
+            (earlier.get(self.score, -1.0) for earlier in self.curve), default=-1.0
         )
         self._gather_losses(trainer)
         # the exact sum does not depend on where the epoch was interrupted
@@ -196,10 +212,10 @@ class KeepLast(pl.Callback):
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, best: bool = False) -> None:
         part = self.folder / "last.ckpt.part"
         try:
-            model = _whole(trainer, module, self.description)
+            model = _whole(trainer, module, self.kept)
             if trainer.is_global_zero:
                 for name in ("model", "best") if best else ("model",):
-                    save_model(model, self.folder / f"{name}.safetensors", self.description)
+                    self.kept.save(model, self.folder / f"{name}.safetensors")
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
                 os.replace(part, self.folder / "last.ckpt")
@@ -211,17 +227,17 @@ class KeepLast(pl.Callback):
             ) from error
 
 
-def _whole(trainer: pl.Trainer, module: pl.LightningModule, description: Description) -> StagedNet:
+def _whole(trainer: pl.Trainer, module: pl.LightningModule, kept: Kept) -> nn.Module:
     """The network to be kept; where its weights are divided among processes the first one has them, put together."""
     model = module.weights
-    assert isinstance(model, StagedNet)
+    assert isinstance(model, nn.Module)
     if not isinstance(model, FSDPModule):
         return model
     state = trainer.strategy.lightning_module_state_dict()
     if not trainer.is_global_zero:
         return model
     with torch.device("meta"):
-        whole = description.build()
+        whole = kept.build()
     whole.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, assign=True)
     return whole
 

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from replknet.data import cifar10, images, transforms
 from replknet.data.draws import Drawn, EveryOnce, GlobalBatches, collate
 from replknet.models import Description
-from replknet.recipes import Recipe
+from replknet.recipes import Recipe, SegmentationRecipe
 
-_NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
+    "cifar10": (cifar10.MEAN, cifar10.STD),
     "inception": (transforms.INCEPTION_MEAN, transforms.INCEPTION_STD),
 }
 _CROP_PCT = 0.875
@@ -32,6 +33,8 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
+    # images at once in validation; None for twice as many as in training
+    val_batch: int | None = None
 
 
 def splits(recipe: Recipe, data: Path | None) -> Splits:
@@ -49,7 +52,7 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
         return _cifar10(recipe, data)
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder with --data DIR")
-    mean, std = _NORMALIZATIONS[recipe.normalization]
+    mean, std = NORMALIZATIONS[recipe.normalization]
     size = recipe.image_size
     moved = transforms.train_transform(size, mean, std, recipe.auto_augment, recipe.random_erasing, recipe.color_jitter)
     train = images.ImageSet(images.source_of(data, "train"), moved, recipe.unreadable_images, replace=True)
@@ -119,7 +122,7 @@ class Batches(pl.LightningDataModule):
         start: steps of the training that are done.
     """
 
-    def __init__(self, sets: Splits, recipe: Recipe, accumulate: int, start: int) -> None:
+    def __init__(self, sets: Splits, recipe: Recipe | SegmentationRecipe, accumulate: int, start: int) -> None:
         super().__init__()
         self.sets, self.recipe, self.accumulate, self.start = sets, recipe, accumulate, start
 
@@ -151,7 +154,7 @@ class Batches(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         mine = EveryOnce(len(self.sets.val), self.trainer.global_rank, self.trainer.world_size)
-        batch = max(1, 2 * self.recipe.batch_size // (self.trainer.world_size * self.accumulate))
+        batch = self.sets.val_batch or max(1, 2 * self.recipe.batch_size // (self.trainer.world_size * self.accumulate))
         return self._loader(self.sets.val, batch_size=batch, sampler=mine, collate_fn=images.present)
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import timm
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
-from torch import nn
 
 from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
-from replknet.models import CONFIGS, Description, load_checkpoint, read_state_dict
-from replknet.models.staged import StagedNet
-from replknet.recipes import Machine, Recipe
-from replknet.tasks.classification import Classification
-from replknet.train.callbacks import GiveBackMemory, KeepLast, PreciseBN, SeedSteps, check_whole
-from replknet.train.datasets import Batches, Splits, splits
+from replknet.recipes import Machine, Recipe, SegmentationRecipe
+from replknet.train import classification
+from replknet.train.callbacks import GiveBackMemory, KeepLast, SeedSteps, check_whole
+from replknet.train.datasets import Batches
+from replknet.train.job import Job
 from replknet.train.memory import keep_freed_memory
 from replknet.train.progress import Bar, Progress
 
@@ -36,9 +33,13 @@ class ResumeError(ValueError):
 
 
 def fit(
-    recipe: Recipe, folder: Path, data: Path | None = None, resume: bool = False, machine: Machine | None = None
+    recipe: Recipe | SegmentationRecipe,
+    folder: Path,
+    data: Path | None = None,
+    resume: bool = False,
+    machine: Machine | None = None,
 ) -> Path:
-    """Train a classifier; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
+    """Train a network; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
 
     A second Ctrl-C stops at once, with the last state that was written. However a training ends, it goes on as if it
     had not: images, mixing and drop path are functions of the seed, the epoch, the image and the step. On the same
@@ -48,7 +49,7 @@ def fit(
         recipe: what to train.
         folder: where the result goes: `model.safetensors` (weights with their description), `last.ckpt`
             (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch), `best.safetensors` (weights
-            of the epoch with the best validation accuracy), `steps.csv` and `tensorboard/` (loss, learning rate and
+            of the epoch with the best score), `steps.csv` and `tensorboard/` (loss, learning rate and
             speed every few steps), `curve.png`.
         data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
         resume: go on from `folder/last.ckpt`.
@@ -83,27 +84,16 @@ def fit(
     done = _steps_done(last, recipe, resume)
     keep_freed_memory()
     pl.seed_everything(recipe.seed, verbose=False)
-    sets = splits(recipe, data)
-    model = _network(recipe, sets)
-    model.set_grad_checkpointing(machine.grad_checkpointing)
+    job = _job(recipe, data, machine)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    description = Description(
-        config=model.cfg,
-        classes=sets.classes,
-        num_classes=len(sets.classes),
-        image_size=recipe.image_size,
-        crop_pct=sets.crop_pct,
-        mean=sets.mean,
-        std=sets.std,
-    )
-    keep = KeepLast(folder, description, _plain(recipe), machine.save_steps)
+    keep = KeepLast(folder, job.kept, _plain(recipe), machine.save_steps, job.score)
     with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
-        trainer = _trainer(recipe, folder, keep, machine, accumulate)
+        trainer = _trainer(recipe, job, folder, keep, machine, accumulate)
         trainer.fit(
-            _task(recipe, model, sets, machine.compile),
-            datamodule=Batches(sets, recipe, accumulate, done),
+            job.task,
+            datamodule=Batches(job.sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
         )
@@ -111,11 +101,11 @@ def fit(
         # it came after the last step
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        plots.save(plots.curves({recipe.model: keep.curve}), folder / "curve.png")
+        plots.save(plots.curves({recipe.model: keep.curve}, job.score), folder / "curve.png")
     return folder / "model.safetensors"
 
 
-def _warn_of_emulation(recipe: Recipe) -> None:
+def _warn_of_emulation(recipe: Recipe | SegmentationRecipe) -> None:
     """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
@@ -168,13 +158,13 @@ def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
+def _plain(recipe: Recipe | SegmentationRecipe) -> dict[str, Any]:
     """The recipe as JSON gives it back."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return plain
 
 
-def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
+def _steps_done(last: Path, recipe: Recipe | SegmentationRecipe, resume: bool) -> int:
     """Steps of the training that goes on, 0 for a new one."""
     if not resume:
         if last.exists():
@@ -188,7 +178,7 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
     check_whole(last)
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     # a state of an earlier version lacks options that came later
-    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    defaults = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
     before, now = {**defaults, **state.get("replknet_recipe", {})}, _plain(recipe)
     differing = sorted(key for key in now if before.get(key) != now[key])
     if differing:
@@ -197,64 +187,22 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
     return int(state["global_step"])
 
 
-def _network(recipe: Recipe, sets: Splits) -> StagedNet:
-    # a name that networks of others do not know
-    options = {"sync_bn": True} if recipe.sync_bn else {}
-    model = create_network(recipe, len(sets.classes), **options)
-    if not isinstance(model, StagedNet):
-        raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
-    if recipe.weights is not None:
-        theirs = read_state_dict(recipe.weights).get("head.bias")
-        same = theirs is not None and len(theirs) == len(sets.classes)
-        load_checkpoint(model, recipe.weights, classifier=same)
-    return model
+def _job(recipe: Recipe | SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
+    if isinstance(recipe, Recipe):
+        return classification.job(recipe, data, machine)
+    from replknet.train.segmentation import job  # its packages are optional
+
+    return job(recipe, data, machine)
 
 
-def create_network(recipe: Recipe, classes: int, **options: Any) -> nn.Module:
-    """The network of a recipe, untrained.
-
-    With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.
-    """
-    if recipe.kernels is not None:
-        options["kernels"] = recipe.kernels
-        if recipe.model in CONFIGS:
-            options["small_kernel"] = 3 if min(recipe.kernels) > 3 else None
-    options |= recipe.network or {}
-    try:
-        return timm.create_model(recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **options)
-    except TypeError as error:
-        raise ValueError(f"{recipe.model} cannot be built with {options}: {error}") from error
-
-
-def _task(recipe: Recipe, model: StagedNet, sets: Splits, compile: bool) -> Classification:
-    return Classification(
-        model,
-        num_classes=len(sets.classes),
-        epochs=recipe.epochs,
-        optimizer=recipe.optimizer,
-        momentum=recipe.momentum,
-        lr=recipe.lr,
-        min_lr=recipe.min_lr,
-        warmup_epochs=recipe.warmup_epochs,
-        weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay,
-        label_smoothing=recipe.label_smoothing,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        mixup_prob=recipe.mixup_prob,
-        mixup_off_epoch=recipe.mixup_off_epoch,
-        ema_decay=recipe.ema_decay,
-        compile=compile,
-    )
-
-
-def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, accumulate: int) -> pl.Trainer:
+def _trainer(
+    recipe: Recipe | SegmentationRecipe, job: Job, folder: Path, keep: KeepLast, machine: Machine, accumulate: int
+) -> pl.Trainer:
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # statistics before what keeps them
     callbacks: list[pl.Callback] = [
-        PreciseBN(recipe.precise_bn),
+        *job.callbacks,
         keep,
         SeedSteps(recipe.seed),
         GiveBackMemory(),
@@ -266,7 +214,8 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
         num_nodes=machine.nodes,
         strategy=_strategy(machine),
         precision=recipe.precision,
-        max_epochs=recipe.epochs,
+        max_epochs=job.epochs,
+        check_val_every_n_epoch=job.score_every,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recipe.clip_grad,
         logger=False,
@@ -280,9 +229,11 @@ def _trainer(recipe: Recipe, folder: Path, keep: KeepLast, machine: Machine, acc
     )
 
 
-def _check_shardable(recipe: Recipe, machine: Machine) -> None:
+def _check_shardable(recipe: Recipe | SegmentationRecipe, machine: Machine) -> None:
     if machine.processes == 1:
         raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
+    if not isinstance(recipe, Recipe):
+        raise ValueError("shard was never tried with segmentation; leave it out")
     if recipe.ema_decay is not None:
         raise ValueError(
             "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "

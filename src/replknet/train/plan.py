@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import fallback_of
-from replknet.train.fit import create_network
+from replknet.train.classification import create_network
 
 # images for training; ImageNet-22K is the whole of its 2011 release
 IMAGES = {"cifar10": 50_000, "imagenet1k": 1_281_167, "imagenet22k": 14_197_122}

@@ -13,6 +13,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from torch.utils.tensorboard import SummaryWriter
 
+from replknet.train.callbacks import scores_of
+
 _TABLE = "steps.csv"
 # a share of the time that more workers may save
 _MUCH_WAITING = 0.3
@@ -138,7 +140,7 @@ class Progress(pl.Callback):
         self._epoch_stepping = self._epoch_waiting = 0.0
         if self._writer is None:
             return
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        scores = scores_of(trainer)
         for name, value in scores.items():
             self._writer.add_scalar(name, value, trainer.global_step)
         self._writer.flush()

@@ -1,0 +1,386 @@
+"""Semantic segmentation: saved networks, prediction whole and by windows, scores, and training."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import timm
+import torch
+from monai.inferers.utils import sliding_window_inference
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from replknet.data.mask_transforms import ForEvaluation, Normalize
+from replknet.data.masks import IGNORE, Classes
+from replknet.models import CheckpointError, read_state_dict
+from replknet.models.checkpoints import form_of, mismatch, read_metadata
+from replknet.models.saved import weights_file, write
+from replknet.nn import merge
+from replknet.tasks.upernet import UperNet, without_auxiliary
+
+_FIELD = "replknet_segmentation"
+# the loss of the auxiliary head counts so much beside the other's
+_AUXILIARY_WEIGHT = 0.4
+
+
+# ---- networks in files
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationDescription:
+    """What a file of weights is of, and how its network is fed.
+
+    Args:
+        backbone: timm's name of the backbone.
+        network: its options, such as kernels, as timm.create_model takes them.
+        classes: names of the classes.
+        palette: their colours, RGB.
+        channels: of UperNet's head.
+        auxiliary_channels: of the auxiliary head; None where there is none.
+        align_corners: of every interpolation.
+        scale: longer and shorter side into which an image is fitted, pixels; None for its own size.
+        window: side of the windows of a large image, pixels; None for the whole image at once.
+        stride: of the windows, pixels.
+        mean: per channel, for values from 0 to 1 in RGB.
+        std: per channel.
+    """
+
+    backbone: str
+    network: dict[str, Any]
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    channels: int
+    auxiliary_channels: int | None
+    align_corners: bool
+    scale: tuple[int, int] | None
+    window: int | None
+    stride: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def colours(self) -> Classes:
+        return Classes(self.classes, self.palette)
+
+    def build(self, **options: Any) -> UperNet:
+        """The network, untrained; options are the backbone's beside its own."""
+        backbone = timm.create_model(self.backbone, features_only=True, **self.network, **options)
+        return UperNet(backbone, len(self.classes), self.channels, self.auxiliary_channels, self.align_corners)
+
+    @property
+    def transform(self) -> ForEvaluation:
+        """What prepares an image."""
+        return ForEvaluation(self.scale, Normalize(self.mean, self.std))
+
+
+def save_segmentation(model: nn.Module, path: str | Path, description: SegmentationDescription) -> None:
+    """Write a network to a safetensors file; an existing file is replaced only when all is written.
+
+    Args:
+        model: a UperNet in any form: training, merged or folded, with its auxiliary head or without.
+        path: the file; its folder is made.
+        description: what is needed to build and feed it, written into the file's header.
+    """
+    write(model, path, {_FIELD: json.dumps(asdict(description))})
+
+
+def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
+    """The network of a file of `save_segmentation`, in the file's form, without the auxiliary head and in eval mode.
+
+    Args:
+        path: the file.
+        dtype: of the network; None for that of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds no such network.
+    """
+    path = weights_file(path)
+    state = read_state_dict(path)
+    text = read_metadata(path).get(_FIELD)
+    if text is None:
+        raise CheckpointError(
+            f"{path} says nothing of a segmentation network: expected a file that `replknet train` wrote; weights of "
+            "mmsegmentation load into a network with replknet.load_checkpoint"
+        )
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        for name in ("classes", "mean", "std", "scale"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        fields["palette"] = tuple(tuple(colour) for colour in fields["palette"])
+        description = SegmentationDescription(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+    with torch.device("meta"):
+        model = without_auxiliary(description.build())
+    form = form_of(state)
+    if form != "training":
+        model = merge(model, fold_bn=form == "folded")
+    state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+    wrong = mismatch(state, model)
+    if wrong:
+        raise CheckpointError(f"{path} holds no complete UperNet: {wrong}")
+    model.load_state_dict(state, assign=True)
+    return model.to(dtype).eval(), description
+
+
+# ---- prediction
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a network is run on an image.
+
+    Args:
+        window: side of the windows, pixels; None for the whole image at once. An image that is smaller is one window.
+        stride: from one window to the next, pixels; the last one of a row ends at the image's edge.
+        ratios: sizes of the image relative to its own whose probabilities are averaged.
+        flip: average with the mirrored image, too.
+
+    Raises:
+        ValueError: a window without a stride, or values that are not positive.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+    ratios: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not (self.stride and 0 < self.stride <= self.window):
+            raise ValueError(f"stride must be from 1 to the window's {self.window}, got {self.stride}")
+        if not self.ratios or min(self.ratios) <= 0:
+            raise ValueError(f"ratios must be positive, got {self.ratios}")
+
+    @torch.inference_mode()
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class of each pixel: `[N,*size]`, uint8.
+
+        Args:
+            model: images to logits of the same size.
+            x: `[N,3,H,W]`, normalised.
+            size: (height, width) of the result.
+        """
+        if len(self.ratios) == 1 and not self.flip:
+            return self._resized(model, x, size).argmax(1).to(torch.uint8)
+        total: Tensor | float = 0.0
+        for ratio in self.ratios:
+            height, width = (max(1, int(side * ratio + 0.5)) for side in x.shape[-2:])
+            scaled = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+            total = total + self._resized(model, scaled, size).softmax(1)
+            if self.flip:
+                total = total + self._resized(model, scaled.flip(-1), size).flip(-1).softmax(1)
+        assert isinstance(total, Tensor)
+        return total.argmax(1).to(torch.uint8)
+
+    def _resized(self, model: Callable[[Tensor], Tensor], x: Tensor, size: tuple[int, int]) -> Tensor:
+        logits = self.logits(model, x).float()
+        if tuple(logits.shape[-2:]) == size:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=getattr(model, "align_corners", False))
+
+    def logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Logits of the whole image, the mean of those of its windows: `[N,classes,H,W]`."""
+        if self.window is None or self.stride is None:
+            return model(x)
+        sides = [min(self.window, side) for side in x.shape[-2:]]
+        # monai takes the whole part of side * (1 - overlap) for its step; half a pixel more leaves no doubt
+        overlap = [max(0.0, 1 - (self.stride + 0.5) / side) for side in sides]
+        return sliding_window_inference(x, sides, 1, model, overlap=overlap)  # type: ignore[return-value]  # a tensor
+
+
+def inference_of(
+    description: SegmentationDescription,
+    window: int | None = None,
+    stride: int | None = None,
+    ratios: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+) -> Inference:
+    """The inference that a network was trained for, or another window."""
+    if window is None:
+        window, stride = description.window, stride or description.stride
+    # two thirds, as the paper has it
+    return Inference(window, stride or (None if window is None else 2 * window // 3), ratios, flip)
+
+
+def predict(model: nn.Module, image: Image.Image, description: SegmentationDescription, inference: Inference) -> Tensor:
+    """The class of each pixel of an image: `[H,W]`, uint8."""
+    x = description.transform.prepared(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    return inference(model.eval(), _channels_last(x[None]), (image.height, image.width))[0]
+
+
+# ---- scores
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """How well a network segments a data set, as mmsegmentation counts it; shares are from 0 to 1."""
+
+    images: int
+    miou: float  # mean of the classes that occur in masks or predictions
+    accuracy: float  # share of the labelled pixels that are right
+    mean_accuracy: float  # mean of the classes that occur in masks
+    iou: list[float | None]  # per class; None where it occurs nowhere
+    class_accuracy: list[float | None]  # per class; None where it occurs in no mask
+    confusion: list[list[int]]  # pixels of the row's class that were taken for the column's
+
+
+def scores(confusion: Tensor, images: int) -> SegmentationScores:
+    """Scores of a data set from its confusion matrix `[classes,classes]`, int64, rows for the masks."""
+    right, in_masks, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    union = in_masks + predicted - right
+    iou = [r / u if u else None for r, u in zip(right.tolist(), union.tolist(), strict=True)]
+    accuracy = [r / n if n else None for r, n in zip(right.tolist(), in_masks.tolist(), strict=True)]
+    return SegmentationScores(
+        images=images,
+        miou=_mean(iou),
+        accuracy=right.sum().item() / max(1, int(confusion.sum())),
+        mean_accuracy=_mean(accuracy),
+        iou=iou,
+        class_accuracy=accuracy,
+        confusion=confusion.tolist(),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else math.nan
+
+
+def confusion_of(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
+    """Confusion matrix `[classes,classes]`, int64, of predictions and masks `[N,H,W]`; IGNORE counts nowhere."""
+    labelled = mask != IGNORE
+    return multiclass_confusion_matrix(predicted[labelled].long(), mask[labelled].long(), classes)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, inference: Inference
+) -> SegmentationScores:
+    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and masks `[N,H',W']`; memory does not grow.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    model = model.eval()
+    total, images = torch.zeros(classes, classes, dtype=torch.int64), 0
+    for x, mask in batches:
+        total += confusion_of(inference(model, _channels_last(x), (mask.shape[-2], mask.shape[-1])), mask, classes)
+        images += len(x)
+    if images == 0:
+        raise ValueError("no images to evaluate")
+    return scores(total, images)
+
+
+# ---- training
+
+
+class Segmentation(pl.LightningModule):
+    """A segmentation network in training: cross entropy of both heads, AdamW, a learning rate that falls linearly.
+
+    Args:
+        model: with an auxiliary head, or without.
+        optimizer: timm's name of it.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decay of weights; biases and norms are exempt.
+        backbone_lr: learning rate of the backbone relative to the heads'.
+        inference: how validation runs the network.
+        compile: train through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: UperNet,
+        *,
+        optimizer: str,
+        lr: float,
+        warmup_steps: int,
+        weight_decay: float,
+        backbone_lr: float = 1.0,
+        inference: Inference,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        # in a tuple, since as a child of its own it would double the weights' names
+        self._trained = (torch.compile(self.model) if compile else self.model,)
+        self.optimizer, self.lr, self.warmup_steps = optimizer, lr, warmup_steps
+        self.weight_decay, self.backbone_lr, self.inference = weight_decay, backbone_lr, inference
+        self.last_loss = torch.zeros(())
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network to be scored and kept."""
+        return self.model
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, mask = batch
+        target = mask.long()
+        if self.model.auxiliary_head is None:
+            loss = _loss(self._trained[0](_channels_last(x)), target)
+        else:
+            logits, auxiliary = self._trained[0](_channels_last(x), auxiliary=True)
+            loss = _loss(logits, target) + _AUXILIARY_WEIGHT * _loss(auxiliary, target)
+        self.log("loss", loss, prog_bar=True)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        classes = self.model.num_classes
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, mask = batch
+        predicted = self.inference(self.model.eval(), _channels_last(x), (mask.shape[-2], mask.shape[-1]))
+        self._confusion += confusion_of(predicted, mask, self.model.num_classes)
+
+    def on_validation_epoch_end(self) -> None:
+        # each image is with one process; float64 holds these counts exactly
+        total = self.trainer.strategy.reduce(self._confusion.double(), reduce_op="sum").long()
+        found = scores(total.cpu(), 0)
+        self.log("val_miou", found.miou, prog_bar=True)
+        self.log("val_accuracy", found.accuracy)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = create_optimizer_v2(
+            self._groups(), self.optimizer, lr=self.lr, weight_decay=self.weight_decay, filter_bias_and_bn=False
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            rising = 1.0 if step >= self.warmup_steps else max(1e-6, step / self.warmup_steps)
+            return rising * max(0.0, 1 - step / steps)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Backbone and heads, with decay and without."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, p in self.model.named_parameters():
+            groups.setdefault((name.startswith("backbone."), p.ndim > 1), []).append(p)
+        return [
+            {
+                "params": params,
+                "lr": self.lr * (self.backbone_lr if backbone else 1.0),
+                "weight_decay": self.weight_decay if decays else 0.0,
+            }
+            for (backbone, decays), params in groups.items()
+        ]
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy; as in mmsegmentation 0.x the mean is over all pixels, of which those without a label add 0."""
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum") / target.numel()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,117 @@
+"""A recipe of a segmentation network, made ready."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from replknet.data.mask_transforms import ForEvaluation, ForTraining, Normalize
+from replknet.data.masks import MaskSet, Pairs
+from replknet.models import CheckpointError, read_state_dict
+from replknet.models.checkpoints import mismatch
+from replknet.models.saved import weights_file
+from replknet.models.staged import StagedNet
+from replknet.recipes import Machine, SegmentationRecipe
+from replknet.tasks.segmentation import Inference, Segmentation, SegmentationDescription, save_segmentation
+from replknet.tasks.upernet import UperNet
+from replknet.train.callbacks import Kept
+from replknet.train.datasets import NORMALIZATIONS, Splits
+from replknet.train.job import Job
+
+
+def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
+    """Network, data and task of a recipe.
+
+    Raises:
+        ValueError: no data is named, the backbone cannot be built so, or the checkpoint to start from does not fit.
+        ImageError: the data is not as it should be.
+    """
+    if data is None:
+        raise ValueError("this recipe trains on your images: name their folder or zip with --data")
+    mean, std = NORMALIZATIONS[recipe.normalization]
+    normalize = Normalize(mean, std)
+    train = Pairs(recipe.dataset, data, "train")
+    moved = ForTraining(recipe.crop, recipe.scale, recipe.ratio, normalize, recipe.largest_share)
+    val = None
+    if recipe.evaluate:
+        val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(recipe.scale, normalize))
+    description = SegmentationDescription(
+        backbone=recipe.model,
+        network=_network(recipe),
+        classes=train.classes.names,
+        palette=train.classes.palette,
+        channels=recipe.channels,
+        auxiliary_channels=recipe.auxiliary_channels,
+        align_corners=recipe.align_corners,
+        scale=recipe.scale,
+        window=recipe.window,
+        stride=recipe.stride,
+        mean=mean,
+        std=std,
+    )
+    model = _built(recipe, description, machine)
+    return Job(
+        task=Segmentation(
+            model,
+            optimizer=recipe.optimizer,
+            lr=recipe.lr,
+            warmup_steps=recipe.warmup_samples // recipe.batch_size,
+            weight_decay=recipe.weight_decay,
+            backbone_lr=recipe.backbone_lr,
+            inference=Inference(recipe.window, recipe.stride),
+            compile=machine.compile,
+        ),
+        # sizes differ, so one image at a time is scored
+        sets=Splits(MaskSet(train, moved), val, train.classes.names, mean, std, 1.0, val_batch=1),
+        epochs=max(1, round(recipe.samples / len(train))),
+        kept=Kept(partial(_save, description), description.build),
+        score="val_miou",
+        score_every=recipe.evaluate_every,
+    )
+
+
+def _network(recipe: SegmentationRecipe) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if recipe.kernels is not None:
+        options = {"kernels": recipe.kernels, "small_kernel": 3 if min(recipe.kernels) > 3 else None}
+    return options | (recipe.network or {})
+
+
+def _built(recipe: SegmentationRecipe, description: SegmentationDescription, machine: Machine) -> UperNet:
+    try:
+        model = description.build(drop_path_rate=recipe.drop_path)
+    except TypeError as error:
+        raise ValueError(f"{recipe.model} cannot be built with {description.network}: {error}") from error
+    # that of a network of ours is kept whole by timm
+    backbone = getattr(model.backbone, "model", None)
+    if not isinstance(backbone, StagedNet):
+        raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
+    backbone.set_grad_checkpointing(machine.grad_checkpointing)
+    if recipe.weights is not None:
+        load_backbone(backbone, recipe.weights)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if recipe.sync_bn else model
+
+
+def load_backbone(backbone: StagedNet, path: str | Path) -> None:
+    """Load a classifier's weights into a backbone, strictly but for its final norm and classifier.
+
+    Norms of features that the classifier lacks keep their initial values, as the paper's XL has it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is of another network.
+    """
+    state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(("norm.", "head."))}
+    own = backbone.state_dict()
+    state |= {key: own[key] for key in own if key not in state and key.split(".")[2:3] == ["norm"]}
+    wrong = mismatch(state, backbone)
+    if wrong:
+        raise CheckpointError(f"{path} does not fit the backbone {type(backbone).__name__}: {wrong}")
+    with torch.no_grad():
+        backbone.load_state_dict(state)
+
+
+def _save(description: SegmentationDescription, model: nn.Module, path: Path) -> None:
+    save_segmentation(model, path, description)
