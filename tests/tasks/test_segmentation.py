@@ -80,6 +80,16 @@ def test_the_whole_image_at_the_size_of_its_mask():
     assert torch.equal(found.long(), expected)
 
 
+def test_an_image_is_fitted_into_the_scale():
+    model, x = Net(), torch.randn(1, 3, 40, 60)
+    # twice the size, since the shorter side decides; of ratios, too
+    for ratio, size in ((1.0, (80, 120)), (0.5, (40, 60))):
+        scaled = F.interpolate(x, size=size, mode="bilinear")
+        expected = F.interpolate(model(scaled), size=(40, 60), mode="bilinear").argmax(1)
+        found = Inference(ratios=(ratio,), scale=(300, 80))(model, x, (40, 60))
+        assert torch.equal(found.long(), expected)
+
+
 def test_scales_and_mirror_average_probabilities():
     model, x = Net(), torch.randn(1, 3, 20, 30)
     total = 0.0

@@ -58,6 +58,7 @@ def _classification(args: Any) -> int:
 
 
 def _segmentation(args: Any) -> int:
+    from replknet.data.mask_transforms import ForEvaluation
     from replknet.data.masks import MaskSet, Pairs
     from replknet.tasks.segmentation import evaluate, inference_of, load_segmentation
     from replknet.train.datasets import batches
@@ -75,7 +76,7 @@ def _segmentation(args: Any) -> int:
             f"the network has the classes {', '.join(description.classes[:3])}, ..., and {args.data} has "
             f"{', '.join(pairs.classes.names[:3])}, ...; they must be the same, in the same order"
         )
-    loader = batches(MaskSet(pairs, description.transform), 1)
+    loader = batches(MaskSet(pairs, ForEvaluation(description.normalize)), 1)
     scores = evaluate(model, tqdm(loader, desc="evaluating", disable=quiet()), len(description.classes), inference)
     if args.json:
         print(json.dumps(dataclasses.asdict(scores)))

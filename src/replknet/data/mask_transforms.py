@@ -30,7 +30,7 @@ class Normalize:
         return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(self.mean), list(self.std))
 
 
-def fitted(height: int, width: int, long: int, short: int) -> tuple[int, int]:
+def fitted(height: int, width: int, long: float, short: float) -> tuple[int, int]:
     """The largest size of the same shape whose longer side is at most `long` and the shorter at most `short`."""
     factor = min(long / max(height, width), short / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
@@ -87,22 +87,13 @@ class ForTraining:
 
 @dataclass(frozen=True)
 class ForEvaluation:
-    """The image fitted into a size; the mask stays as it is, since predictions are scored at its size.
+    """Image and mask at their own size; whoever runs the network on them fits them into its scale.
 
     Args:
-        scale: longer and shorter side, pixels; None for the image's own size.
-        normalize: the last step of the image.
+        normalize: the only step of the image.
     """
 
-    scale: tuple[int, int] | None
     normalize: Normalize
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prepared(image), mask
-
-    def prepared(self, image: Tensor) -> Tensor:
-        """The image alone: `[3,H,W]`, uint8, to `[3,H',W']`, float32."""
-        if self.scale is not None:
-            size = list(fitted(image.shape[1], image.shape[2], *self.scale))
-            image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=False)
-        return self.normalize(image)
+        return self.normalize(image), mask

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from replknet.data.mask_transforms import ForEvaluation, Normalize
+from replknet.data.mask_transforms import Normalize, fitted
 from replknet.data.masks import IGNORE, Classes
 from replknet.models import CheckpointError, read_state_dict
 from replknet.models.checkpoints import form_of, mismatch, read_metadata
@@ -76,9 +76,9 @@ class SegmentationDescription:
         return UperNet(backbone, len(self.classes), self.channels, self.auxiliary_channels, self.align_corners)
 
     @property
-    def transform(self) -> ForEvaluation:
-        """What prepares an image."""
-        return ForEvaluation(self.scale, Normalize(self.mean, self.std))
+    def normalize(self) -> Normalize:
+        """What an image goes through before the network."""
+        return Normalize(self.mean, self.std)
 
 
 def save_segmentation(model: nn.Module, path: str | Path, description: SegmentationDescription) -> None:
@@ -142,8 +142,9 @@ class Inference:
     Args:
         window: side of the windows, pixels; None for the whole image at once. An image that is smaller is one window.
         stride: from one window to the next, pixels; the last one of a row ends at the image's edge.
-        ratios: sizes of the image relative to its own whose probabilities are averaged.
+        ratios: sizes of the image relative to its own, or to `scale`, whose probabilities are averaged.
         flip: average with the mirrored image, too.
+        scale: longer and shorter side, pixels, into which an image is fitted; None for its own size.
 
     Raises:
         ValueError: a window without a stride, or values that are not positive.
@@ -153,6 +154,7 @@ class Inference:
     stride: int | None = None
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
+    scale: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and not (self.stride and 0 < self.stride <= self.window):
@@ -170,16 +172,23 @@ class Inference:
             size: (height, width) of the result.
         """
         if len(self.ratios) == 1 and not self.flip:
-            return self._resized(model, x, size).argmax(1).to(torch.uint8)
+            return self._resized(model, self._scaled(x, self.ratios[0]), size).argmax(1).to(torch.uint8)
         total: Tensor | float = 0.0
         for ratio in self.ratios:
-            height, width = (max(1, int(side * ratio + 0.5)) for side in x.shape[-2:])
-            scaled = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+            scaled = self._scaled(x, ratio)
             total = total + self._resized(model, scaled, size).softmax(1)
             if self.flip:
                 total = total + self._resized(model, scaled.flip(-1), size).flip(-1).softmax(1)
         assert isinstance(total, Tensor)
         return total.argmax(1).to(torch.uint8)
+
+    def _scaled(self, x: Tensor, ratio: float) -> Tensor:
+        height, width = x.shape[-2:]
+        long, short = self.scale or (max(height, width), min(height, width))
+        size = fitted(height, width, long * ratio, short * ratio)
+        if size == (height, width):
+            return x
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
     def _resized(self, model: Callable[[Tensor], Tensor], x: Tensor, size: tuple[int, int]) -> Tensor:
         logits = self.logits(model, x).float()
@@ -208,12 +217,13 @@ def inference_of(
     if window is None:
         window, stride = description.window, stride or description.stride
     # two thirds, as the paper has it
-    return Inference(window, stride or (None if window is None else 2 * window // 3), ratios, flip)
+    stride = stride or (None if window is None else 2 * window // 3)
+    return Inference(window, stride, ratios, flip, description.scale)
 
 
 def predict(model: nn.Module, image: Image.Image, description: SegmentationDescription, inference: Inference) -> Tensor:
     """The class of each pixel of an image: `[H,W]`, uint8."""
-    x = description.transform.prepared(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    x = description.normalize(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
     return inference(model.eval(), _channels_last(x[None]), (image.height, image.width))[0]
 
 

@@ -23,6 +23,33 @@ class _Classifier(nn.Conv2d):
         return super().forward(F.dropout2d(input, _DROPOUT, self.training))
 
 
+class _AdaptivePool(nn.AdaptiveAvgPool2d):
+    """torch's adaptive average pooling, in exported files as products with matrices of averages.
+
+    torch's own exports the windows of the size that was traced, and files with dynamic sizes then fail or are wrong.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return super().forward(input)
+        side = self.output_size
+        assert isinstance(side, int)
+        rows, columns = (_averages(side, input.shape[axis], input) for axis in (2, 3))
+        # a product with fixed ranks, which a matrix product of dynamic sizes is not
+        across = (input[:, :, :, None] * columns).sum(-1)
+        return (across[:, :, None] * rows[:, :, None]).sum(3)
+
+
+def _averages(windows: int, pixels: int, like: Tensor) -> Tensor:
+    """The weight of each pixel of a line in each of the windows: `[windows,pixels]`."""
+    window = torch.arange(windows, device=like.device)[:, None]
+    pixel = torch.arange(pixels, device=like.device)
+    # from the rounded down to the rounded up share of the line
+    inside = (pixel >= window * pixels // windows) & (pixel < ((window + 1) * pixels + windows - 1) // windows)
+    weights = inside.to(like.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
 class UperNet(nn.Module):
     """A backbone, UperNet's head on its features, and an auxiliary head for training.
 
@@ -75,6 +102,11 @@ class UperNet(nn.Module):
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # it has one
                 elif isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for scale, block in zip(config.pool_scales, self.decode_head.psp_modules.blocks, strict=True):
+            # transformers keeps its layers twice, as a list and by name
+            pool = _AdaptivePool(scale)
+            block.layers[0] = pool
+            block.add_module("0", pool)
         self.decode_head.align_corners = self.decode_head.psp_modules.align_corners = align_corners
 
     def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor]:

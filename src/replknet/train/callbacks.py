@@ -49,6 +49,17 @@ def scores_of(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
 
 
+class ScoreLast(pl.Callback):
+    """The last epoch is scored, whatever is of those before it."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+
 class SeedSteps(pl.Callback):
     """Mixing and drop path get random numbers that belong to the seed, the step and the process."""
 

@@ -21,7 +21,7 @@ from replknet.data.download import quiet
 from replknet.data.images import ImageError
 from replknet.recipes import Machine, Recipe, SegmentationRecipe
 from replknet.train import classification
-from replknet.train.callbacks import GiveBackMemory, KeepLast, SeedSteps, check_whole
+from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
 from replknet.train.datasets import Batches
 from replknet.train.job import Job
 from replknet.train.memory import keep_freed_memory
@@ -202,6 +202,7 @@ def _trainer(
     progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     callbacks: list[pl.Callback] = [
+        ScoreLast(),
         *job.callbacks,
         keep,
         SeedSteps(recipe.seed),

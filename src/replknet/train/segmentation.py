@@ -36,7 +36,7 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
     moved = ForTraining(recipe.crop, recipe.scale, recipe.ratio, normalize, recipe.largest_share)
     val = None
     if recipe.evaluate:
-        val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(recipe.scale, normalize))
+        val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(normalize))
     description = SegmentationDescription(
         backbone=recipe.model,
         network=_network(recipe),
@@ -60,7 +60,7 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
             warmup_steps=recipe.warmup_samples // recipe.batch_size,
             weight_decay=recipe.weight_decay,
             backbone_lr=recipe.backbone_lr,
-            inference=Inference(recipe.window, recipe.stride),
+            inference=Inference(recipe.window, recipe.stride, scale=recipe.scale),
             compile=machine.compile,
         ),
         # sizes differ, so one image at a time is scored
