@@ -12,7 +12,7 @@ from PIL import Image
 
 from replknet.data.images import ImageError
 from replknet.data.mask_transforms import ForEvaluation, ForTraining, Normalize, fitted
-from replknet.data.masks import IGNORE, MaskSet, Pairs, shipped_classes
+from replknet.data.masks import IGNORE, Classes, MaskSet, Pairs, shipped_classes
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid" / "camvid.zip"
 PLAIN = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -61,6 +61,8 @@ def test_ade20k_leaves_out_zero(tmp_path):
     classes = shipped_classes("ade20k")
     assert (len(classes.names), classes.names[0], classes.names[149]) == (150, "wall", "flag")
     assert len(set(classes.palette)) > 140
+    with pytest.raises(ValueError, match="255 is no class: at most 255 fit into a mask, got 256"):
+        Classes(["x"] * 256, [(0, 0, 0)] * 256)
 
 
 def test_cityscapes_scores_19_of_its_labels(tmp_path):

@@ -166,7 +166,7 @@ def test_saved_it_comes_back_in_its_form(tmp_path):
         assert loaded.auxiliary_head is None
         with torch.inference_mode():
             torch.testing.assert_close(loaded(x), form(x))
-    with pytest.raises(CheckpointError, match="holds no RepLKNet classifier"):
+    with pytest.raises(CheckpointError, match="holds a segmentation network and no classifier: it is read by"):
         load_model(tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="says nothing of a segmentation network: expected a file that"):
         load_segmentation("replknet_cifar_l")

@@ -207,6 +207,9 @@ def test_a_backbone_starts_from_a_classifier_strictly(tmp_path):
         CheckpointError, match=r"does not fit the backbone RepLKNet: stages\.0\.blocks\.0\.large_kernel"
     ):
         load_backbone(other, file)
+    small = timm.create_model("mobilenetv2_lk", width=0.25)
+    save_model(small, file, Description(config=small.cfg))
+    load_backbone(timm.create_model("mobilenetv2_lk", width=0.25, features_only=True, out_indices=(6,)).model, file)
     load_backbone(timm.create_model("replknet_cifar_l", features_only=True, stem_stride=4).model, "replknet_cifar_l")
 
 

@@ -34,6 +34,8 @@ class Classes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "palette", tuple(tuple(colour) for colour in self.palette))
+        if len(self.names) > IGNORE:
+            raise ValueError(f"{IGNORE} is no class: at most {IGNORE} fit into a mask, got {len(self.names)}")
         if not self.names or len(self.names) != len(self.palette):
             raise ValueError(f"each class needs a colour, got {len(self.names)} names and {len(self.palette)} colours")
 

@@ -27,6 +27,8 @@ from replknet.nn import merge
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
 
 _FIELD = "replknet"
+# that of files of replknet.tasks.segmentation
+SEGMENTATION_FIELD = "replknet_segmentation"
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
 # weights that are part of the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
@@ -139,7 +141,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
     """
     path = weights_file(path)
     state = read_state_dict(path)
-    text = read_metadata(path).get(_FIELD)
+    metadata = read_metadata(path)
+    if SEGMENTATION_FIELD in metadata:
+        raise CheckpointError(
+            f"{path} holds a segmentation network and no classifier: it is read by eval and predict with --task "
+            "segmentation, and by replknet.tasks.segmentation.load_segmentation"
+        )
+    text = metadata.get(_FIELD)
     description = _parsed(text, path) if text is not None else described(state, str(path))
     options = {}
     if any(re.match(r"stages\.\d\.norm\.", key) for key in state):

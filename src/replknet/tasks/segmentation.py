@@ -22,11 +22,10 @@ from replknet.data.mask_transforms import Normalize, fitted
 from replknet.data.masks import IGNORE, Classes
 from replknet.models import CheckpointError, read_state_dict
 from replknet.models.checkpoints import form_of, mismatch, read_metadata
-from replknet.models.saved import weights_file, write
+from replknet.models.saved import SEGMENTATION_FIELD, weights_file, write
 from replknet.nn import merge
 from replknet.tasks.upernet import UperNet, without_auxiliary
 
-_FIELD = "replknet_segmentation"
 # the loss of the auxiliary head counts so much beside the other's
 _AUXILIARY_WEIGHT = 0.4
 
@@ -89,7 +88,7 @@ def save_segmentation(model: nn.Module, path: str | Path, description: Segmentat
         path: the file; its folder is made.
         description: what is needed to build and feed it, written into the file's header.
     """
-    write(model, path, {_FIELD: json.dumps(asdict(description))})
+    write(model, path, {SEGMENTATION_FIELD: json.dumps(asdict(description))})
 
 
 def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
@@ -105,7 +104,7 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
     """
     path = weights_file(path)
     state = read_state_dict(path)
-    text = read_metadata(path).get(_FIELD)
+    text = read_metadata(path).get(SEGMENTATION_FIELD)
     if text is None:
         raise CheckpointError(
             f"{path} says nothing of a segmentation network: expected a file that `replknet train` wrote; weights of "
@@ -282,7 +281,8 @@ def evaluate(
     model = model.eval()
     total, images = torch.zeros(classes, classes, dtype=torch.int64), 0
     for x, mask in batches:
-        total += confusion_of(inference(model, _channels_last(x), (mask.shape[-2], mask.shape[-1])), mask, classes)
+        predicted = inference(model, _channels_last(x), (mask.shape[-2], mask.shape[-1]))
+        total += confusion_of(predicted, mask, classes).cpu()
         images += len(x)
     if images == 0:
         raise ValueError("no images to evaluate")

@@ -7,13 +7,13 @@ from typing import Any
 import timm
 from torch import nn
 
-from replknet.models import CONFIGS, Description, load_checkpoint, read_state_dict, save_model
+from replknet.models import Description, load_checkpoint, read_state_dict, save_model
 from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, Recipe
 from replknet.tasks.classification import Classification
 from replknet.train.callbacks import Kept, PreciseBN
 from replknet.train.datasets import Splits, splits
-from replknet.train.job import Job
+from replknet.train.job import Job, built, network_options
 
 
 def job(recipe: Recipe, data: Path | None, machine: Machine) -> Job:
@@ -65,19 +65,9 @@ def _network(recipe: Recipe, sets: Splits) -> StagedNet:
 
 
 def create_network(recipe: Recipe, classes: int, **options: Any) -> nn.Module:
-    """The network of a recipe, untrained.
-
-    With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.
-    """
-    if recipe.kernels is not None:
-        options["kernels"] = recipe.kernels
-        if recipe.model in CONFIGS:
-            options["small_kernel"] = 3 if min(recipe.kernels) > 3 else None
-    options |= recipe.network or {}
-    try:
-        return timm.create_model(recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **options)
-    except TypeError as error:
-        raise ValueError(f"{recipe.model} cannot be built with {options}: {error}") from error
+    """The network of a recipe, untrained."""
+    build = partial(timm.create_model, recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path)
+    return built(build, recipe.model, network_options(recipe) | options)
 
 
 def _task(recipe: Recipe, model: StagedNet, sets: Splits, compile: bool) -> Classification:

@@ -1,11 +1,17 @@
 """What `fit` needs to know of a task: classification and segmentation each make one from their recipe."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 
+from replknet.models import CONFIGS
+from replknet.recipes import Recipe, SegmentationRecipe
 from replknet.train.callbacks import Kept
 from replknet.train.datasets import Splits
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +35,28 @@ class Job:
     score: str
     score_every: int = 1
     callbacks: tuple[pl.Callback, ...] = ()
+
+
+def network_options(recipe: Recipe | SegmentationRecipe) -> dict[str, Any]:
+    """Options of the recipe's network: its kernels, and what `network` says.
+
+    With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.
+    """
+    options: dict[str, Any] = {}
+    if recipe.kernels is not None:
+        options["kernels"] = recipe.kernels
+        if recipe.model in CONFIGS:
+            options["small_kernel"] = 3 if min(recipe.kernels) > 3 else None
+    return options | (recipe.network or {})
+
+
+def built(build: Callable[..., Built], name: str, options: dict[str, Any]) -> Built:
+    """What `build(**options)` makes.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built with {options}: {error}") from error

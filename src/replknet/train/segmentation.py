@@ -1,8 +1,8 @@
 """A recipe of a segmentation network, made ready."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,10 @@ from replknet.tasks.segmentation import Inference, Segmentation, SegmentationDes
 from replknet.tasks.upernet import UperNet
 from replknet.train.callbacks import Kept
 from replknet.train.datasets import NORMALIZATIONS, Splits
-from replknet.train.job import Job
+from replknet.train.job import Job, built, network_options
+
+# what a classifier has after its last stage
+_ENDS = ("norm.", "conv_head.", "head.")
 
 
 def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
@@ -39,7 +42,7 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
         val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(normalize))
     description = SegmentationDescription(
         backbone=recipe.model,
-        network=_network(recipe),
+        network=network_options(recipe),
         classes=train.classes.names,
         palette=train.classes.palette,
         channels=recipe.channels,
@@ -72,18 +75,9 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
     )
 
 
-def _network(recipe: SegmentationRecipe) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if recipe.kernels is not None:
-        options = {"kernels": recipe.kernels, "small_kernel": 3 if min(recipe.kernels) > 3 else None}
-    return options | (recipe.network or {})
-
-
 def _built(recipe: SegmentationRecipe, description: SegmentationDescription, machine: Machine) -> UperNet:
-    try:
-        model = description.build(drop_path_rate=recipe.drop_path)
-    except TypeError as error:
-        raise ValueError(f"{recipe.model} cannot be built with {description.network}: {error}") from error
+    build = partial(replace(description, network={}).build, drop_path_rate=recipe.drop_path)
+    model = built(build, recipe.model, description.network)
     # that of a network of ours is kept whole by timm
     backbone = getattr(model.backbone, "model", None)
     if not isinstance(backbone, StagedNet):
@@ -95,7 +89,7 @@ def _built(recipe: SegmentationRecipe, description: SegmentationDescription, mac
 
 
 def load_backbone(backbone: StagedNet, path: str | Path) -> None:
-    """Load a classifier's weights into a backbone, strictly but for its final norm and classifier.
+    """Load a classifier's weights into a backbone, strictly but for what follows its last stage.
 
     Norms of features that the classifier lacks keep their initial values, as the paper's XL has it.
 
@@ -103,7 +97,7 @@ def load_backbone(backbone: StagedNet, path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         CheckpointError: it is of another network.
     """
-    state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(("norm.", "head."))}
+    state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(_ENDS)}
     own = backbone.state_dict()
     state |= {key: own[key] for key in own if key not in state and key.split(".")[2:3] == ["norm"]}
     wrong = mismatch(state, backbone)
