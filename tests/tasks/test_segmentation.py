@@ -3,23 +3,30 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import replknet
-from replknet.data.masks import IGNORE
+from replknet.data.masks import IGNORE, shipped_classes
+from replknet.data.transforms import IMAGENET_MEAN, INCEPTION_MEAN
 from replknet.models import CheckpointError, load_model
+from replknet.models.checkpoints import to_mmseg, to_official
 from replknet.tasks.segmentation import (
     Inference,
     Segmentation,
-    SegmentationDescription,
     confusion_of,
     evaluate,
-    load_segmentation,
-    save_segmentation,
     scores,
 )
+from replknet.tasks.segmentation_saved import (
+    SegmentationDescription,
+    described,
+    load_segmentation,
+    save_segmentation,
+)
+from replknet.tasks.upernet import UperNet
 
 DESCRIPTION = SegmentationDescription(
     backbone="replknet_test",
@@ -168,8 +175,55 @@ def test_saved_it_comes_back_in_its_form(tmp_path):
             torch.testing.assert_close(loaded(x), form(x))
     with pytest.raises(CheckpointError, match="holds a segmentation network and no classifier: it is read by"):
         load_model(tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="says nothing of a segmentation network: expected a file that"):
+    with pytest.raises(CheckpointError, match="holds no UperNet over a RepLKNet: expected keys such as decode_head"):
         load_segmentation("replknet_cifar_l")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"),
+    [
+        ("replknet_31b", 150, ("replknet_31b", {}, (2048, 512), False, None, IMAGENET_MEAN)),
+        ("replknet_31b", 19, ("replknet_31b", {}, (2049, 1025), True, None, IMAGENET_MEAN)),
+        ("replknet_31l", 150, ("replknet_31l", {}, (2048, 512), False, 640, IMAGENET_MEAN)),
+        (
+            "replknet_xl",
+            150,
+            ("replknet_xl", {"norm_intermediate_features": True}, (2048, 512), False, 640, INCEPTION_MEAN),
+        ),
+    ],
+)
+def test_an_official_network_is_understood_from_its_keys(name, classes, expected):
+    with torch.device("meta"):
+        options = {"norm_intermediate_features": True} if name == "replknet_xl" else {}
+        model = UperNet(timm.create_model(name, features_only=True, **options), classes)
+    found = described(to_official(to_mmseg(model.state_dict())))
+    assert (found.backbone, found.network, found.scale, found.align_corners, found.window, found.mean) == expected
+    assert (found.channels, found.auxiliary_channels, len(found.classes)) == (512, 256, classes)
+    assert found.classes == shipped_classes("ade20k" if classes == 150 else "cityscapes").names
+
+
+def test_a_file_of_mmsegmentation_is_a_network(tmp_path):
+    torch.manual_seed(0)
+    model = UperNet(timm.create_model("replknet_test", features_only=True), 19, 16, 8, align_corners=True).eval()
+    x, file = torch.randn(1, 3, 64, 96), tmp_path / "iter_80000.pth"
+    for form in (model, replknet.merge(model, fold_bn=False), replknet.merge(model)):
+        torch.save({"meta": {"iter": 80_000}, "state_dict": to_mmseg(form.state_dict())}, file)
+        loaded, description = load_segmentation(file)
+        assert (description.backbone, description.classes[0]) == ("replknet_test", "road")
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded(x), form(x))
+    other = UperNet(
+        timm.create_model("replknet_test", features_only=True, kernels=(5, 5, 3, 3), small_kernel=3), 19, 16
+    )
+    torch.save(to_mmseg(other.state_dict()), file)
+    _, description = load_segmentation(file)
+    assert (description.backbone, description.network["kernels"]) == ("replknet_31b", (5, 5, 3, 3))
+    torch.save(to_mmseg(UperNet(timm.create_model("replknet_test", features_only=True), 7, 16).state_dict()), file)
+    with pytest.raises(CheckpointError, match=r"has 7 classes and does not say which: expected 150, of ADE20K, or 19"):
+        load_segmentation(file)
+    torch.save({"decode_head.conv_seg.weight": torch.zeros(19, 16, 1, 1)}, file)
+    with pytest.raises(CheckpointError, match="holds no UperNet over a RepLKNet"):
+        load_segmentation(file)
 
 
 def test_the_loss_counts_pixels_as_mmsegmentation_does():

@@ -9,29 +9,40 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from replknet.cli.main import main
+from replknet.data.masks import Classes
 from replknet.recipes import RECIPES, Machine, cifar10, cifar10_l
+from replknet.recipes.segmentation import camvid
 from replknet.tasks.classification import fallback_of
-from replknet.train.plan import plan, step_memory, training_images
+from replknet.tasks.segmentation import training_loss
+from replknet.train.plan import plan, step_memory, training_classes, training_images
+from replknet.train.segmentation import create_network, description_of
 
 
 def allocated(recipe, images, machine):
     """Bytes at the worst moment of a real step, from torch's profiler."""
     model = timm.create_model(recipe.model, num_classes=10).to(memory_format=torch.channels_last)
     model.set_grad_checkpointing(machine.grad_checkpointing)
-    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=1e-3, **fallback_of(model, recipe.optimizer))
     side = recipe.image_size
     x = torch.randn(images, 3, side, side).contiguous(memory_format=torch.channels_last)
     target = torch.zeros(images, dtype=torch.long)
 
-    def step():
+    def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-        loss.backward()
+            return torch.nn.functional.cross_entropy(model(x), target)
+
+    return worst(model, recipe.optimizer, [x], loss)
+
+
+def worst(model, name, inputs, loss):
+    optimizer = create_optimizer_v2(model, name, lr=1e-3, **fallback_of(model, name))
+
+    def step():
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    held = [*model.parameters(), *model.buffers(), x]
+    held = [*model.parameters(), *model.buffers(), *inputs]
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     with torch.profiler.profile(profile_memory=True) as profiler:
         step()
@@ -59,6 +70,21 @@ def test_a_plan_is_what_a_real_step_allocates(name, side, images, precision, che
     machine = Machine(devices=1, grad_checkpointing=checkpointing)
     planned = step_memory(recipe, machine, images, 10).total
     assert planned == pytest.approx(allocated(recipe, images, machine), rel=0.15)
+
+
+def test_a_plan_of_a_segmentation_is_what_a_real_step_allocates():
+    recipe = dataclasses.replace(
+        camvid(), model="replknet_test", network=None, crop=(96, 128), batch_size=4, precision="32-true"
+    )
+    machine = Machine(devices=1)
+    planned = step_memory(recipe, machine, 4, 11)
+    some = Classes(tuple("abcdefghijk"), ((0, 0, 0),) * 11)
+    model = create_network(recipe, description_of(recipe, some), machine).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 96, 128).contiguous(memory_format=torch.channels_last)
+    mask = torch.zeros(4, 96, 128, dtype=torch.uint8)
+    real = worst(model, recipe.optimizer, [x, mask], lambda: training_loss(model, x, mask, True))
+    assert planned.total == pytest.approx(real, rel=0.15)
+    assert planned.average == 0
 
 
 def test_parts_are_the_arithmetic_of_the_parameters():
@@ -96,12 +122,22 @@ def test_a_plan_takes_the_largest_batch_that_fits():
 def test_the_papers_sets_have_their_sizes():
     sizes = {name: training_images(name, recipe()) for name, recipe in RECIPES.items()}
     assert sizes["cifar10_l"] == 50_000
-    assert sizes["folder"] is None
+    assert sizes["folder"] is sizes["camvid"] is None
+    assert (sizes["ade20k_xl_640"], sizes["cityscapes_31b_769"]) == (20_210, 2_975)
+    classes = {name: training_classes(recipe()) for name, recipe in RECIPES.items()}
+    assert (classes["ade20k_xl_640"], classes["cityscapes_31b_769"], classes["camvid"]) == (150, 19, None)
+    assert (classes["cifar10_l"], classes["imagenet22k_31l_224"], classes["imagenet1k_b_120"]) == (10, 21_841, 1000)
     assert sizes["imagenet22k_31l_224"] == 14_197_122
     assert sizes["imagenet22k_to_1k_31l_384"] == sizes["imagenet1k_b_120"] == 1_281_167
 
 
 def test_the_command(capsys):
+    assert main(["plan", "camvid", "--images", "367"]) == 2
+    assert "say how many with --classes N" in capsys.readouterr().err
+    tiny = ["camvid", "--model", "replknet_test", "--network", "null", "--crop", "[64, 96]", "--images", "367"]
+    assert main(["plan", *tiny, "--classes", "11", "--device-batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epochs"], found["steps"], found["accumulate"]) == (20, 20 * 45, 4)
     short = ["--model", "replknet_test", "--image-size", "64", "--batch-size", "32"]
     assert main(["plan", "folder", *short]) == 2
     assert "say how many with --images N" in capsys.readouterr().err

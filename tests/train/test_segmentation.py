@@ -18,9 +18,10 @@ from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.replknet import CONFIGS
-from replknet.recipes import RECIPES, Machine, SegmentationRecipe
-from replknet.tasks.segmentation import Inference, Segmentation, load_segmentation
+from replknet.recipes import RECIPES, SegmentationRecipe
+from replknet.tasks.segmentation import Inference, Segmentation
 from replknet.tasks.segmentation import predict as predicted
+from replknet.tasks.segmentation_saved import load_segmentation
 from replknet.train import ResumeError, fit
 from replknet.train.segmentation import load_backbone
 
@@ -116,7 +117,7 @@ def _check_predict(weights, scenes, folder, capsys):
             "two of the images are called 0",
         ),
         (["predict", "replknet_cifar_l", image, "-o", "x.png"], "leave out -o, or add --task segmentation"),
-        ([*predict[:-1], "replknet_cifar_l", image], "says nothing of a segmentation network"),
+        ([*predict[:-1], "replknet_cifar_l", image], "holds no UperNet over a RepLKNet"),
         (["eval", "--task", "segmentation", weights], "name the folder or zip of the images and masks with --data"),
         (["eval", "--task", "segmentation", weights, "--dataset", "cifar10"], "cifar10 has a class an image"),
         (["eval", weights, "--dataset", "ade20k"], "ade20k has a class a pixel: score it with --task segmentation"),
@@ -167,12 +168,14 @@ from replknet.train import fit
 torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
 upernet._DROPOUT = 0.0
 fit(SegmentationRecipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]),
-    machine=Machine(devices=int(sys.argv[4])))
+    machine=Machine(devices=int(sys.argv[4]), shard=sys.argv[5] == "shard"))
 """
 
 
-def test_two_processes_train_and_count_what_one_does(scenes, tmp_path):
-    # what differs are sums in another order; each of the pixels of five images is counted once
+@pytest.mark.parametrize("how", ["whole", "shard"])
+def test_two_processes_train_and_count_what_one_does(how, scenes, tmp_path):
+    # what differs are sums in another order; each of the pixels of five images is counted once, and one of the
+    # processes has three of them
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -182,6 +185,7 @@ def test_two_processes_train_and_count_what_one_does(scenes, tmp_path):
     program.write_text(DISTRIBUTED)
     for processes in (1, 2):
         command = [sys.executable, str(program), recipe, str(tmp_path / str(processes)), str(scenes), str(processes)]
+        command.append(how if processes == 2 else "whole")
         result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     for one, two in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
@@ -246,8 +250,6 @@ def test_what_cannot_be_trained_is_an_error(scenes, tmp_path):
             fit(dataclasses.replace(RECIPE, **changes), tmp_path, scenes)
     with pytest.raises(ValueError, match="name their folder or zip with --data"):
         fit(RECIPE, tmp_path, None)
-    with pytest.raises(ValueError, match="shard was never tried with segmentation"):
-        fit(RECIPE, tmp_path, scenes, machine=Machine(devices=2, shard=True))
     for changes, text in (
         ({"samples": 0}, "samples must be positive, got 0"),
         ({"warmup_samples": 24}, "warmup_samples must be below the 24 samples, got 24"),
@@ -285,5 +287,13 @@ def test_the_command_trains_and_its_config_is_read(scenes, tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", "--dataset", "cifar10", "folder", "--data", "x"]) == 2
     assert "name the recipe before the options: replknet train folder" in capsys.readouterr().err
-    assert main(["plan", "camvid"]) == 2
-    assert "cannot count segmentation yet" in capsys.readouterr().err
+    model.train()
+    merged = tmp_path / "merged.safetensors"
+    command = ["--task", "segmentation", str(out / "model.safetensors")]
+    assert main(["merge", *command, str(merged), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["differences"]["random"]["inputs"], found["differences"]["images"]["inputs"]) == (2, len(PHOTOS))
+    assert load_segmentation(merged)[1] == description
+    assert found["parameters_after"] < found["parameters_before"] == sum(p.numel() for p in model.parameters())
+    assert main(["erf", *command, "--size", "64", "-o", str(tmp_path / "erf.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == len(PHOTOS)

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from replknet.analysis import effective_receptive_field
-from replknet.cli.main import CHECKPOINT, parser
+from replknet.cli.main import CHECKPOINT, TASK, Task, parser
 from replknet.data import images, transforms
 from replknet.data.download import quiet
 from replknet.models import load_model
@@ -16,6 +17,7 @@ from replknet.models import load_model
 def main(argv: list[str]) -> int:
     p = parser("erf", "replknet erf runs/cifar10/model.safetensors --size 96 -o erf.png")
     p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    p.add_argument("--task", type=Task, default="classification", help=f"{TASK}; of others the backbone is looked at")
     p.add_argument("--images", type=Path, nargs="+", default=[], help="images or folders; the two shipped by default")
     p.add_argument(
         "--size", type=int, default=1024, help="side in pixels to which images are warped; the paper's is 1024"
@@ -25,12 +27,12 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     from replknet.analysis import plots  # matplotlib is optional
 
-    model, d = load_model(args.checkpoint, torch.float32)
-    transform = transforms.small_image_transform(args.size, d.mean, d.std)
+    model, name, mean, std = (_backbone if args.task == "segmentation" else _classifier)(args.checkpoint)
+    transform = transforms.small_image_transform(args.size, mean, std)
     files = images.files(args.images or list(images.PHOTOS))
     batches = (images.batch([file], transform) for file in tqdm(files, desc="receptive field", disable=quiet()))
     field = effective_receptive_field(model, batches)
-    plots.save(plots.receptive_fields({d.name: field}), args.output)
+    plots.save(plots.receptive_fields({name: field}), args.output)
     if args.json:
         print(
             json.dumps({"output": str(args.output), "images": field.images, "sides": field.sides, "areas": field.areas})
@@ -43,3 +45,19 @@ def main(argv: list[str]) -> int:
         )
     print(args.output)
     return 0
+
+
+# a network, its name, and the mean and std of its pixels
+_Fed = tuple[nn.Module, str, tuple[float, ...], tuple[float, ...]]
+
+
+def _classifier(checkpoint: Path) -> _Fed:
+    model, d = load_model(checkpoint, torch.float32)
+    return model, d.name, d.mean, d.std
+
+
+def _backbone(checkpoint: Path) -> _Fed:
+    from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
+
+    model, d = load_segmentation(checkpoint, torch.float32)
+    return model.backbone.model, d.backbone, d.mean, d.std  # type: ignore[return-value]  # of timm's wrapper

@@ -60,7 +60,8 @@ def _classification(args: Any) -> int:
 def _segmentation(args: Any) -> int:
     from replknet.data.mask_transforms import ForEvaluation
     from replknet.data.masks import MaskSet, Pairs
-    from replknet.tasks.segmentation import evaluate, inference_of, load_segmentation
+    from replknet.tasks.segmentation import evaluate, inference_of
+    from replknet.tasks.segmentation_saved import load_segmentation
     from replknet.train.datasets import batches
 
     name = args.dataset or "masks"

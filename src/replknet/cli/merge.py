@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from replknet.cli.main import CHECKPOINT, parser
+from replknet.cli.main import CHECKPOINT, TASK, Task, parser
 from replknet.data import images, transforms
 from replknet.models import load_model, save_model
 from replknet.nn import merge, unfolded_norms
@@ -17,10 +20,22 @@ from replknet.nn.merge import largest_difference
 BOUND = 2e-5
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A network of a file, and what is done with it whatever its task."""
+
+    model: nn.Module
+    save: Callable[[nn.Module, Path], None]
+    load: Callable[[Path], nn.Module]
+    random: Tensor  # images for a check
+    image: Callable[[Path], Tensor]  # a file as the network wants it, a batch of one
+
+
 def main(argv: list[str]) -> int:
     p = parser("merge", "replknet merge RepLKNet-31B_ImageNet-1K_224.pth 31b.safetensors --verify")
     p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     p.add_argument("output", type=Path, help="safetensors file to write")
+    p.add_argument("--task", type=Task, default="classification", help=TASK)
     p.add_argument("--branches-only", action="store_true", help="merge the parallel kernels, keep the norms")
     p.add_argument("--verify", action="store_true", help="compare logits before and after; exit 1 above the bound")
     p.add_argument("--images", type=Path, nargs="+", default=[], help="images to verify on, beside the two shipped")
@@ -29,9 +44,10 @@ def main(argv: list[str]) -> int:
     if args.output.suffix != ".safetensors":
         raise ValueError(f"the result is a .safetensors file, got {args.output}")
 
-    model, description = load_model(args.checkpoint, torch.float32)
+    network = {"classification": _classification, "segmentation": _segmentation}[args.task](args.checkpoint)
+    model = network.model
     merged = merge(model, fold_bn=not args.branches_only)
-    save_model(merged, args.output, description)
+    network.save(merged, args.output)
     result: dict[str, Any] = {
         "output": str(args.output),
         "parameters_before": sum(p.numel() for p in model.parameters()),
@@ -41,22 +57,17 @@ def main(argv: list[str]) -> int:
     worst = 0.0
     if args.verify:
         # what is compared is the file, read back
-        merged, _ = load_model(args.output)
-        transform = transforms.eval_transform(
-            description.image_size, description.mean, description.std, description.crop_pct
-        )
-        side = description.image_size
-        inputs = {
-            "random": torch.randn(2, description.in_chans, side, side, generator=torch.Generator().manual_seed(0))
-        }
+        merged = network.load(args.output)
+        inputs = {"random": list(network.random.split(1))}
         # photographs are in RGB
-        if description.in_chans == 3:
-            inputs["images"] = images.batch(images.files([*images.PHOTOS, *args.images]), transform)
+        if network.random.shape[1] == 3:
+            inputs["images"] = [network.image(file) for file in images.files([*images.PHOTOS, *args.images])]
         differences = {}
-        for name, x in inputs.items():
+        for name, batches in inputs.items():
             with torch.inference_mode():
-                absolute, relative = largest_difference(model(x), merged(x))
-            differences[name] = {"inputs": len(x), "largest_absolute": absolute, "relative_l2": relative}
+                found = [largest_difference(model(x), merged(x)) for x in batches]
+            absolute, relative = (max(values) for values in zip(*found, strict=True))
+            differences[name] = {"inputs": len(batches), "largest_absolute": absolute, "relative_l2": relative}
             worst = max(worst, relative)
         result["differences"] = differences
         result["bound"] = BOUND
@@ -65,6 +76,35 @@ def main(argv: list[str]) -> int:
         print(f"the logits differ by {worst:.2e}, more than the bound {BOUND:.0e}", file=sys.stderr)
         return 1
     return 0
+
+
+def _classification(checkpoint: Path) -> _Network:
+    model, d = load_model(checkpoint, torch.float32)
+    transform = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
+    return _Network(
+        model,
+        save=lambda merged, path: save_model(merged, path, d),  # type: ignore[arg-type]  # it stays a StagedNet
+        load=lambda path: load_model(path)[0],
+        random=_random(d.in_chans, d.image_size),
+        image=lambda file: images.batch([file], transform),
+    )
+
+
+def _segmentation(checkpoint: Path) -> _Network:
+    from replknet.tasks.segmentation_saved import load_segmentation, save_segmentation  # its packages are optional
+
+    model, d = load_segmentation(checkpoint, torch.float32)
+    return _Network(
+        model,
+        save=lambda merged, path: save_segmentation(merged, path, d),
+        load=lambda path: load_segmentation(path)[0],
+        random=_random(3, 256),
+        image=lambda file: d.normalize(images.pixels(images.read(file)))[None],
+    )
+
+
+def _random(channels: int, side: int) -> Tensor:
+    return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -9,23 +9,24 @@ from replknet.recipes import Recipe
 
 def main(argv: list[str]) -> int:
     recipe, machine, args = resolved("plan", argv)
-    if not isinstance(recipe, Recipe):
-        raise ValueError("a plan counts the memory of classifiers; it cannot count segmentation yet")
     if args.gpus is not None:
         machine = dataclasses.replace(machine, devices=args.gpus)
-    from replknet.train.plan import USABLE, plan, training_images
+    from replknet.train.plan import USABLE, plan, training_classes, training_images
 
     images = args.images or training_images(args.recipe, recipe)
     if images is None:
         raise ValueError("the training images are yours: say how many with --images N")
-    classes = args.classes or {"cifar10": 10}.get(recipe.dataset, 1000 if recipe.evaluate else 21841)
+    classes = args.classes or training_classes(recipe)
+    if classes is None:
+        raise ValueError("the classes are yours: say how many with --classes N")
     found = plan(recipe, machine, images, classes, args.gpu_memory)
     if args.json:
         fields = {**dataclasses.asdict(found), "processes": machine.processes, "images": images, "classes": classes}
         print(json.dumps(fields | {"total_bytes": found.memory.total}))
         return 0 if found.fits else 1
+    size = f"{recipe.image_size}" if isinstance(recipe, Recipe) else "x".join(map(str, recipe.crop))
     print(
-        f"{args.recipe}: {recipe.model}, {recipe.epochs} epochs of {images:,} images at {recipe.image_size} pixels, "
+        f"{args.recipe}: {recipe.model}, {found.epochs} epochs of {images:,} images at {size} pixels, "
         f"{recipe.precision}\n"
         f"{machine.processes} processes x {found.device_batch} images x {found.accumulate} accumulated = "
         f"{recipe.batch_size} images a step\n"

@@ -49,7 +49,8 @@ def _classification(args: Any) -> int:
 
 def _segmentation(args: Any) -> int:
     from replknet.analysis import plots
-    from replknet.tasks.segmentation import inference_of, load_segmentation, predict
+    from replknet.tasks.segmentation import inference_of, predict
+    from replknet.tasks.segmentation_saved import load_segmentation
 
     model, d = load_segmentation(args.checkpoint, torch.float32)
     inference = inference_of(d, args.window, args.stride)

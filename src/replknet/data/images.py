@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -132,7 +133,7 @@ class _Tar:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self._reader[index]
-        return _decoded(file, f"{self._archive}:{self._reader.filename(index)}"), self._labels[label]
+        return decoded(file, f"{self._archive}:{self._reader.filename(index)}"), self._labels[label]
 
 
 class _Shards:
@@ -169,7 +170,7 @@ class _Shards:
         with self._shards[shard].open("rb") as file:
             file.seek(start)
             content = io.BytesIO(file.read(size))
-        return _decoded(content, f"image {index} ({self._shards[shard]} at byte {start})"), label
+        return decoded(content, f"image {index} ({self._shards[shard]} at byte {start})"), label
 
 
 def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[int, int, int]]:
@@ -220,7 +221,7 @@ class _Hub:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self._reader[index]
-        return _decoded(file, f"image {index} of {self._name}"), label
+        return decoded(file, f"image {index} of {self._name}"), label
 
 
 def source_of(root: Path, split: str) -> Source:
@@ -269,16 +270,22 @@ def read(path: Path) -> Image.Image:
     Raises:
         ImageError: the file is no image, or a damaged one.
     """
-    return _decoded(path, str(path))
+    return decoded(path, str(path))
 
 
-def _decoded(file: Any, name: str) -> Image.Image:
+def decoded(file: Any, name: str) -> Image.Image:
+    """An image in RGB from a path or an open file, which errors call `name`."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         # Pillow's decoders of damaged files raise all of these
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """An image in RGB as a tensor `[3,H,W]`, uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def batch(paths: Sequence[Path], transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:

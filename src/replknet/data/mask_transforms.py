@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from replknet.data.masks import IGNORE
 
 # brightness, contrast, saturation and hue, of torchvision's distortion
-_DISTORTION = v2.RandomPhotometricDistort((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))
+DISTORTION = v2.RandomPhotometricDistort((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))
 _TRIES = 10
 
 
@@ -68,7 +68,7 @@ class ForTraining:
         if torch.rand(()) < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
         if self.distort:
-            image = _DISTORTION(image)
+            image = DISTORTION(image)
         image = self.normalize(image)
         right, below = self.crop[1] - mask.shape[1], self.crop[0] - mask.shape[0]
         return F.pad(image, [0, 0, right, below]), F.pad(mask[None], [0, 0, right, below], fill=IGNORE)[0]

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from replknet.data.images import ImageError
+from replknet.data.images import ImageError, pixels
 
 # label of a pixel that is not trained on and not scored
 IGNORE = 255
@@ -57,7 +57,7 @@ def _parsed(text: str, where: str) -> Classes:
         ) from error
 
 
-class _Files:
+class Files:
     """Names and contents of the files in a folder or a zip archive."""
 
     def __init__(self, root: Path) -> None:
@@ -154,7 +154,7 @@ class Pairs:
 
     def __init__(self, name: str, data: Path, split: str) -> None:
         layout = LAYOUTS[name]
-        self._files = _Files(data)
+        self._files = Files(data)
         if name == "masks":
             if "classes.json" not in self._files:
                 raise ImageError(f'expected classes.json in {data}, with "classes" and "palette"')
@@ -260,4 +260,4 @@ class MaskSet(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = self.pairs[index]
-        return self.transform(torch.from_numpy(np.array(image)).permute(2, 0, 1), mask)
+        return self.transform(pixels(image), mask)

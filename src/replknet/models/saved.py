@@ -27,7 +27,7 @@ from replknet.nn import merge
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
 
 _FIELD = "replknet"
-# that of files of replknet.tasks.segmentation
+# that of files of segmentation networks
 SEGMENTATION_FIELD = "replknet_segmentation"
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
 # weights that are part of the package, as MODEL.TAG.safetensors
@@ -145,7 +145,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
     if SEGMENTATION_FIELD in metadata:
         raise CheckpointError(
             f"{path} holds a segmentation network and no classifier: it is read by eval and predict with --task "
-            "segmentation, and by replknet.tasks.segmentation.load_segmentation"
+            "segmentation, and by replknet.tasks.segmentation_saved.load_segmentation"
         )
     text = metadata.get(_FIELD)
     description = _parsed(text, path) if text is not None else described(state, str(path))
@@ -184,19 +184,40 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Des
     Raises:
         CheckpointError: the keys are not those of a RepLKNet.
     """
+    if "head.weight" not in state:
+        raise CheckpointError(_no_replknet(state, where, "stem.0.conv.weight, head.weight"))
+    config = config_of(state, where)
+    mean, std = statistics_of(config)
+    return Description(
+        config=config,
+        in_chans=state["stem.0.conv.weight"].shape[1],
+        num_classes=state["head.weight"].shape[0],
+        image_size=320 if _is_xl(config) else 224,
+        mean=mean,
+        std=std,
+    )
+
+
+def config_of(state: Mapping[str, Tensor], where: str = "the checkpoint") -> RepLKNetConfig:
+    """The architecture that keys and shapes are of, with the paper's stem; `named` gives its registered name.
+
+    Args:
+        state: under the official keys, with a classifier or without; in a merged form there is no small kernel.
+        where: what the error calls it.
+
+    Raises:
+        CheckpointError: the keys are not those of a RepLKNet.
+    """
     large = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.large_kernel\.(?:lkb_origin\.conv|lkb_reparam)\.weight")
     found = {(int(m[1]), int(m[2])): value for key, value in state.items() if (m := large.fullmatch(key))}
-    if not found or "stem.0.conv.weight" not in state or "head.weight" not in state:
-        raise CheckpointError(
-            f"{where} holds no RepLKNet classifier: expected keys such as stem.0.conv.weight, head.weight and "
-            f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {', '.join(list(state)[:4])}, ..."
-        )
+    if not found or "stem.0.conv.weight" not in state:
+        raise CheckpointError(_no_replknet(state, where, "stem.0.conv.weight"))
     stages = sorted({stage for stage, _ in found})
     first = [found[stage, 0] for stage in stages]
     channels = [state[f"stages.{stage}.blocks.1.pw2.conv.weight"].shape[0] for stage in stages]
     hidden = state["stages.0.blocks.1.pw1.conv.weight"].shape[0]
     small = state.get("stages.0.blocks.0.large_kernel.small_conv.conv.weight")
-    config = RepLKNetConfig(
+    return RepLKNetConfig(
         kernels=tuple(weight.shape[-1] for weight in first),
         depths=tuple(sum(stage == s for s, _ in found) for stage in stages),
         channels=tuple(channels),
@@ -204,13 +225,33 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Des
         dw_ratio=first[0].shape[0] / channels[0],
         ffn_ratio=hidden / channels[0],
     )
-    # of the released networks XL alone was trained with other statistics and at 320 pixels
-    xl = config.channels == replknet.CONFIGS["replknet_xl"].channels
-    return Description(
-        config=config,
-        in_chans=state["stem.0.conv.weight"].shape[1],
-        num_classes=state["head.weight"].shape[0],
-        image_size=320 if xl else 224,
-        mean=IMAGENET_INCEPTION_MEAN if xl else IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_INCEPTION_STD if xl else IMAGENET_DEFAULT_STD,
+
+
+def _no_replknet(state: Mapping[str, Tensor], where: str, keys: str) -> str:
+    return (
+        f"{where} holds no RepLKNet classifier: expected keys such as {keys} and "
+        f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {', '.join(list(state)[:4])}, ..."
     )
+
+
+def named(config: RepLKNetConfig) -> tuple[str, dict[str, Any]]:
+    """The registered name of an architecture, and the options with which timm.create_model builds it.
+
+    A small kernel of its own is an option; an architecture that is not registered is RepLKNet-31B with all its own.
+    """
+    for name, known in replknet.CONFIGS.items():
+        differing = {field: value for field, value in asdict(config).items() if value != getattr(known, field)}
+        if set(differing) <= {"small_kernel"}:
+            return name, differing
+    return "replknet_31b", asdict(config)
+
+
+def statistics_of(config: RepLKNetConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels for the released networks: XL alone was trained with others than ImageNet's."""
+    if _is_xl(config):
+        return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _is_xl(config: RepLKNetConfig) -> bool:
+    return config.channels == replknet.CONFIGS["replknet_xl"].channels

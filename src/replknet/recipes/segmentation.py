@@ -95,6 +95,10 @@ class SegmentationRecipe:
         if self.warmup_samples >= self.samples:
             raise ValueError(f"warmup_samples must be below the {self.samples} samples, got {self.warmup_samples}")
 
+    def epochs_of(self, images: int) -> int:
+        """Passes over a training set of so many images."""
+        return max(1, round(self.samples / images))
+
 
 def ade20k_31b_512() -> SegmentationRecipe:
     """RepLKNet-31B of ImageNet-1K with UperNet on ADE20K, crops of 512.

@@ -12,10 +12,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from replknet.nn import ConvFFN, RepLKBlock
+from replknet.tasks.sharding import gather, shard
 
 
 class Classification(pl.LightningModule):
@@ -92,15 +91,7 @@ class Classification(pl.LightningModule):
 
     def configure_model(self) -> None:
         # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
-        mesh = getattr(self, "_device_mesh", None)
-        if mesh is None or isinstance(self.model, FSDPModule):
-            return
-        # FSDP2 takes contiguous weights only
-        self.model.to(memory_format=torch.contiguous_format)
-        # a block is what is gathered at once
-        for block in [module for module in self.model.modules() if isinstance(module, RepLKBlock | ConvFFN)]:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.model, mesh=mesh["data_parallel"])
+        shard(self.model, getattr(self, "_device_mesh", None))
 
     @property
     def weights(self) -> nn.Module:
@@ -122,6 +113,7 @@ class Classification(pl.LightningModule):
             self.ema.update(self.model, step=self.global_step)
 
     def on_validation_epoch_start(self) -> None:
+        gather(self.model, True)
         # of what is kept, and of the network beside its average: images, those that were right, and the sum of losses
         self._scored = torch.zeros(1 if self.ema is None else 2, 3, dtype=torch.float64, device=self.device)
 
@@ -137,6 +129,7 @@ class Classification(pl.LightningModule):
             scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
 
     def on_validation_epoch_end(self) -> None:
+        gather(self.model, False)
         # each image is with one process
         all_scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
         for (images, right, loss), of in zip(all_scored, ("", "_raw"), strict=False):

@@ -1,15 +1,11 @@
-"""Semantic segmentation: saved networks, prediction whole and by windows, scores, and training."""
+"""Semantic segmentation: prediction whole and by windows, scores, and training."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
-import timm
 import torch
 from monai.inferers.utils import sliding_window_inference
 from PIL import Image
@@ -18,117 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from replknet.data.mask_transforms import Normalize, fitted
-from replknet.data.masks import IGNORE, Classes
-from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import form_of, mismatch, read_metadata
-from replknet.models.saved import SEGMENTATION_FIELD, weights_file, write
-from replknet.nn import merge
-from replknet.tasks.upernet import UperNet, without_auxiliary
+from replknet.data.images import pixels
+from replknet.data.mask_transforms import fitted
+from replknet.data.masks import IGNORE
+from replknet.tasks.segmentation_saved import SegmentationDescription
+from replknet.tasks.sharding import gather, shard
+from replknet.tasks.upernet import UperNet
 
 # the loss of the auxiliary head counts so much beside the other's
 _AUXILIARY_WEIGHT = 0.4
-
-
-# ---- networks in files
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentationDescription:
-    """What a file of weights is of, and how its network is fed.
-
-    Args:
-        backbone: timm's name of the backbone.
-        network: its options, such as kernels, as timm.create_model takes them.
-        classes: names of the classes.
-        palette: their colours, RGB.
-        channels: of UperNet's head.
-        auxiliary_channels: of the auxiliary head; None where there is none.
-        align_corners: of every interpolation.
-        scale: longer and shorter side into which an image is fitted, pixels; None for its own size.
-        window: side of the windows of a large image, pixels; None for the whole image at once.
-        stride: of the windows, pixels.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
-    """
-
-    backbone: str
-    network: dict[str, Any]
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    channels: int
-    auxiliary_channels: int | None
-    align_corners: bool
-    scale: tuple[int, int] | None
-    window: int | None
-    stride: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def colours(self) -> Classes:
-        return Classes(self.classes, self.palette)
-
-    def build(self, **options: Any) -> UperNet:
-        """The network, untrained; options are the backbone's beside its own."""
-        backbone = timm.create_model(self.backbone, features_only=True, **self.network, **options)
-        return UperNet(backbone, len(self.classes), self.channels, self.auxiliary_channels, self.align_corners)
-
-    @property
-    def normalize(self) -> Normalize:
-        """What an image goes through before the network."""
-        return Normalize(self.mean, self.std)
-
-
-def save_segmentation(model: nn.Module, path: str | Path, description: SegmentationDescription) -> None:
-    """Write a network to a safetensors file; an existing file is replaced only when all is written.
-
-    Args:
-        model: a UperNet in any form: training, merged or folded, with its auxiliary head or without.
-        path: the file; its folder is made.
-        description: what is needed to build and feed it, written into the file's header.
-    """
-    write(model, path, {SEGMENTATION_FIELD: json.dumps(asdict(description))})
-
-
-def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
-    """The network of a file of `save_segmentation`, in the file's form, without the auxiliary head and in eval mode.
-
-    Args:
-        path: the file.
-        dtype: of the network; None for that of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it holds no such network.
-    """
-    path = weights_file(path)
-    state = read_state_dict(path)
-    text = read_metadata(path).get(SEGMENTATION_FIELD)
-    if text is None:
-        raise CheckpointError(
-            f"{path} says nothing of a segmentation network: expected a file that `replknet train` wrote; weights of "
-            "mmsegmentation load into a network with replknet.load_checkpoint"
-        )
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("classes", "mean", "std", "scale"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        fields["palette"] = tuple(tuple(colour) for colour in fields["palette"])
-        description = SegmentationDescription(**fields)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
-    with torch.device("meta"):
-        model = without_auxiliary(description.build())
-    form = form_of(state)
-    if form != "training":
-        model = merge(model, fold_bn=form == "folded")
-    state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
-    wrong = mismatch(state, model)
-    if wrong:
-        raise CheckpointError(f"{path} holds no complete UperNet: {wrong}")
-    model.load_state_dict(state, assign=True)
-    return model.to(dtype).eval(), description
 
 
 # ---- prediction
@@ -221,8 +115,8 @@ def inference_of(
 
 
 def predict(model: nn.Module, image: Image.Image, description: SegmentationDescription, inference: Inference) -> Tensor:
-    """The class of each pixel of an image: `[H,W]`, uint8."""
-    x = description.normalize(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    """The class of each pixel of an image in RGB: `[H,W]`, uint8."""
+    x = description.normalize(pixels(image))
     return inference(model.eval(), _channels_last(x[None]), (image.height, image.width))[0]
 
 
@@ -331,19 +225,19 @@ class Segmentation(pl.LightningModule):
         """The network to be scored and kept."""
         return self.model
 
+    def configure_model(self) -> None:
+        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        shard(self.model, getattr(self, "_device_mesh", None))
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, mask = batch
-        target = mask.long()
-        if self.model.auxiliary_head is None:
-            loss = _loss(self._trained[0](_channels_last(x)), target)
-        else:
-            logits, auxiliary = self._trained[0](_channels_last(x), auxiliary=True)
-            loss = _loss(logits, target) + _AUXILIARY_WEIGHT * _loss(auxiliary, target)
+        loss = training_loss(self._trained[0], _channels_last(x), mask, self.model.auxiliary_head is not None)
         self.log("loss", loss, prog_bar=True)
         self.last_loss = loss.detach()
         return loss
 
     def on_validation_epoch_start(self) -> None:
+        gather(self.model, True)
         classes = self.model.num_classes
         self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
 
@@ -353,6 +247,7 @@ class Segmentation(pl.LightningModule):
         self._confusion += confusion_of(predicted, mask, self.model.num_classes)
 
     def on_validation_epoch_end(self) -> None:
+        gather(self.model, False)
         # each image is with one process; float64 holds these counts exactly
         total = self.trainer.strategy.reduce(self._confusion.double(), reduce_op="sum").long()
         found = scores(total.cpu(), 0)
@@ -385,6 +280,22 @@ class Segmentation(pl.LightningModule):
             }
             for (backbone, decays), params in groups.items()
         ]
+
+
+def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary: bool) -> Tensor:
+    """Cross entropy of a UperNet, with that of its auxiliary head if it has one.
+
+    Args:
+        model: the network.
+        x: normalised images `[N,3,H,W]`.
+        mask: class of each pixel `[N,H,W]`, uint8, or IGNORE.
+        auxiliary: whether there is such a head.
+    """
+    target = mask.long()
+    if not auxiliary:
+        return _loss(model(x), target)
+    logits, others = model(x, auxiliary=True)
+    return _loss(logits, target) + _AUXILIARY_WEIGHT * _loss(others, target)
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:

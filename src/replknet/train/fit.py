@@ -227,15 +227,15 @@ def _trainer(
         num_sanity_val_steps=0,
         limit_val_batches=None if recipe.evaluate else 0,
         use_distributed_sampler=False,
+        # weights that are gathered in it could not be trained on
+        inference_mode=not machine.shard,
     )
 
 
 def _check_shardable(recipe: Recipe | SegmentationRecipe, machine: Machine) -> None:
     if machine.processes == 1:
         raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
-    if not isinstance(recipe, Recipe):
-        raise ValueError("shard was never tried with segmentation; leave it out")
-    if recipe.ema_decay is not None:
+    if isinstance(recipe, Recipe) and recipe.ema_decay is not None:
         raise ValueError(
             "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
             "has them; --ema-decay null trains without, or leave out --shard"

@@ -1,6 +1,6 @@
 """What a training needs before anyone pays for it: memory of a device, and steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,13 +10,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from replknet.data.masks import Classes, shipped_classes
 from replknet.models.staged import StagedNet
-from replknet.recipes import Machine, Recipe
+from replknet.recipes import Machine, Recipe, SegmentationRecipe
 from replknet.tasks.classification import fallback_of
-from replknet.train.classification import create_network
+from replknet.train import classification
 
 # images for training; ImageNet-22K is the whole of its 2011 release
-IMAGES = {"cifar10": 50_000, "imagenet1k": 1_281_167, "imagenet22k": 14_197_122}
+IMAGES = {
+    "cifar10": 50_000,
+    "imagenet1k": 1_281_167,
+    "imagenet22k": 14_197_122,
+    "ade20k": 20_210,
+    "cityscapes": 2_975,
+}
 # share of a device's memory that the tensors may take; libraries, fragments and what a framework keeps take some, too
 USABLE = 0.9
 
@@ -43,6 +50,7 @@ class Plan:
 
     device_batch: int  # images that a device takes at once
     accumulate: int  # batches of a device that make a step
+    epochs: int
     steps_per_epoch: int
     steps: int
     memory: Memory
@@ -50,7 +58,9 @@ class Plan:
     by_device_batch: dict[int, int]  # other choices and their bytes, extrapolated from two
 
 
-def plan(recipe: Recipe, machine: Machine, images: int, classes: int, device_memory: float | None = None) -> Plan:
+def plan(
+    recipe: Recipe | SegmentationRecipe, machine: Machine, images: int, classes: int, device_memory: float | None = None
+) -> Plan:
     """Memory and steps of a training, from a step on tensors that have shapes alone.
 
     Args:
@@ -80,20 +90,22 @@ def plan(recipe: Recipe, machine: Machine, images: int, classes: int, device_mem
         device_batch = max(fitting, default=1)
     memory = step_memory(recipe, machine, device_batch, classes)
     steps_per_epoch = images // recipe.batch_size
+    epochs = recipe.epochs if isinstance(recipe, Recipe) else recipe.epochs_of(images)
     return Plan(
         device_batch=device_batch,
         accumulate=Machine(devices=machine.devices, nodes=machine.nodes, device_batch=device_batch).accumulated(
             recipe.batch_size
         ),
+        epochs=epochs,
         steps_per_epoch=steps_per_epoch,
-        steps=steps_per_epoch * recipe.epochs,
+        steps=steps_per_epoch * epochs,
         memory=memory,
         fits=limit is None or memory.total <= limit,
         by_device_batch=estimated,
     )
 
 
-def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> Memory:
+def step_memory(recipe: Recipe | SegmentationRecipe, machine: Machine, images: int, classes: int) -> Memory:
     """Memory of one step with so many images on a device, without torch.compile.
 
     Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. What the
@@ -101,16 +113,16 @@ def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> 
     is not seen.
     """
     with FakeTensorMode():
-        model = create_network(recipe, classes)
-        assert isinstance(model, StagedNet)
-        model.set_grad_checkpointing(machine.grad_checkpointing)
-        side = recipe.image_size
-        x = torch.empty(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
-        target = torch.empty(images, classes)
+        if isinstance(recipe, Recipe):
+            model, x, target, loss = _classification(recipe, machine, images, classes)
+        else:
+            model, x, target, loss = _segmentation(recipe, machine, images, classes)
         tracker = MemTracker()
         tracker.track_external(model, x, target)
         with tracker:
-            _forward_and_backward(model, x, target, recipe.precision)
+            with _autocast(recipe.precision):
+                value = loss(model, x, target)
+            value.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
         weights = sum(_bytes(t) for t in (*model.parameters(), *model.buffers()))
         parameters = sum(_bytes(p) for p in model.parameters())
@@ -123,10 +135,39 @@ def step_memory(recipe: Recipe, machine: Machine, images: int, classes: int) -> 
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        average=0 if recipe.ema_decay is None else weights,
+        average=weights if isinstance(recipe, Recipe) and recipe.ema_decay is not None else 0,
         buckets=parameters if machine.processes > 1 else 0,
         activations=peak["Total"] - weights - gradients,
     )
+
+
+# network, images, what they are compared with, and the loss
+_Step = tuple[nn.Module, Tensor, Tensor, Callable[[nn.Module, Tensor, Tensor], Tensor]]
+
+
+def _classification(recipe: Recipe, machine: Machine, images: int, classes: int) -> _Step:
+    model = classification.create_network(recipe, classes)
+    assert isinstance(model, StagedNet)
+    model.set_grad_checkpointing(machine.grad_checkpointing)
+    side = recipe.image_size
+    x = torch.empty(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
+    return model, x, torch.empty(images, classes), _soft_cross_entropy
+
+
+def _soft_cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return -(model(x).float().log_softmax(1) * target).sum(1).mean()
+
+
+def _segmentation(recipe: SegmentationRecipe, machine: Machine, images: int, classes: int) -> _Step:
+    from replknet.tasks.segmentation import training_loss  # its packages are optional
+    from replknet.train import segmentation
+
+    # their names and colours take no memory
+    some = Classes(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
+    model = segmentation.create_network(recipe, segmentation.description_of(recipe, some), machine)
+    x = torch.empty(images, 3, *recipe.crop).contiguous(memory_format=torch.channels_last)
+    mask = torch.zeros(images, *recipe.crop, dtype=torch.uint8)
+    return model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None)
 
 
 def _bytes(t: Tensor) -> int:
@@ -156,13 +197,6 @@ def _state_of(model: nn.Module, optimizer: str) -> int:
     return sum(copies[name] * _bytes(p) for name, p in model.named_parameters())
 
 
-def _forward_and_backward(model: nn.Module, x: Tensor, target: Tensor, precision: str) -> None:
-    with _autocast(precision):
-        logits = model(x)
-        loss = -(logits.float().log_softmax(1) * target).sum(1).mean()
-    loss.backward()
-
-
 @contextmanager
 def _autocast(precision: str) -> Iterator[None]:
     dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
@@ -170,10 +204,20 @@ def _autocast(precision: str) -> Iterator[None]:
         yield
 
 
-def training_images(recipe_name: str, recipe: Recipe) -> int | None:
+def training_images(recipe_name: str, recipe: Recipe | SegmentationRecipe) -> int | None:
     """Images of the recipe's training set, None where they are the user's own."""
-    if recipe.dataset == "cifar10":
-        return IMAGES["cifar10"]
+    if recipe.dataset in IMAGES:
+        return IMAGES[recipe.dataset]
     if "imagenet" not in recipe_name:
         return None
     return IMAGES["imagenet22k" if recipe_name.startswith("imagenet22k_31") else "imagenet1k"]
+
+
+def training_classes(recipe: Recipe | SegmentationRecipe) -> int | None:
+    """Classes of the recipe's training set, None where they are the user's own."""
+    if isinstance(recipe, SegmentationRecipe):
+        return None if recipe.dataset == "masks" else len(shipped_classes(recipe.dataset).names)
+    if recipe.dataset == "cifar10":
+        return 10
+    # what nobody evaluates is ImageNet-22K
+    return 1000 if recipe.evaluate else 21841

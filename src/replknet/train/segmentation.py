@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from replknet.data.mask_transforms import ForEvaluation, ForTraining, Normalize
-from replknet.data.masks import MaskSet, Pairs
+from replknet.data.masks import Classes, MaskSet, Pairs
 from replknet.models import CheckpointError, read_state_dict
 from replknet.models.checkpoints import mismatch
 from replknet.models.saved import weights_file
 from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, SegmentationRecipe
-from replknet.tasks.segmentation import Inference, Segmentation, SegmentationDescription, save_segmentation
+from replknet.tasks.segmentation import Inference, Segmentation
+from replknet.tasks.segmentation_saved import SegmentationDescription, save_segmentation
 from replknet.tasks.upernet import UperNet
 from replknet.train.callbacks import Kept
 from replknet.train.datasets import NORMALIZATIONS, Splits
@@ -40,21 +41,12 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
     val = None
     if recipe.evaluate:
         val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(normalize))
-    description = SegmentationDescription(
-        backbone=recipe.model,
-        network=network_options(recipe),
-        classes=train.classes.names,
-        palette=train.classes.palette,
-        channels=recipe.channels,
-        auxiliary_channels=recipe.auxiliary_channels,
-        align_corners=recipe.align_corners,
-        scale=recipe.scale,
-        window=recipe.window,
-        stride=recipe.stride,
-        mean=mean,
-        std=std,
-    )
-    model = _built(recipe, description, machine)
+    description = description_of(recipe, train.classes)
+    model = create_network(recipe, description, machine)
+    if recipe.weights is not None:
+        load_backbone(model.backbone.model, recipe.weights)  # type: ignore[arg-type]  # it is a StagedNet
+    if recipe.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Job(
         task=Segmentation(
             model,
@@ -68,14 +60,38 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
         ),
         # sizes differ, so one image at a time is scored
         sets=Splits(MaskSet(train, moved), val, train.classes.names, mean, std, 1.0, val_batch=1),
-        epochs=max(1, round(recipe.samples / len(train))),
+        epochs=recipe.epochs_of(len(train)),
         kept=Kept(partial(_save, description), description.build),
         score="val_miou",
         score_every=recipe.evaluate_every,
     )
 
 
-def _built(recipe: SegmentationRecipe, description: SegmentationDescription, machine: Machine) -> UperNet:
+def description_of(recipe: SegmentationRecipe, classes: Classes) -> SegmentationDescription:
+    """What the network of a recipe is, for these classes."""
+    mean, std = NORMALIZATIONS[recipe.normalization]
+    return SegmentationDescription(
+        backbone=recipe.model,
+        network=network_options(recipe),
+        classes=classes.names,
+        palette=classes.palette,
+        channels=recipe.channels,
+        auxiliary_channels=recipe.auxiliary_channels,
+        align_corners=recipe.align_corners,
+        scale=recipe.scale,
+        window=recipe.window,
+        stride=recipe.stride,
+        mean=mean,
+        std=std,
+    )
+
+
+def create_network(recipe: SegmentationRecipe, description: SegmentationDescription, machine: Machine) -> UperNet:
+    """The network of a recipe, untrained.
+
+    Raises:
+        ValueError: the backbone is none of ours, or cannot be built so.
+    """
     build = partial(replace(description, network={}).build, drop_path_rate=recipe.drop_path)
     model = built(build, recipe.model, description.network)
     # that of a network of ours is kept whole by timm
@@ -83,9 +99,7 @@ def _built(recipe: SegmentationRecipe, description: SegmentationDescription, mac
     if not isinstance(backbone, StagedNet):
         raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
     backbone.set_grad_checkpointing(machine.grad_checkpointing)
-    if recipe.weights is not None:
-        load_backbone(backbone, recipe.weights)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if recipe.sync_bn else model
+    return model
 
 
 def load_backbone(backbone: StagedNet, path: str | Path) -> None:

@@ -1,0 +1,37 @@
+"""Weights that are divided among processes (FSDP2), for networks that are too large for a device."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from replknet.nn import ConvFFN, RepLKBlock
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Divide the weights of a network among the processes of Lightning's mesh, in place; none for None.
+
+    What is gathered at once is a block, and all that is in no block.
+    """
+    if mesh is None or isinstance(model, FSDPModule):
+        return
+    # FSDP2 takes contiguous weights only
+    model.to(memory_format=torch.contiguous_format)
+    for block in [module for module in model.modules() if isinstance(module, RepLKBlock | ConvFFN)]:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def gather(model: nn.Module, whole: bool) -> None:
+    """Give every process the whole weights of a network that is divided, or take them back.
+
+    For evaluation: processes that have different numbers of images do not wait for each other then.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(not whole, recurse=False)
+            if whole:
+                module.unshard()
+            else:
+                module.reshard()
