@@ -4,6 +4,7 @@ Key formats:
 - official: DingXiaoH/RepLKNet-pytorch, the names of our own parameters;
 - mmpretrain: prefix `backbone.`, the final norm as `stages.3.norm`, the classifier as `head.fc`;
 - mmsegmentation 0.x: prefix `backbone.`, and heads with `bn` and `conv_seg`;
+- mmdetection 2.x: see `replknet.models.detection_keys`;
 - MegEngine: flat `blocks`, batch-norm arrays of [1,C,1,1], grouped kernels of [C,1,1,K,K], images in BGR.
 """
 
@@ -21,6 +22,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from replknet.models.detection_keys import from_mmdet, is_mmdet
 
 State = dict[str, Tensor]
 Form = Literal["training", "merged", "folded"]
@@ -157,6 +160,8 @@ def to_official(state: Mapping[str, Any]) -> State:
     if any(".pre_bn." in key for key in state):
         return from_megengine(state)
     tensors = {key: torch.as_tensor(value) for key, value in state.items()}
+    if is_mmdet(tensors):
+        return from_mmdet(tensors)
     if any(_SEGMENTATION_HEAD.match(key) for key in tensors):
         return from_mmseg(tensors)
     if "head.fc.weight" in tensors:

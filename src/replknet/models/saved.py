@@ -27,8 +27,9 @@ from replknet.nn import merge
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
 
 _FIELD = "replknet"
-# that of files of segmentation networks
-SEGMENTATION_FIELD = "replknet_segmentation"
+# those of files of networks with another task, which is how eval and predict call it
+SEGMENTATION_FIELD, DETECTION_FIELD = "replknet_segmentation", "replknet_detection"
+_OTHERS = {SEGMENTATION_FIELD: "segmentation", DETECTION_FIELD: "detection"}
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
 # weights that are part of the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
@@ -142,10 +143,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
     path = weights_file(path)
     state = read_state_dict(path)
     metadata = read_metadata(path)
-    if SEGMENTATION_FIELD in metadata:
+    for task in (task for field, task in _OTHERS.items() if field in metadata):
         raise CheckpointError(
-            f"{path} holds a segmentation network and no classifier: it is read by eval and predict with --task "
-            "segmentation, and by replknet.tasks.segmentation_saved.load_segmentation"
+            f"{path} holds a {task} network and no classifier: it is read by eval and predict with --task {task}, and "
+            f"by replknet.tasks.{task}_saved.load_{task}"
         )
     text = metadata.get(_FIELD)
     description = _parsed(text, path) if text is not None else described(state, str(path))
