@@ -23,7 +23,7 @@ from replknet.tasks.segmentation import Inference, Segmentation
 from replknet.tasks.segmentation import predict as predicted
 from replknet.tasks.segmentation_saved import load_segmentation
 from replknet.train import ResumeError, fit
-from replknet.train.segmentation import load_backbone
+from replknet.train.backbones import load_backbone
 
 CLASSES = {"classes": ["grass", "sky", "sun"], "palette": [[0, 200, 0], [0, 0, 200], [250, 250, 0]]}
 RECIPE = SegmentationRecipe(
@@ -111,12 +111,15 @@ def _check_predict(weights, scenes, folder, capsys):
     assert sorted(p.name for p in (folder / "all").iterdir()) == sorted(p.with_suffix(".png").name for p in PHOTOS)
     capsys.readouterr()
     for wrong, text in (
-        ([*predict, *photos, "-o", str(folder / "one.png")], "2 images need a folder for their overlays"),
+        ([*predict, *photos, "-o", str(folder / "one.png")], "2 images need a folder for their pictures"),
         (
             [*predict, image, str(scenes / "images" / "train" / "0.png"), "-o", str(folder)],
             "two of the images are called 0",
         ),
-        (["predict", "replknet_cifar_l", image, "-o", "x.png"], "leave out -o, or add --task segmentation"),
+        (
+            ["predict", "replknet_cifar_l", image, "-o", "x.png"],
+            "leave out -o, or add --task segmentation or detection",
+        ),
         ([*predict[:-1], "replknet_cifar_l", image], "holds no UperNet over a RepLKNet"),
         (["eval", "--task", "segmentation", weights], "name the folder or zip of the images and masks with --data"),
         (["eval", "--task", "segmentation", weights, "--dataset", "cifar10"], "cifar10 has a class an image"),

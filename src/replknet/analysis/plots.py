@@ -40,7 +40,7 @@ def receptive_fields(fields: Mapping[str, ERF]) -> Figure:
 _DPI = 110
 
 # what an axis says of a score
-_SCORES = {"val_top1": "accuracy, %", "val_miou": "mIoU, %"}
+_SCORES = {"val_top1": "accuracy, %", "val_miou": "mIoU, %", "val_map": "AP, %"}
 
 
 def curves(series: Mapping[str, Sequence[Mapping[str, float]]], score: str = "val_top1") -> Figure:
@@ -86,6 +86,51 @@ def overlay(image: Image.Image, labels: Any, names: Sequence[str], palette: Sequ
         r, g, b = palette[i]
         entries.append(Patch(color=(r / 255, g / 255, b / 255), label=f"{names[i]} {counts[i] / labels.size:.1%}"))
     figure.legend(handles=entries, loc="center right", fontsize=8, frameon=False)
+    return figure
+
+
+def boxes(
+    image: Image.Image,
+    boxes: Any,
+    labels: Sequence[int],
+    scores: Sequence[float],
+    names: Sequence[str],
+    masks: Any = None,
+) -> Figure:
+    """An image with the objects in it: a box in the colour of its class, its name and its score.
+
+    Args:
+        image: in RGB.
+        boxes: x1, y1, x2, y2 of the objects, pixels, `[n,4]`.
+        labels: class of each.
+        scores: of each, from 0 to 1.
+        names: of the classes.
+        masks: pixels of each object, `[n,H,W]`, bool, or None.
+    """
+    # pixels stay pixels
+    figure = plt.figure(figsize=(image.width / _DPI, image.height / _DPI), dpi=_DPI)
+    axis = figure.add_axes((0, 0, 1, 1))
+    drawn = np.asarray(image).astype(float)
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]  # a list of colours
+    for mask, label in zip([] if masks is None else np.asarray(masks), labels, strict=masks is not None):
+        drawn[mask] = drawn[mask] / 2 + 255 * np.array(colours[label % 10]) / 2
+    axis.imshow(drawn.astype(np.uint8), interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    # the best lie on top
+    for (x1, y1, x2, y2), label, score in reversed(list(zip(np.asarray(boxes).tolist(), labels, scores, strict=True))):
+        colour = colours[label % 10]
+        axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
+        axis.text(
+            x1 + 2,
+            y1 + 1,
+            f"{names[label]} {score:.2f}",
+            fontsize=6,
+            color="white",
+            verticalalignment="top",
+            clip_on=True,
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+        )
+    axis.set(xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
     return figure
 
 

@@ -12,6 +12,7 @@ from replknet.cli.main import CHECKPOINT, TASK, Task, parser
 from replknet.data import images, transforms
 from replknet.data.download import quiet
 from replknet.models import load_model
+from replknet.models.staged import StagedNet
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     from replknet.analysis import plots  # matplotlib is optional
 
-    model, name, mean, std = (_backbone if args.task == "segmentation" else _classifier)(args.checkpoint)
+    model, name, mean, std = _NETWORKS[args.task](args.checkpoint)
     transform = transforms.small_image_transform(args.size, mean, std)
     files = images.files(args.images or list(images.PHOTOS))
     batches = (images.batch([file], transform) for file in tqdm(files, desc="receptive field", disable=quiet()))
@@ -56,8 +57,23 @@ def _classifier(checkpoint: Path) -> _Fed:
     return model, d.name, d.mean, d.std
 
 
-def _backbone(checkpoint: Path) -> _Fed:
+def _segmentation(checkpoint: Path) -> _Fed:
     from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
 
     model, d = load_segmentation(checkpoint, torch.float32)
-    return model.backbone.model, d.backbone, d.mean, d.std  # type: ignore[return-value]  # of timm's wrapper
+    return _backbone(model), d.backbone, d.mean, d.std
+
+
+def _detection(checkpoint: Path) -> _Fed:
+    from replknet.tasks.detection_saved import load_detection  # the same
+
+    model, d = load_detection(checkpoint, torch.float32)
+    return _backbone(model), d.backbone, d.mean, d.std
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    (backbone,) = (module for module in model.modules() if isinstance(module, StagedNet))
+    return backbone
+
+
+_NETWORKS = {"classification": _classifier, "segmentation": _segmentation, "detection": _detection}

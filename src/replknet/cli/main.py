@@ -16,9 +16,9 @@ COMMANDS = {
     "info": "list the models with their parameters and multiply-adds",
     "recipes": "list the trainings that `train` knows, with command, hardware and score",
     "plan": "estimate memory and steps of a training before it runs",
-    "train": "train a classifier or a segmentation network from a recipe",
+    "train": "train a classifier, a segmentation network or a detector from a recipe",
     "eval": "score a trained network on a data set",
-    "predict": "name the likeliest classes of image files, or the class of each of their pixels",
+    "predict": "name the likeliest classes of image files, the class of each of their pixels, or the objects in them",
     "merge": "turn a checkpoint into the inference form",
     "erf": "compute and draw the effective receptive field",
     "bench": "time the depthwise operator against torch and other runtimes",
@@ -30,7 +30,7 @@ CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of 
 # and of those that run one
 TASK = "what the network does"
 WINDOW = "side of the windows that segmentation takes of an image, pixels; the network's own if none is given"
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "segmentation", "detection"]
 
 
 class Parser(ArgumentParser):
@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             "torchmetrics": "train",
             "transformers": "seg",
             "monai": "seg",
+            "pycocotools": "det",
+            "faster_coco_eval": "det",
         }.get(error.name or "", "all")
         print(f'replknet {name}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
         return 2

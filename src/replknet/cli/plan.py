@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 from replknet.cli.train import resolved
-from replknet.recipes import Recipe
+from replknet.recipes import DetectionRecipe, Recipe
 
 
 def main(argv: list[str]) -> int:
     recipe, machine, args = resolved("plan", argv)
+    if isinstance(recipe, DetectionRecipe):
+        raise ValueError("a plan counts no detectors: how much memory they need depends on what they find")
     if args.gpus is not None:
         machine = dataclasses.replace(machine, devices=args.gpus)
     from replknet.train.plan import USABLE, plan, training_classes, training_images

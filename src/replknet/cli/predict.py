@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,20 @@ def main(argv: list[str]) -> int:
         "-o",
         "--output",
         type=Path | None,
-        help="segmentation's overlay: a .png, or a folder where there are many images",
+        help="the picture of segmentation and detection: a .png, or a folder where there are many images",
     )
+    p.add_argument("--min-score", type=float, default=0.3, help="of an object, from 0 to 1")
     p.add_argument("--window", type=int | None, help=WINDOW)
     p.add_argument("--stride", type=int | None, help="from one window to the next, pixels")
     p.add_argument("--json", action="store_true", help="one JSON object a line, an image each")
     args = p.parse_args(argv)
-    return _segmentation(args) if args.task == "segmentation" else _classification(args)
+    tasks = {"classification": _classification, "segmentation": _segmentation, "detection": _detection}
+    return tasks[args.task](args)
 
 
 def _classification(args: Any) -> int:
     if args.output is not None:
-        raise ValueError("a picture is what segmentation gives: leave out -o, or add --task segmentation")
+        raise ValueError("pictures are what other tasks give: leave out -o, or add --task segmentation or detection")
     from replknet.tasks.classification import predict  # Lightning takes seconds to import
 
     model, d = load_model(args.checkpoint, torch.float32)
@@ -54,31 +58,69 @@ def _segmentation(args: Any) -> int:
 
     model, d = load_segmentation(args.checkpoint, torch.float32)
     inference = inference_of(d, args.window, args.stride)
-    files = images.files(args.images)
-    output: Path | None = args.output
-    single = output is not None and output.suffix.lower() == ".png"
-    if single and len(files) > 1:
-        raise ValueError(f"{len(files)} images need a folder for their overlays, got {output}")
-    names = [file.stem for file in files]
-    if output is not None and not single and len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"two of the images are called {twice}, and their overlays would have one name; give one of them"
-        )
-    for file in files:
+    for file, picture in _pictures(args.images, args.output):
         image = images.read(file)
         labels = predict(model, image, d, inference)
         shares = torch.bincount(labels.flatten().long(), minlength=len(d.classes)) / labels.numel()
         found = {d.classes[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i] > 0}
-        overlay = None
-        if output is not None:
-            overlay = output if single else output / f"{file.stem}.png"
-            overlay.parent.mkdir(parents=True, exist_ok=True)
-            plots.save(plots.overlay(image, labels, d.colours.names, d.colours.palette), overlay)
+        if picture is not None:
+            plots.save(plots.overlay(image, labels, d.colours.names, d.colours.palette), picture)
         if args.json:
-            print(
-                json.dumps({"image": str(file), "overlay": None if overlay is None else str(overlay), "shares": found})
-            )
+            print(json.dumps({"image": str(file), "overlay": picture and str(picture), "shares": found}))
         else:
-            print(f"{overlay or file}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items()))
+            print(f"{picture or file}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items()))
     return 0
+
+
+def _detection(args: Any) -> int:
+    from replknet.analysis import plots
+    from replknet.tasks.average_precision import as_coco_results
+    from replknet.tasks.detection import predict
+    from replknet.tasks.detection_saved import load_detection
+
+    model, d = load_detection(args.checkpoint, torch.float32)
+    for file, picture in _pictures(args.images, args.output):
+        image = images.read(file)
+        found = predict(model, image, d)
+        found = {key: value[found["scores"] >= args.min_score] for key, value in found.items()}
+        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        if picture is not None:
+            masks = found["masks"] >= 0.5 if d.masks else None
+            plots.save(plots.boxes(image, found["boxes"], labels, scores, d.classes, masks), picture)
+        if args.json:
+            # COCO's form but for the class, which has its name
+            objects = as_coco_results([found], [0], range(len(d.classes)))
+            for one in objects:
+                one["class"] = d.classes[one.pop("category_id")]
+                del one["image_id"]
+            print(json.dumps({"image": str(file), "picture": picture and str(picture), "objects": objects}))
+        else:
+            counts = Counter(d.classes[label] for label in labels)
+            told = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+            print(f"{picture or file}: {told}")
+    return 0
+
+
+def _pictures(paths: Sequence[Path], output: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """The image files, each with the picture that is to be written of it; its folder is made.
+
+    Raises:
+        ValueError: two pictures would have one name.
+    """
+    files = images.files(paths)
+    single = output is not None and output.suffix.lower() == ".png"
+    if single and len(files) > 1:
+        raise ValueError(f"{len(files)} images need a folder for their pictures, got {output}")
+    names = [file.stem for file in files]
+    if output is not None and not single and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"two of the images are called {twice}, and their pictures would have one name; give one of them"
+        )
+    for file in files:
+        if output is None:
+            yield file, None
+            continue
+        picture = output if single else output / f"{file.stem}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        yield file, picture

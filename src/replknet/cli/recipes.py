@@ -5,7 +5,7 @@ from dataclasses import asdict
 from inspect import cleandoc
 
 from replknet.cli.main import parser
-from replknet.recipes import RECIPES, SegmentationRecipe
+from replknet.recipes import RECIPES, DetectionRecipe, SegmentationRecipe
 
 
 def main(argv: list[str]) -> int:
@@ -21,13 +21,15 @@ def main(argv: list[str]) -> int:
     elif args.recipe:
         print(texts[args.recipe])
     else:
-        print(f"{'recipe':<28} {'model':<16} {'pixels':>7} {'length':>15} {'batch':>6}  what")
+        print(f"{'recipe':<28} {'model':<16} {'pixels':>8} {'length':>16} {'batch':>6}  what")
         for name, recipe in chosen.items():
             r = recipe()
             what = texts[name].splitlines()[0]
             if isinstance(r, SegmentationRecipe):
                 pixels, length = f"{r.crop[0]}x{r.crop[1]}", f"{r.samples:,} crops"
+            elif isinstance(r, DetectionRecipe):
+                pixels, length = f"{r.scale[1]}x{r.scale[0]}", f"{r.samples:,} images"
             else:
                 pixels, length = str(r.image_size), f"{r.epochs} epochs"
-            print(f"{name:<28} {r.model:<16} {pixels:>7} {length:>15} {r.batch_size:>6}  {what}")
+            print(f"{name:<28} {r.model:<16} {pixels:>8} {length:>16} {r.batch_size:>6}  {what}")
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from replknet.cli.main import Parser, parser
-from replknet.recipes import RECIPES, Machine, Recipe, SegmentationRecipe
+from replknet.recipes import RECIPES, AnyRecipe, Machine
 
 # the arguments in a docstring, and what it says of them
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
@@ -40,7 +40,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
-def recipe_parser(command: str, recipe: Recipe | SegmentationRecipe) -> Parser:
+def recipe_parser(command: str, recipe: AnyRecipe) -> Parser:
     """Every field of a recipe is an option, with the recipe's value as its default."""
     example, add_options = _COMMANDS[command]
     p = parser(command, example)
@@ -65,7 +65,7 @@ def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def resolved(command: str, argv: list[str]) -> tuple[Recipe | SegmentationRecipe, Machine, Any]:
+def resolved(command: str, argv: list[str]) -> tuple[AnyRecipe, Machine, Any]:
     """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
@@ -84,7 +84,7 @@ def resolved(command: str, argv: list[str]) -> tuple[Recipe | SegmentationRecipe
     return recipe, Machine(**{name: getattr(args, name) for name in _names(Machine)}), args
 
 
-def _options(file: Path, preset: Recipe | SegmentationRecipe) -> list[str]:
+def _options(file: Path, preset: AnyRecipe) -> list[str]:
     """The fields in a file that --print-config wrote, as the options that they stand for."""
     names = _names(type(preset))
     try:

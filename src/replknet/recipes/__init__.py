@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 
-from replknet.recipes import imagenet, segmentation
+from replknet.recipes import detection, imagenet, segmentation
 from replknet.recipes.classification import cifar10, cifar10_l, folder
+from replknet.recipes.detection import DetectionRecipe
 from replknet.recipes.machine import Machine
 from replknet.recipes.recipe import Recipe
 from replknet.recipes.segmentation import SegmentationRecipe
 
-RECIPES: dict[str, Callable[[], Recipe | SegmentationRecipe]] = {
+AnyRecipe = Recipe | SegmentationRecipe | DetectionRecipe
+
+RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     recipe.__name__: recipe
     for recipe in (
         cifar10,
@@ -30,7 +33,23 @@ RECIPES: dict[str, Callable[[], Recipe | SegmentationRecipe]] = {
         segmentation.ade20k_xl_640,
         segmentation.cityscapes_31b_769,
         segmentation.camvid,
+        detection.bccd,
+        detection.coco_fcos_31b,
+        detection.coco_cascade_31b,
+        detection.coco_cascade_31b_22k,
+        detection.coco_cascade_31l,
+        detection.coco_cascade_xl,
     )
 }
 
-__all__ = ["RECIPES", "Machine", "Recipe", "SegmentationRecipe", "cifar10", "cifar10_l", "folder"]
+__all__ = [
+    "RECIPES",
+    "AnyRecipe",
+    "DetectionRecipe",
+    "Machine",
+    "Recipe",
+    "SegmentationRecipe",
+    "cifar10",
+    "cifar10_l",
+    "folder",
+]

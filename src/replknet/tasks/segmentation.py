@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 from monai.inferers.utils import sliding_window_inference
 from PIL import Image
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -17,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from replknet.data.images import pixels
 from replknet.data.mask_transforms import fitted
 from replknet.data.masks import IGNORE
+from replknet.tasks.optimisers import by_depth
 from replknet.tasks.segmentation_saved import SegmentationDescription
 from replknet.tasks.sharding import gather, shard
 from replknet.tasks.upernet import UperNet
@@ -255,9 +255,7 @@ class Segmentation(pl.LightningModule):
         self.log("val_accuracy", found.accuracy)
 
     def configure_optimizers(self) -> Any:
-        optimiser = create_optimizer_v2(
-            self._groups(), self.optimizer, lr=self.lr, weight_decay=self.weight_decay, filter_bias_and_bn=False
-        )
+        optimiser = by_depth(self.model, "backbone.", self.optimizer, self.lr, self.backbone_lr, self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -266,20 +264,6 @@ class Segmentation(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Backbone and heads, with decay and without."""
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, p in self.model.named_parameters():
-            groups.setdefault((name.startswith("backbone."), p.ndim > 1), []).append(p)
-        return [
-            {
-                "params": params,
-                "lr": self.lr * (self.backbone_lr if backbone else 1.0),
-                "weight_decay": self.weight_decay if decays else 0.0,
-            }
-            for (backbone, decays), params in groups.items()
-        ]
 
 
 def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary: bool) -> Tensor:

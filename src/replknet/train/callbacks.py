@@ -191,11 +191,11 @@ class KeepLast(pl.Callback):
     def _check_loss(self, trainer: pl.Trainer) -> None:
         if self._checked is None:
             return
-        (loss, (x, target)), self._checked = self._checked, None
+        (loss, batch), self._checked = self._checked, None
         if loss.isfinite():
             return
         path = self.folder / f"bad_batch{f'_{trainer.global_rank}' if trainer.global_rank else ''}.safetensors"
-        save_file({"images": x.contiguous(), "labels": target.contiguous()}, path)
+        save_file({name: t.contiguous() for name, t in _tensors(batch, "")}, path)
         raise LossError(
             f"the loss of step {trainer.global_step} is {loss.item()}; its batch is in {path}, and last.ckpt, if there "
             "is one, is of a step before. A lower --lr, --clip-grad or --precision 32-true may help"
@@ -236,6 +236,16 @@ class KeepLast(pl.Callback):
                 f"the state of step {trainer.global_step} could not be written to {self.folder} ({error}); the one "
                 "before is still in last.ckpt, and --resume goes on from it once there is room"
             ) from error
+
+
+def _tensors(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch with names: images and labels, and what is in lists and dicts by its place there."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+        return
+    for key, part in batch.items() if isinstance(batch, dict) else enumerate(batch):
+        # a batch itself is images and what they are compared with
+        yield from _tensors(part, f"{name}.{key}" if name else ("images", "labels")[key])
 
 
 def _whole(trainer: pl.Trainer, module: pl.LightningModule, kept: Kept) -> nn.Module:

@@ -1,7 +1,7 @@
 """The data of a recipe, ready for training and for evaluation."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from replknet.data import cifar10, images, transforms
 from replknet.data.draws import Drawn, EveryOnce, GlobalBatches, collate
 from replknet.models import Description
-from replknet.recipes import Recipe, SegmentationRecipe
+from replknet.recipes import AnyRecipe, Recipe
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
@@ -35,6 +35,8 @@ class Splits:
     crop_pct: float
     # images at once in validation; None for twice as many as in training
     val_batch: int | None = None
+    # puts items together to a batch where stacking cannot
+    collate: Callable[[Any], Any] | None = None
 
 
 def splits(recipe: Recipe, data: Path | None) -> Splits:
@@ -101,14 +103,16 @@ def evaluation_set(name: str, data: Path | None, description: Description, unrea
     return images.ImageSet(images.source_of(data, "val"), still, unreadable)
 
 
-def batches(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+def batches(
+    dataset: Any, batch_size: int, workers: int = 0, collate: Callable[[Any], Any] = images.present
+) -> DataLoader[Any]:
     """A loader for evaluation: every image once, in order."""
     return DataLoader(
         dataset,
         batch_size,
         num_workers=workers,
         worker_init_fn=_leave_interrupts_to_the_parent,
-        collate_fn=images.present,
+        collate_fn=collate,
     )
 
 
@@ -122,13 +126,14 @@ class Batches(pl.LightningDataModule):
         start: steps of the training that are done.
     """
 
-    def __init__(self, sets: Splits, recipe: Recipe | SegmentationRecipe, accumulate: int, start: int) -> None:
+    def __init__(self, sets: Splits, recipe: AnyRecipe, accumulate: int, start: int) -> None:
         super().__init__()
         self.sets, self.recipe, self.accumulate, self.start = sets, recipe, accumulate, start
 
     def train_dataloader(self) -> DataLoader[Any]:
         draws = self._draws(self.start)
-        return self._loader(Drawn(self.sets.train, self.recipe.seed), batch_sampler=draws, collate_fn=collate)
+        drawn = Drawn(self.sets.train, self.recipe.seed)
+        return self._loader(drawn, batch_sampler=draws, collate_fn=self.sets.collate or collate)
 
     def first(self, count: int) -> Iterator[Any]:
         """The first batches of the epoch in work, of this process."""
@@ -137,7 +142,7 @@ class Batches(pl.LightningDataModule):
         draws.set_epoch(self.trainer.current_epoch)
         drawn = Drawn(self.sets.train, self.recipe.seed)
         for batch in islice(draws, count):
-            yield collate(drawn.__getitems__(batch))
+            yield (self.sets.collate or collate)(drawn.__getitems__(batch))
 
     def _draws(self, start: int) -> GlobalBatches:
         assert self.trainer is not None
@@ -155,7 +160,9 @@ class Batches(pl.LightningDataModule):
         assert self.trainer is not None
         mine = EveryOnce(len(self.sets.val), self.trainer.global_rank, self.trainer.world_size)
         batch = self.sets.val_batch or max(1, 2 * self.recipe.batch_size // (self.trainer.world_size * self.accumulate))
-        return self._loader(self.sets.val, batch_size=batch, sampler=mine, collate_fn=images.present)
+        return self._loader(
+            self.sets.val, batch_size=batch, sampler=mine, collate_fn=self.sets.collate or images.present
+        )
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         workers = self.recipe.workers

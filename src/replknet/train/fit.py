@@ -19,7 +19,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
-from replknet.recipes import Machine, Recipe, SegmentationRecipe
+from replknet.recipes import AnyRecipe, DetectionRecipe, Machine, Recipe
 from replknet.train import classification
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
 from replknet.train.datasets import Batches
@@ -33,7 +33,7 @@ class ResumeError(ValueError):
 
 
 def fit(
-    recipe: Recipe | SegmentationRecipe,
+    recipe: AnyRecipe,
     folder: Path,
     data: Path | None = None,
     resume: bool = False,
@@ -105,7 +105,7 @@ def fit(
     return folder / "model.safetensors"
 
 
-def _warn_of_emulation(recipe: Recipe | SegmentationRecipe) -> None:
+def _warn_of_emulation(recipe: AnyRecipe) -> None:
     """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
@@ -158,13 +158,13 @@ def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _plain(recipe: Recipe | SegmentationRecipe) -> dict[str, Any]:
+def _plain(recipe: AnyRecipe) -> dict[str, Any]:
     """The recipe as JSON gives it back."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return plain
 
 
-def _steps_done(last: Path, recipe: Recipe | SegmentationRecipe, resume: bool) -> int:
+def _steps_done(last: Path, recipe: AnyRecipe, resume: bool) -> int:
     """Steps of the training that goes on, 0 for a new one."""
     if not resume:
         if last.exists():
@@ -187,16 +187,21 @@ def _steps_done(last: Path, recipe: Recipe | SegmentationRecipe, resume: bool) -
     return int(state["global_step"])
 
 
-def _job(recipe: Recipe | SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
+def _job(recipe: AnyRecipe, data: Path | None, machine: Machine) -> Job:
     if isinstance(recipe, Recipe):
         return classification.job(recipe, data, machine)
-    from replknet.train.segmentation import job  # its packages are optional
+    # the packages of the others are optional
+    if isinstance(recipe, DetectionRecipe):
+        from replknet.train import detection
 
-    return job(recipe, data, machine)
+        return detection.job(recipe, data, machine)
+    from replknet.train import segmentation
+
+    return segmentation.job(recipe, data, machine)
 
 
 def _trainer(
-    recipe: Recipe | SegmentationRecipe, job: Job, folder: Path, keep: KeepLast, machine: Machine, accumulate: int
+    recipe: AnyRecipe, job: Job, folder: Path, keep: KeepLast, machine: Machine, accumulate: int
 ) -> pl.Trainer:
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
@@ -232,9 +237,11 @@ def _trainer(
     )
 
 
-def _check_shardable(recipe: Recipe | SegmentationRecipe, machine: Machine) -> None:
+def _check_shardable(recipe: AnyRecipe, machine: Machine) -> None:
     if machine.processes == 1:
         raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
+    if isinstance(recipe, DetectionRecipe):
+        raise ValueError("shard was never tried with a detector; leave it out")
     if isinstance(recipe, Recipe) and recipe.ema_decay is not None:
         raise ValueError(
             "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "

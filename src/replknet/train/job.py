@@ -1,4 +1,4 @@
-"""What `fit` needs to know of a task: classification and segmentation each make one from their recipe."""
+"""What `fit` needs to know of a task: classification, segmentation and detection each make one from their recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 
 from replknet.models import CONFIGS
-from replknet.recipes import Recipe, SegmentationRecipe
+from replknet.recipes import AnyRecipe
 from replknet.train.callbacks import Kept
 from replknet.train.datasets import Splits
 
@@ -37,7 +37,7 @@ class Job:
     callbacks: tuple[pl.Callback, ...] = ()
 
 
-def network_options(recipe: Recipe | SegmentationRecipe) -> dict[str, Any]:
+def network_options(recipe: AnyRecipe) -> dict[str, Any]:
     """Options of the recipe's network: its kernels, and what `network` says.
 
     With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.

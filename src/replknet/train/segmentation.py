@@ -4,25 +4,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from replknet.data.mask_transforms import ForEvaluation, ForTraining, Normalize
 from replknet.data.masks import Classes, MaskSet, Pairs
-from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import mismatch
-from replknet.models.saved import weights_file
-from replknet.models.staged import StagedNet
 from replknet.recipes import Machine, SegmentationRecipe
 from replknet.tasks.segmentation import Inference, Segmentation
 from replknet.tasks.segmentation_saved import SegmentationDescription, save_segmentation
 from replknet.tasks.upernet import UperNet
+from replknet.train.backbones import backbone_of, load_backbone
 from replknet.train.callbacks import Kept
 from replknet.train.datasets import NORMALIZATIONS, Splits
 from replknet.train.job import Job, built, network_options
-
-# what a classifier has after its last stage
-_ENDS = ("norm.", "conv_head.", "head.")
 
 
 def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
@@ -44,7 +37,7 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
     description = description_of(recipe, train.classes)
     model = create_network(recipe, description, machine)
     if recipe.weights is not None:
-        load_backbone(model.backbone.model, recipe.weights)  # type: ignore[arg-type]  # it is a StagedNet
+        load_backbone(backbone_of(model, recipe.model), recipe.weights)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Job(
@@ -94,31 +87,8 @@ def create_network(recipe: SegmentationRecipe, description: SegmentationDescript
     """
     build = partial(replace(description, network={}).build, drop_path_rate=recipe.drop_path)
     model = built(build, recipe.model, description.network)
-    # that of a network of ours is kept whole by timm
-    backbone = getattr(model.backbone, "model", None)
-    if not isinstance(backbone, StagedNet):
-        raise ValueError(f"model must be one of replknet's, got {recipe.model!r}; `replknet info` lists them")
-    backbone.set_grad_checkpointing(machine.grad_checkpointing)
+    backbone_of(model, recipe.model).set_grad_checkpointing(machine.grad_checkpointing)
     return model
-
-
-def load_backbone(backbone: StagedNet, path: str | Path) -> None:
-    """Load a classifier's weights into a backbone, strictly but for what follows its last stage.
-
-    Norms of features that the classifier lacks keep their initial values, as the paper's XL has it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is of another network.
-    """
-    state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(_ENDS)}
-    own = backbone.state_dict()
-    state |= {key: own[key] for key in own if key not in state and key.split(".")[2:3] == ["norm"]}
-    wrong = mismatch(state, backbone)
-    if wrong:
-        raise CheckpointError(f"{path} does not fit the backbone {type(backbone).__name__}: {wrong}")
-    with torch.no_grad():
-        backbone.load_state_dict(state)
 
 
 def _save(description: SegmentationDescription, model: nn.Module, path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Backbones of segmentation and detection networks, and the classifiers that they start from."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from replknet.models import CheckpointError, read_state_dict
+from replknet.models.checkpoints import mismatch
+from replknet.models.saved import weights_file
+from replknet.models.staged import StagedNet
+
+# what a classifier has after its last stage
+_ENDS = ("norm.", "conv_head.", "head.")
+
+
+def backbone_of(model: nn.Module, name: str) -> StagedNet:
+    """The network of ours that a segmentation or detection network stands on; timm keeps it whole.
+
+    Raises:
+        ValueError: it stands on none of ours; `name` is what the text calls it.
+    """
+    found = next((module for module in model.modules() if isinstance(module, StagedNet)), None)
+    if found is None:
+        raise ValueError(f"model must be one of replknet's, got {name!r}; `replknet info` lists them")
+    return found
+
+
+def load_backbone(backbone: StagedNet, path: str | Path) -> None:
+    """Load a classifier's weights into a backbone, strictly but for what follows its last stage.
+
+    Norms of features that the classifier lacks keep their initial values, as the paper's XL has it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is of another network.
+    """
+    state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(_ENDS)}
+    own = backbone.state_dict()
+    state |= {key: own[key] for key in own if key not in state and key.split(".")[2:3] == ["norm"]}
+    wrong = mismatch(state, backbone)
+    if wrong:
+        raise CheckpointError(f"{path} does not fit the backbone {type(backbone).__name__}: {wrong}")
+    with torch.no_grad():
+        backbone.load_state_dict(state)
