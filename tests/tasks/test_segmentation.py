@@ -1,6 +1,7 @@
 """Segmentation: windows as mmsegmentation's, scores by hand and by brute force, and networks in files."""
 
 import math
+import weakref
 
 import pytest
 import timm
@@ -158,6 +159,21 @@ def test_scores_by_brute_force():
     assert found.miou == pytest.approx(sum(iou) / len(iou), abs=1e-12)
     with pytest.raises(ValueError, match="no images to evaluate"):
         evaluate(model, [], classes, Inference())
+
+
+def test_what_was_predicted_for_large_images_is_not_kept():
+    # so memory is that of one image, however many there are
+    alive = []
+
+    def model(x):
+        assert not [logits for logits in (ref() for ref in alive) if logits is not None]
+        logits = x[:, :2].contiguous()
+        alive.append(weakref.ref(logits))
+        return logits
+
+    model.eval = lambda: model
+    batches = ((torch.rand(1, 3, 1024, 2048), torch.zeros(1, 1024, 2048, dtype=torch.uint8)) for _ in range(3))
+    assert evaluate(model, batches, 2, Inference()).images == len(alive) == 3
 
 
 def test_saved_it_comes_back_in_its_form(tmp_path):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,8 @@ from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from replknet.models.replknet import RepLKNet, RepLKNetConfig
 from replknet.models.staged import StagedNet
 from replknet.nn import merge
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # every network that is registered with timm
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
@@ -155,14 +157,29 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
         options["norm_intermediate_features"] = True
     with torch.device("meta"):
         model = description.build(**options)
+    return filled(model, state, path, type(model).__name__).to(dtype), description
+
+
+def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what: str) -> Network:
+    """The network in the form of a state dict and with its tensors, in eval mode.
+
+    Args:
+        model: in the form of training, on any device.
+        state: under our keys.
+        where: what the error calls the state.
+        what: what it calls the network.
+
+    Raises:
+        CheckpointError: the state is of another network.
+    """
     form = form_of(state)
     if form != "training":
         model = merge(model, fold_bn=form == "folded")
     wrong = mismatch(state, model)
     if wrong:
-        raise CheckpointError(f"{path} holds no complete {type(model).__name__}: {wrong}")
+        raise CheckpointError(f"{where} holds no complete {what}: {wrong}")
     model.load_state_dict(state, assign=True)
-    return model.to(dtype).eval(), description
+    return model.eval()
 
 
 def _parsed(text: str, path: str | Path) -> Description:

@@ -34,6 +34,7 @@ RECIPES: dict[str, Callable[[], AnyRecipe]] = {
         segmentation.cityscapes_31b_769,
         segmentation.camvid,
         detection.bccd,
+        detection.shapes,
         detection.coco_fcos_31b,
         detection.coco_cascade_31b,
         detection.coco_cascade_31b_22k,

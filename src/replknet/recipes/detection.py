@@ -140,6 +140,32 @@ def bccd() -> DetectionRecipe:
     )
 
 
+def shapes() -> DetectionRecipe:
+    """replknet_cifar_l with a narrow Cascade Mask R-CNN on drawn shapes, from our CIFAR-10 weights, on two CPU cores.
+
+    Command: `python -m replknet.data.shapes DIR`, then `replknet train shapes --data DIR`. Ours, not the paper's: it
+    shows that a cascade learns, and measures nothing else.
+    """
+    return DetectionRecipe(
+        model="replknet_cifar_l",
+        weights="replknet_cifar_l",
+        network={"stem_stride": 4},
+        detector="cascade_mask_rcnn",
+        normalization="cifar10",
+        scales=((160, 120),),
+        scale=(160, 120),
+        channels=32,
+        evaluate_every=4,
+        samples=8 * 200,
+        drops=(6 * 200,),
+        warmup_samples=100,
+        batch_size=4,
+        lr=1e-3,
+        clip_grad=10.0,
+        workers=0,
+    )
+
+
 def coco_fcos_31b() -> DetectionRecipe:
     """RepLKNet-31B of ImageNet-1K with FCOS on COCO, 24 epochs.
 

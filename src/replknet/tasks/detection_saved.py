@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from replknet.data.coco import shipped_classes
 from replknet.data.mask_transforms import Normalize
 from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import form_of, mismatch, read_metadata
-from replknet.models.saved import DETECTION_FIELD, config_of, named, statistics_of, weights_file, write
-from replknet.nn import merge
+from replknet.models.checkpoints import read_metadata
+from replknet.models.saved import DETECTION_FIELD, config_of, filled, named, statistics_of, weights_file, write
 from replknet.tasks.cascade import CascadeRCNN
 from replknet.tasks.fcos import FCOS
 from replknet.tasks.torchvision_detectors import mask_rcnn, torchvision_fcos
@@ -107,15 +106,7 @@ def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[
     text = read_metadata(path).get(DETECTION_FIELD)
     description = described(state, str(path)) if text is None else _parsed(text, path)
     # not on the meta device: torchvision's anchors are made with the network
-    model = description.build()
-    form = form_of({key: value for key, value in state.items() if ".backbone." in key})
-    if form != "training":
-        model = merge(model, fold_bn=form == "folded")
-    wrong = mismatch(state, model)
-    if wrong:
-        raise CheckpointError(f"{path} holds no complete {description.detector}: {wrong}")
-    model.load_state_dict(state, assign=True)
-    return model.to(dtype).eval(), description
+    return filled(description.build(), state, path, description.detector).to(dtype), description
 
 
 def _parsed(text: str, path: Path) -> DetectionDescription:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from replknet.data.mask_transforms import Normalize
 from replknet.data.masks import Classes, shipped_classes
 from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import form_of, mismatch, read_metadata
-from replknet.models.saved import SEGMENTATION_FIELD, config_of, named, statistics_of, weights_file, write
-from replknet.nn import merge
+from replknet.models.checkpoints import read_metadata
+from replknet.models.saved import SEGMENTATION_FIELD, config_of, filled, named, statistics_of, weights_file, write
 from replknet.tasks.upernet import UperNet, without_auxiliary
 
 
@@ -98,15 +97,8 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
     description = described(state, str(path)) if text is None else _parsed(text, path)
     with torch.device("meta"):
         model = without_auxiliary(description.build())
-    form = form_of(state)
-    if form != "training":
-        model = merge(model, fold_bn=form == "folded")
     state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
-    wrong = mismatch(state, model)
-    if wrong:
-        raise CheckpointError(f"{path} holds no complete UperNet: {wrong}")
-    model.load_state_dict(state, assign=True)
-    return model.to(dtype).eval(), description
+    return filled(model, state, path, "UperNet").to(dtype), description
 
 
 def _parsed(text: str, path: Path) -> SegmentationDescription:
