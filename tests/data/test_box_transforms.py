@@ -8,8 +8,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from replknet.data.box_transforms import (
-    DETR_CROP_SCALES,
-    DETR_SCALES,
     BoxSet,
     ForEvaluation,
     ForTraining,
@@ -19,6 +17,7 @@ from replknet.data.box_transforms import (
 from replknet.data.coco import CocoImages
 from replknet.data.draws import Draw, Drawn
 from replknet.data.mask_transforms import Normalize
+from replknet.recipes.detection import DETR_CROP_SCALES, DETR_SCALES
 
 PLAIN = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

@@ -16,10 +16,6 @@ from replknet.data.mask_transforms import DISTORTION, Normalize, fitted
 
 Targets = dict[str, Tensor]
 
-# longer and shorter side, pixels: the sizes of DETR and Sparse R-CNN, and those that they cut from
-DETR_SCALES = tuple((1333, short) for short in range(480, 801, 32))
-DETR_CROP_SCALES = ((1333, 400), (1333, 500), (1333, 600))
-
 # sides of a crop of DETR, pixels
 _SMALLEST_CROP, _LARGEST_CROP = 384, 600
 # pixels; a box with a shorter side is none

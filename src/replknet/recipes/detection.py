@@ -1,8 +1,7 @@
 """Trainings of detectors: the paper's on COCO, and ours on blood cells.
 
 The paper's configurations count epochs and images of a GPU; here all is in images, so that fewer GPUs do the same work.
-They do not say how many GPUs there were: batches of 16 (FCOS) and 32 (Cascade Mask R-CNN) are our guess, from the
-learning rates, which are those that ConvNeXt and Swin take for such batches.
+They do not say how many GPUs there were: batches of 16 (FCOS) and 32 (Cascade Mask R-CNN) are our guess.
 """
 
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from typing import Any, Literal
 
 # images of COCO's train2017 with objects, which are those that mmdetection trains on
 _COCO = 117_266
-# sides of DETR and Sparse R-CNN: longer and shorter, pixels
-_DETR_SCALES = tuple((1333, short) for short in range(480, 801, 32))
-_DETR_CROP_SCALES = ((1333, 400), (1333, 500), (1333, 600))
+# of DETR and Sparse R-CNN: longer and shorter side, pixels, and those that they cut from
+DETR_SCALES = tuple((1333, short) for short in range(480, 801, 32))
+DETR_CROP_SCALES = ((1333, 400), (1333, 500), (1333, 600))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +205,8 @@ def coco_cascade_31b() -> DetectionRecipe:
         finetune=True,
         detector="cascade_mask_rcnn",
         malformed="skip",
-        scales=_DETR_SCALES,
-        crop_scales=_DETR_CROP_SCALES,
+        scales=DETR_SCALES,
+        crop_scales=DETR_CROP_SCALES,
         scale=(1333, 800),
         samples=36 * _COCO,
         drops=(27 * _COCO, 33 * _COCO),
