@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from replknet.cli.main import main
-from replknet.recipes import RECIPES, Machine, Recipe
+from replknet.recipes import RECIPES, DetectionRecipe, Machine, Recipe
 
 # README of the official code: GPUs x images x accumulated, lr, drop path, epochs, warm-up, decay, mixup, cutmix,
 # average, layer decay, pixels
@@ -51,7 +51,7 @@ def test_a_recipe_says_its_command_and_names_a_network(name):
     assert f"`replknet train {name}" in text
     assert timm.is_model(recipe.model)
     assert ("--weights" in text) == recipe.finetune
-    if recipe.dataset == "folder":
+    if isinstance(recipe, DetectionRecipe) or recipe.dataset == "folder":
         assert "--data" in text
     if "imagenet1k" in name or "to_1k" in name:
         assert "The paper's top-1" in text

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 
 from replknet.cli.main import main
 from replknet.data.masks import Classes
-from replknet.recipes import RECIPES, Machine, cifar10, cifar10_l
+from replknet.recipes import RECIPES, DetectionRecipe, Machine, cifar10, cifar10_l
 from replknet.recipes.segmentation import camvid
 from replknet.tasks.classification import fallback_of
 from replknet.tasks.segmentation import training_loss
@@ -120,11 +120,13 @@ def test_a_plan_takes_the_largest_batch_that_fits():
 
 
 def test_the_papers_sets_have_their_sizes():
-    sizes = {name: training_images(name, recipe()) for name, recipe in RECIPES.items()}
+    recipes = {name: recipe() for name, recipe in RECIPES.items()}
+    counted = {name: recipe for name, recipe in recipes.items() if not isinstance(recipe, DetectionRecipe)}
+    sizes = {name: training_images(name, recipe) for name, recipe in counted.items()}
     assert sizes["cifar10_l"] == 50_000
     assert sizes["folder"] is sizes["camvid"] is None
     assert (sizes["ade20k_xl_640"], sizes["cityscapes_31b_769"]) == (20_210, 2_975)
-    classes = {name: training_classes(recipe()) for name, recipe in RECIPES.items()}
+    classes = {name: training_classes(recipe) for name, recipe in counted.items()}
     assert (classes["ade20k_xl_640"], classes["cityscapes_31b_769"], classes["camvid"]) == (150, 19, None)
     assert (classes["cifar10_l"], classes["imagenet22k_31l_224"], classes["imagenet1k_b_120"]) == (10, 21_841, 1000)
     assert sizes["imagenet22k_31l_224"] == 14_197_122
