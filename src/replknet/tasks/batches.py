@@ -27,7 +27,8 @@ def batched(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, list[t
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"expected images [3,H,W], got {list(image.shape)}")
     sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+    # rounded up without a negative number: traced to ONNX, whose division rounds towards 0, that would be rounded down
+    height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in zip(*sizes, strict=True))
     padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes, strict=True)]
     return torch.stack(padded).contiguous(memory_format=torch.channels_last), sizes
 

@@ -158,7 +158,7 @@ class CascadeRCNN(nn.Module):
         """Mask logits `[n,28,28]` of each region's class, float32."""
         assert self.mask_head is not None
         logits = self.mask_head[stage](pooled(levels[:-1], boxes, _MASK_SIDE, self.pyramid.strides[:-1]))
-        return logits[torch.arange(len(labels), device=labels.device), labels].float()
+        return logits[torch.arange(labels.shape[0], device=labels.device), labels].float()
 
     def _mask_loss(
         self, stage: int, levels: Sequence[Tensor], regions: Sequence[Regions], truth: Sequence[dict[str, Tensor]]
@@ -178,7 +178,8 @@ class CascadeRCNN(nn.Module):
     def _detected(
         self, levels: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        counts = [len(image) for image in boxes]
+        # by shape: len is a constant in a traced graph
+        counts = [image.shape[0] for image in boxes]
         scores: list[Tensor] = []
         for i, stage in enumerate(self.stages):
             logits, differences = self._box_outputs(i, levels, boxes)
@@ -193,7 +194,7 @@ class CascadeRCNN(nn.Module):
             return found
         boxes, labels = [image["boxes"] for image in found], torch.cat([image["labels"] for image in found])
         stages = [self._mask_logits(i, levels, boxes, labels).sigmoid() for i in range(len(self.stages))]
-        masks = torch.stack(stages).mean(0).split([len(image) for image in boxes])
+        masks = torch.stack(stages).mean(0).split([image.shape[0] for image in boxes])
         return [
             image | {"masks": paste_masks_in_image(mask[:, None], image["boxes"], size)[:, 0]}
             for image, mask, size in zip(found, masks, sizes, strict=True)
@@ -302,7 +303,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tens
 
 def _of_class(differences: Tensor, classes: Tensor) -> Tensor:
     """`[n,4*classes]` to those of one class of each: `[n,4]`."""
-    rows = torch.arange(len(classes), device=classes.device)
+    rows = torch.arange(classes.shape[0], device=classes.device)
     return differences.unflatten(1, (-1, 4))[rows, classes]
 
 
@@ -339,7 +340,7 @@ def refined(
         sizes: height and width of each image.
     """
     moved = coder.decode_single(_of_class(differences, classes), torch.cat(list(boxes)))
-    each = zip(moved.split([len(own) for own in boxes]), sizes, strict=True)
+    each = zip(moved.split([own.shape[0] for own in boxes]), sizes, strict=True)
     return [clip_boxes_to_image(own, size) for own, size in each]
 
 

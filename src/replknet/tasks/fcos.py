@@ -186,7 +186,9 @@ def points_of(
     for (height, width), stride in zip(sizes, strides, strict=True):
         limits = -1.0 if stride == strides[0] else 4.0 * stride, _FAR if stride == strides[-1] else 8.0 * stride
         y, x = (torch.arange(n, device=device) * stride + stride // 2 for n in (height, width))
-        places.append(torch.cartesian_prod(y, x).flip(1).float())
+        # cartesian_prod is unknown to ONNX
+        grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), 2)
+        places.append(grid.flatten(0, 1).float())
         ranges.append(torch.tensor(limits, device=device).expand(height * width, 2))
     return Points(torch.cat(places), torch.cat(ranges), [height * width for height, width in sizes])
 

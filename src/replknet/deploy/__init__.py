@@ -1,0 +1,1 @@
+"""Inference form, export and the check that a file computes what torch does."""
