@@ -140,6 +140,13 @@ def test_the_command(capsys):
     assert main(["plan", *tiny, "--classes", "11", "--device-batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["epochs"], found["steps"], found["accumulate"]) == (20, 20 * 45, 4)
+    assert main(["plan", *tiny, "--classes", "11", "--device-batch", "1"]) == 2
+    assert "a process takes one crop at once" in capsys.readouterr().err
+    # with norms over all processes one crop each will do, as the paper's 31L has it
+    alone = ["--classes", "11", "--sync-bn", "true", "--gpus", "8", "--json"]
+    assert main(["plan", *tiny, *alone]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device_batch"], found["processes"], list(found["by_device_batch"])) == (1, 8, ["1"])
     short = ["--model", "replknet_test", "--image-size", "64", "--batch-size", "32"]
     assert main(["plan", "folder", *short]) == 2
     assert "say how many with --images N" in capsys.readouterr().err

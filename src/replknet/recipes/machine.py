@@ -45,13 +45,17 @@ class Machine:
     def processes(self) -> int:
         return self.nodes * (self.devices or torch.cuda.device_count() or 1)
 
+    def at_once(self, batch_size: int) -> int:
+        """Images that a process takes at once."""
+        return self.device_batch or max(1, batch_size // self.processes)
+
     def accumulated(self, batch_size: int) -> int:
         """Batches of a process that make a step.
 
         Raises:
             ValueError: the images of a step cannot be divided so.
         """
-        at_once = self.processes * (self.device_batch or max(1, batch_size // self.processes))
+        at_once = self.processes * self.at_once(batch_size)
         if batch_size % at_once:
             at_a_time = "" if self.device_batch is None else f" with {self.device_batch} images at once"
             raise ValueError(

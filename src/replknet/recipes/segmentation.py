@@ -95,6 +95,18 @@ class SegmentationRecipe:
         if self.warmup_samples >= self.samples:
             raise ValueError(f"warmup_samples must be below the {self.samples} samples, got {self.warmup_samples}")
 
+    def check_at_once(self, crops: int, processes: int) -> None:
+        """Refuse what a process cannot train on at once: UperNet's pooled map of one pixel has no variance in one crop.
+
+        Raises:
+            ValueError: that is so.
+        """
+        if crops < 2 and not (self.sync_bn and processes > 1):
+            raise ValueError(
+                "a process takes one crop at once, and a batch norm needs two of UperNet's pooled map of one pixel: a "
+                "larger --batch-size or --device-batch, or --sync-bn true on several GPUs"
+            )
+
     def epochs_of(self, images: int) -> int:
         """Passes over a training set of so many images."""
         return max(1, round(self.samples / images))

@@ -79,6 +79,9 @@ def plan(
     if rest or per_process == 0:
         machine.accumulated(recipe.batch_size)  # says what is wrong
     choices = [n for n in range(1, per_process + 1) if per_process % n == 0]
+    if isinstance(recipe, SegmentationRecipe):
+        recipe.check_at_once(machine.at_once(recipe.batch_size), machine.processes)
+        choices = [n for n in choices if n > 1 or (recipe.sync_bn and machine.processes > 1)]
     small, large = choices[max(0, len(choices) // 2 - 1)], choices[len(choices) // 2]
     known = {n: step_memory(recipe, machine, n, classes).total for n in {small, large}}
     slope = (known[large] - known[small]) / (large - small) if large > small else 0.0
@@ -165,6 +168,9 @@ def _segmentation(recipe: SegmentationRecipe, machine: Machine, images: int, cla
     # their names and colours take no memory
     some = Classes(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
     model = segmentation.create_network(recipe, segmentation.description_of(recipe, some), machine)
+    if images == 1:
+        # their map of one pixel has no variance in one image; the memory is the same
+        model.decode_head.psp_modules.eval()
     x = torch.empty(images, 3, *recipe.crop).contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(images, *recipe.crop, dtype=torch.uint8)
     return model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None)

@@ -27,6 +27,7 @@ def job(recipe: SegmentationRecipe, data: Path | None, machine: Machine) -> Job:
     """
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder or zip with --data")
+    recipe.check_at_once(machine.at_once(recipe.batch_size), machine.processes)
     mean, std = NORMALIZATIONS[recipe.normalization]
     normalize = Normalize(mean, std)
     train = Pairs(recipe.dataset, data, "train")
