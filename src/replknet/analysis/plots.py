@@ -120,13 +120,14 @@ def boxes(
     for (x1, y1, x2, y2), label, score in reversed(list(zip(np.asarray(boxes).tolist(), labels, scores, strict=True))):
         colour = colours[label % 10]
         axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
+        # above the box where there is room
         axis.text(
-            x1 + 2,
-            y1 + 1,
+            x1 + 1,
+            y1 - 1,
             f"{names[label]} {score:.2f}",
             fontsize=6,
             color="white",
-            verticalalignment="top",
+            verticalalignment="bottom" if y1 > 10 else "top",
             clip_on=True,
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
         )
