@@ -113,9 +113,10 @@ class DetectionRecipe:
 
 
 def bccd() -> DetectionRecipe:
-    """replknet_cifar_l with a narrow FCOS on the blood cells of BCCD, from our CIFAR-10 weights, on two CPU cores.
+    """replknet_cifar_l with a narrow FCOS on the blood cells of BCCD, from our CIFAR-10 weights, in 37 minutes.
 
-    Command: `replknet train bccd --data bccd.zip`. Ours, not the paper's.
+    Command: `replknet train bccd --data bccd.zip`. Ours, not the paper's. Measured here in bfloat16: AP50 80.1 % on
+    the test images, seed 0; docs/detection.md.
     """
     return DetectionRecipe(
         model="replknet_cifar_l",
@@ -140,10 +141,11 @@ def bccd() -> DetectionRecipe:
 
 
 def shapes() -> DetectionRecipe:
-    """replknet_cifar_l with a narrow Cascade Mask R-CNN on drawn shapes, from our CIFAR-10 weights, on two CPU cores.
+    """replknet_cifar_l with a narrow Cascade Mask R-CNN on drawn shapes, from our CIFAR-10 weights, in 18 minutes.
 
     Command: `python -m replknet.data.shapes DIR`, then `replknet train shapes --data DIR`. Ours, not the paper's: it
-    shows that a cascade learns, and measures nothing else.
+    shows that a cascade learns, and measures nothing else. Measured here in bfloat16: AP 91.7 % of boxes and 86.3 % of
+    masks, seed 0.
     """
     return DetectionRecipe(
         model="replknet_cifar_l",
