@@ -20,7 +20,7 @@ demo: .venv/installed-demo  ## the main job: train, merge, evaluate and picture 
 	$(BIN)/replknet demo $(RUN)
 
 test: check  ## everything CI runs: `make check`, then the test suite
-	$(BIN)/python -m pytest -q -n2 $(RUN)
+	$(BIN)/python -m pytest -q -n2 --dist worksteal $(RUN)
 
 check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff format --check .

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from processes import train_in_two, without_statistics
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS, ImageError
 from replknet.models import CheckpointError, Description, load_model, save_model
@@ -178,33 +175,13 @@ def test_interrupted_it_goes_on_to_the_same_weights(shapes, tmp_path, monkeypatc
     assert rows[0] == rows[1]
 
 
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-import torch
-from replknet.recipes import DetectionRecipe, Machine
-from replknet.train import fit
-
-torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
-fit(DetectionRecipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]),
-    machine=Machine(devices=int(sys.argv[4])))
-"""
-
-
-def test_two_processes_train_and_count_what_one_does(shapes, tmp_path):
+def test_two_processes_train_and_count_what_one_does(shapes, tmp_path, monkeypatch):
     # one size, so that no process fills up its batch to another one; the validation has five images
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    environment = {**os.environ, "CI": "true", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    recipe = repr(dataclasses.asdict(dataclasses.replace(RECIPE, scales=((96, 64),), optimizer="sgd", lr=1e-3)))
-    program = tmp_path / "program.py"
-    program.write_text(DISTRIBUTED)
-    for processes in (1, 2):
-        command = [sys.executable, str(program), recipe, str(tmp_path / str(processes)), str(shapes), str(processes)]
-        result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    for one, two in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
+    recipe = dataclasses.replace(RECIPE, scales=((96, 64),), optimizer="sgd", lr=1e-3)
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", without_statistics)
+    fit(recipe, tmp_path / "one", shapes)
+    train_in_two(recipe, tmp_path / "two", shapes)
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
         assert one["val_map"] == pytest.approx(two["val_map"], abs=5e-3)
 

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,11 +10,13 @@ import timm
 import torch
 from PIL import Image
 
+from processes import train_in_two, without_statistics
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.replknet import CONFIGS
 from replknet.recipes import RECIPES, SegmentationRecipe
+from replknet.tasks import upernet
 from replknet.tasks.segmentation import Inference, Segmentation
 from replknet.tasks.segmentation import predict as predicted
 from replknet.tasks.segmentation_saved import load_segmentation
@@ -160,41 +158,19 @@ def test_interrupted_it_goes_on_to_the_same_weights(scenes, tmp_path, monkeypatc
     assert rows[0] == rows[1]
 
 
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-import torch
-from replknet.recipes import Machine, SegmentationRecipe
-from replknet.tasks import upernet
-from replknet.train import fit
-
-torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
-upernet._DROPOUT = 0.0
-fit(SegmentationRecipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]),
-    machine=Machine(devices=int(sys.argv[4]), shard=sys.argv[5] == "shard"))
-"""
-
-
-@pytest.mark.parametrize("how", ["whole", "shard"])
-def test_two_processes_train_and_count_what_one_does(how, scenes, tmp_path):
+def test_two_processes_train_and_count_what_one_does(scenes, tmp_path, monkeypatch):
     # what differs are sums in another order; each of the pixels of five images is counted once, and one of the
     # processes has three of them
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    environment = {**os.environ, "CI": "true", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    recipe = repr(dataclasses.asdict(dataclasses.replace(RECIPE, optimizer="sgd", lr=1e-3)))
-    program = tmp_path / "program.py"
-    program.write_text(DISTRIBUTED)
-    for processes in (1, 2):
-        command = [sys.executable, str(program), recipe, str(tmp_path / str(processes)), str(scenes), str(processes)]
-        command.append(how if processes == 2 else "whole")
-        result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    for one, two in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
-        assert one["val_miou"] == pytest.approx(two["val_miou"], abs=2e-3)
-        assert one["val_accuracy"] == pytest.approx(two["val_accuracy"], abs=2e-3)
+    recipe = dataclasses.replace(RECIPE, optimizer="sgd", lr=1e-3)
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", without_statistics)
+    monkeypatch.setattr(upernet, "_DROPOUT", 0.0)
+    fit(recipe, tmp_path / "one", scenes)
+    for shard in (False, True):
+        train_in_two(recipe, tmp_path / str(shard), scenes, shard)
+        for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / str(shard)), strict=True):
+            assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+            assert one["val_miou"] == pytest.approx(two["val_miou"], abs=2e-3)
+            assert one["val_accuracy"] == pytest.approx(two["val_accuracy"], abs=2e-3)
 
 
 def test_a_backbone_starts_from_a_classifier_strictly(tmp_path):
