@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import replknet
 from processes import train_in_two, without_statistics
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS, ImageError
@@ -18,6 +19,7 @@ from replknet.models import CheckpointError, Description, load_model, save_model
 from replknet.models.detection_keys import to_mmdet
 from replknet.models.replknet import CONFIGS
 from replknet.recipes import RECIPES, DetectionRecipe, Machine
+from replknet.tasks.cascade import CascadeRCNN
 from replknet.tasks.detection import Detection, predict
 from replknet.tasks.detection_saved import DetectionDescription, load_detection, save_detection
 from replknet.tasks.fcos import FCOS
@@ -232,6 +234,20 @@ def test_an_official_file_is_a_detector(tmp_path, monkeypatch):
     save_detection(model, tmp_path / "own.safetensors", dataclasses.replace(description, mean=None))
     with pytest.raises(CheckpointError, match="has a description that this version cannot read"):
         load_detection(tmp_path / "own.safetensors")
+
+
+def test_an_official_cascade_is_a_detector_in_every_form(tmp_path):
+    torch.manual_seed(0)
+    model = CascadeRCNN(timm.create_model("replknet_test", features_only=True), 80, True, 16).eval()
+    for form in (model, replknet.merge(model, fold_bn=False), replknet.merge(model)):
+        theirs = to_mmdet(form.state_dict())
+        torch.save({"meta": {}, "state_dict": theirs}, tmp_path / "epoch_36.pth")
+        loaded, description = load_detection(tmp_path / "epoch_36.pth")
+        assert (description.detector, description.backbone) == ("cascade_mask_rcnn", "replknet_test")
+        # read, and written back
+        again = to_mmdet(loaded.state_dict())
+        assert again.keys() == theirs.keys()
+        assert all(torch.equal(again[key], value) for key, value in theirs.items())
 
 
 def test_the_papers_recipes_are_the_official_configurations():
