@@ -26,7 +26,7 @@ class Recipe:
         momentum: of optimizers that have one, such as sgd and nmuon.
         lr: peak learning rate.
         min_lr: learning rate at the end.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up, whole or not.
         weight_decay: decay of weights; biases and norms are exempt.
         layer_decay: factor of the learning rate from one layer group to the one before, or None.
         label_smoothing: probability spread over all classes.
@@ -68,7 +68,7 @@ class Recipe:
     momentum: float = 0.9
     lr: float
     min_lr: float = 1e-6
-    warmup_epochs: int = 0
+    warmup_epochs: float = 0
     weight_decay: float = 0.05
     layer_decay: float | None = None
     label_smoothing: float = 0.1

@@ -51,7 +51,7 @@ class Classification(pl.LightningModule):
         momentum: float = 0.9,
         lr: float,
         min_lr: float = 1e-6,
-        warmup_epochs: int = 0,
+        warmup_epochs: float = 0,
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
@@ -153,7 +153,7 @@ class Classification(pl.LightningModule):
             num_epochs=self.epochs,
             min_lr=self.min_lr,
             warmup_lr=0.0,
-            warmup_epochs=self.warmup_epochs,
+            warmup_epochs=self.warmup_epochs,  # type: ignore[arg-type]  # timm takes parts of epochs as well
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
