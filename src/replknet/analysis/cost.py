@@ -15,20 +15,20 @@ class Cost:
     Args:
         parameters: numbers that are trained.
         multiply_adds: of one image, a multiplication and an addition counted as one; the paper prints them as FLOPs.
-        image_size: side of that image in pixels.
+        image_size: side of that image in pixels, or its height and width.
     """
 
     parameters: int
     multiply_adds: int
-    image_size: int
+    image_size: int | tuple[int, int]
 
 
-def cost(model: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
+def cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> Cost:
     """Count a network on the meta device, where nothing is computed.
 
     Args:
         model: any network whose operators have shape functions; it stays as it was.
-        image_size: side of the image in pixels.
+        image_size: side of the image in pixels, or its height and width.
         in_chans: channels of the image.
 
     Returns:
@@ -38,5 +38,6 @@ def cost(model: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
     """
     ghost = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(torch.empty(1, in_chans, image_size, image_size, device="meta"))
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        ghost(torch.empty(1, in_chans, height, width, device="meta"))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, image_size)

@@ -170,6 +170,22 @@ def _git(*words: str, folder: Path) -> str:
     return result.stdout.strip()
 
 
+def provenance() -> dict[str, Any]:
+    """Where figures come from: device, threads, versions, settings, commit and date."""
+    return {
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+        "environment": _environment(),
+        "commit": _commit(),
+        "date": _date(),
+    }
+
+
+def _date() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One measurement, as a line of a file under benchmarks/results; docs/benchmarks.md explains the fields."""
@@ -193,7 +209,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=_versions)
     environment: dict[str, str] = field(default_factory=_environment)
     commit: str = field(default_factory=_commit)
-    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
+    date: str = field(default_factory=_date)
 
     def json(self) -> str:
         return json.dumps(asdict(self))

@@ -116,15 +116,13 @@ def step_memory(recipe: Recipe | SegmentationRecipe, machine: Machine, images: i
     is not seen.
     """
     with FakeTensorMode():
-        if isinstance(recipe, Recipe):
-            model, x, target, loss = _classification(recipe, machine, images, classes)
-        else:
-            model, x, target, loss = _segmentation(recipe, machine, images, classes)
+        step = step_of(recipe, machine, images, classes)
+        model = step.model
         tracker = MemTracker()
-        tracker.track_external(model, x, target)
+        tracker.track_external(model, step.x, step.target)
         with tracker:
-            with _autocast(recipe.precision):
-                value = loss(model, x, target)
+            with autocast(recipe.precision):
+                value = step.loss(model, step.x, step.target)
             value.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
         weights = sum(_bytes(t) for t in (*model.parameters(), *model.buffers()))
@@ -144,24 +142,48 @@ def step_memory(recipe: Recipe | SegmentationRecipe, machine: Machine, images: i
     )
 
 
-# network, images, what they are compared with, and the loss
-_Step = tuple[nn.Module, Tensor, Tensor, Callable[[nn.Module, Tensor, Tensor], Tensor]]
+@dataclass(frozen=True)
+class TrainStep:
+    """A step of a training on made-up images.
+
+    Args:
+        model: the network, in training.
+        x: images `[N,3,H,W]`.
+        target: what its outputs are compared with.
+        loss: from the three to the loss.
+    """
+
+    model: nn.Module
+    x: Tensor
+    target: Tensor
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def _classification(recipe: Recipe, machine: Machine, images: int, classes: int) -> _Step:
+def step_of(recipe: Recipe | SegmentationRecipe, machine: Machine, images: int, classes: int) -> TrainStep:
+    """A step of a recipe with so many images at once, its network untrained.
+
+    Raises:
+        ValueError: the network cannot be built so.
+    """
+    if isinstance(recipe, Recipe):
+        return _classification(recipe, machine, images, classes)
+    return _segmentation(recipe, machine, images, classes)
+
+
+def _classification(recipe: Recipe, machine: Machine, images: int, classes: int) -> TrainStep:
     model = classification.create_network(recipe, classes)
     assert isinstance(model, StagedNet)
     model.set_grad_checkpointing(machine.grad_checkpointing)
     side = recipe.image_size
-    x = torch.empty(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
-    return model, x, torch.empty(images, classes), _soft_cross_entropy
+    x = torch.zeros(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
+    return TrainStep(model, x, torch.full((images, classes), 1 / classes), _soft_cross_entropy)
 
 
 def _soft_cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return -(model(x).float().log_softmax(1) * target).sum(1).mean()
 
 
-def _segmentation(recipe: SegmentationRecipe, machine: Machine, images: int, classes: int) -> _Step:
+def _segmentation(recipe: SegmentationRecipe, machine: Machine, images: int, classes: int) -> TrainStep:
     from replknet.tasks.segmentation import training_loss  # its packages are optional
     from replknet.train import segmentation
 
@@ -171,9 +193,9 @@ def _segmentation(recipe: SegmentationRecipe, machine: Machine, images: int, cla
     if images == 1:
         # their map of one pixel has no variance in one image; the memory is the same
         model.decode_head.psp_modules.eval()
-    x = torch.empty(images, 3, *recipe.crop).contiguous(memory_format=torch.channels_last)
+    x = torch.zeros(images, 3, *recipe.crop).contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(images, *recipe.crop, dtype=torch.uint8)
-    return model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None)
+    return TrainStep(model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None))
 
 
 def _bytes(t: Tensor) -> int:
@@ -204,9 +226,10 @@ def _state_of(model: nn.Module, optimizer: str) -> int:
 
 
 @contextmanager
-def _autocast(precision: str) -> Iterator[None]:
+def autocast(precision: str, device: str = "cpu") -> Iterator[None]:
+    """Lightning's mixed precision of that name, on a kind of device."""
     dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 
 
