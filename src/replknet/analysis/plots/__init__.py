@@ -1,0 +1,9 @@
+"""Pictures of results. Nothing else in the package draws."""
+
+from replknet.analysis.plots.fields import receptive_fields
+from replknet.analysis.plots.figure import as_html, save
+from replknet.analysis.plots.scenes import boxes, overlay
+from replknet.analysis.plots.times import times_by_kernel
+from replknet.analysis.plots.training import confusion, curves
+
+__all__ = ["as_html", "boxes", "confusion", "curves", "overlay", "receptive_fields", "save", "times_by_kernel"]

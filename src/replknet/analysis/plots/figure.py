@@ -1,0 +1,32 @@
+"""What every picture needs: a backend without a screen, a resolution, and ways out of the program."""
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+# no screen is needed
+matplotlib.use("Agg")
+
+DPI = 110
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, in the format that the path's ending names; an earlier one is replaced when all is written."""
+    part = path.with_name(f"part.{path.name}")
+    figure.savefig(part, dpi=DPI)
+    # pyplot keeps every figure until then
+    plt.close(figure)
+    os.replace(part, path)
+
+
+def as_html(figure: Figure, text: str) -> str:
+    """An <img> element with the picture inside, described by `text`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    plt.close(figure)
+    return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
