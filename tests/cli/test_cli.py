@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,10 +176,93 @@ def test_erf(trained, capsys, tmp_path):
     picture = tmp_path / "erf.png"
     command = ["erf", str(trained / "model.safetensors"), "--size", "64", "-o", str(picture)]
     assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["output"], found["images"], found["size"], found["scale"]) == (str(picture), 2, 64, "log")
+    (network,) = found["networks"]
+    assert (network["label"], network["trained"], network["images"], network["skipped"]) == (
+        "replknet_test",
+        True,
+        2,
+        0,
+    )
+    assert network["areas"]["0.5"] == (network["sides"]["0.5"] / 64) ** 2
+    assert (network["curve"]["areas"][-1], network["curve"]["shares"][-1]) == (1, 1)
     assert Image.open(picture).format == "PNG"
-    assert main(command) == 0
-    assert "50 %: side" in capsys.readouterr().out
+    assert main([*command, "--scale", "linear"]) == 0
+    head, row, path = capsys.readouterr().out.splitlines()
+    assert head.split() == ["network", "params", "M", "20", "%", "30", "%", "50", "%", "99", "%"]
+    assert row.split()[0] == "replknet_test"
+    assert path == str(picture)
+
+
+def test_erf_says_which_networks_are_untrained(trained, capsys, tmp_path):
+    checkpoint, other = str(trained / "model.safetensors"), str(tmp_path / "other.safetensors")
+    options = ["--size", "64", "--count", "1", "-o", str(tmp_path / "erf.png")]
+    networks = [checkpoint, "test_vit.r160_in1k", "replknet_cifar", "test_vit.r160_in1k"]
+    assert main(["erf", *networks, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 1
+    assert [(n["label"], n["name"], n["trained"]) for n in found["networks"]] == [
+        ("replknet_test", "replknet_test", True),
+        # built for 64 pixels, not for its own 160
+        ("test_vit.r160_in1k, untrained", "test_vit.r160_in1k", False),
+        ("replknet_cifar, untrained", "replknet_cifar", False),
+    ]
+    # before merging, which takes branches and norms away
+    count = sum(p.numel() for p in timm.create_model("replknet_cifar").parameters())
+    assert found["networks"][2]["parameters"] == count
+    shutil.copy(checkpoint, other)
+    assert main(["erf", checkpoint, other, "replknet_test", "--untrained", *options]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:-1]
+    labels = [checkpoint, f"{checkpoint}, untrained", other, f"{other}, untrained", "replknet_test, untrained"]
+    assert [row.startswith(label) for row, label in zip(rows, labels, strict=True)] == [True] * 5
+    # the same random weights, whatever came before
+    assert rows[1].split("untrained")[1].split() == rows[3].split("untrained")[1].split()
+
+
+def test_erf_with_pretrained_weights_or_the_reason_why_not(capsys, tmp_path, monkeypatch):
+    command = ["erf", "--size", "32", "--pretrained", "-o", str(tmp_path / "erf.png")]
+    assert main([*command, "replknet_test"]) == 2
+    error = capsys.readouterr().err
+    assert "timm cannot build replknet_test with its weights for 32x32 images: no weights were released for" in error
+    assert "; try it without --pretrained" in error
+    create, asked = timm.create_model, []
+
+    def without_server(*args, pretrained, **kwargs):
+        asked.append(pretrained)
+        if len(asked) == 1:
+            raise OSError("no route to host")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", without_server)
+    assert main([*command, "test_resnet"]) == 2
+    assert "for 32x32 images: no route to host; try it without --pretrained" in capsys.readouterr().err
+    assert main([*command, "test_resnet", "--untrained", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [n["label"] for n in found["networks"]] == ["test_resnet", "test_resnet, untrained"]
+    assert asked == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("replknet_31bb", "and no model of timm's; did you mean replknet_31b, replknet_31l, replknet_b_k7?"),
+        ("replknet_31b.in2k", "and no model of timm's; did you mean replknet_31b.in22k, replknet_31b.in1k, "),
+        (
+            "???",
+            "??? is no checkpoint file, none of the weights that come with replknet (replknet_cifar_l.cifar10) and",
+        ),
+        (
+            "test_vit",
+            "test_vit, untrained does not run on images of 8x8: Input height (8) should be divisible by patch",
+        ),
+    ],
+)
+def test_erf_errors_are_one_line(network, message, capsys, tmp_path):
+    assert main(["erf", network, "--size", "8", "-o", str(tmp_path / "erf.png")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_training_on_a_folder_and_its_errors(tmp_path, capsys):
