@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "name the likeliest classes of image files, the class of each of their pixels, or the objects in them",
     "merge": "turn a checkpoint into the inference form",
     "erf": "compute and draw the effective receptive field",
+    "kernels": "draw the learned kernels, and say where their weight lies and what the small branch added",
     "bench": "time the depthwise operator against torch and other runtimes",
     "doctor": "show what this machine can do and which backend takes which call",
 }
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"replknet: no command is called {name!r}{hint}", file=sys.stderr)
         return 2
     try:
-        code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
+        code: int = importlib.import_module(f"replknet.cli.{name.replace('-', '_')}").main(rest)
         sys.stdout.flush()
     except (ValueError, FileNotFoundError, DownloadError) as error:
         print(f"replknet {name}: {error}", file=sys.stderr)
@@ -100,7 +101,7 @@ def parser(name: str, example: str) -> Parser:
 
 def _overview() -> str:
     lines = ["usage: replknet COMMAND [options]; replknet COMMAND --help shows them", ""]
-    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "example: replknet demo"])
 
 

@@ -1,0 +1,168 @@
+"""replknet kernels"""
+
+import difflib
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse.typing import PositiveInt
+from timm.models import is_model_pretrained
+from torch import nn
+
+from replknet.analysis.kernels import (
+    LayerKernels,
+    branch_agreement,
+    energy_within,
+    layer_kernels,
+    magnitude_by_distance,
+    small_share,
+)
+from replknet.cli.main import CHECKPOINT, TASK, Task, parser
+from replknet.models import load_model
+from replknet.models.saved import weights_file
+
+
+def main(argv: list[str]) -> int:
+    p = parser("kernels", "replknet kernels replknet_cifar_l -o kernels.png --layers 'stages.1.*'")
+    p.add_argument("network", type=str, help=f"{CHECKPOINT}; or a timm model, with --pretrained or --untrained")
+    p.add_argument("--task", type=Task, default="classification", help=f"{TASK}, if it is a checkpoint")
+    p.add_argument("--pretrained", action="store_true", help="a timm model with its trained weights, downloaded")
+    p.add_argument("--untrained", action="store_true", help="a timm model with random weights")
+    p.add_argument(
+        "--layers", type=str, nargs="+", default=["*"], metavar="NAME", help="only these; * and ? are wildcards"
+    )
+    p.add_argument("--min-side", type=PositiveInt, default=5, help="of the smallest kernels to look at, pixels")
+    p.add_argument("-o", "--output", type=Path, default=Path("kernels.png"), help="picture to write")
+    p.add_argument("--json", action="store_true", help="machine-readable output, with the magnitudes by distance")
+    args = p.parse_args(argv)
+    if args.pretrained and args.untrained:
+        raise ValueError("--pretrained and --untrained were both given; a network has trained weights or random ones")
+    from replknet.analysis import plots  # matplotlib is optional
+
+    if args.pretrained or args.untrained:
+        network = _timm_model(args.network, args.pretrained)
+    else:
+        network = _checkpoint(args.network, args.task)
+    layers = _chosen(layer_kernels(network, args.min_side), args.layers)
+    title = f"{args.network}, random weights" if args.untrained else args.network
+    plots.save(plots.kernels(layers, title), args.output)
+    found = [_facts(layer) for layer in layers]
+    if args.json:
+        result = {"output": str(args.output), "network": args.network, "untrained": args.untrained, "layers": found}
+        print(json.dumps(result))
+    else:
+        print("\n".join([*_table(found), str(args.output)]))
+    return 0
+
+
+def _timm_model(name: str, pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "a file of weights is named without these options"
+        raise ValueError(f"--pretrained and --untrained are for timm models, and none is called {name}; {hint}")
+    if pretrained and not is_model_pretrained(name):
+        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        raise ValueError(
+            f"there are no trained weights of {name} to download; those of this model: {', '.join(tagged) or 'none'}"
+        )
+    # random weights are the same in every call
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=pretrained)
+
+
+def _checkpoint(path: str, task: Task) -> nn.Module:
+    try:
+        weights_file(path)
+    except FileNotFoundError as error:
+        if not timm.is_model(path):
+            raise
+        raise ValueError(
+            f"{path} is a timm model and no file of weights: --pretrained downloads its trained weights, --untrained "
+            "shows random ones"
+        ) from error
+    if task == "segmentation":
+        from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
+
+        return load_segmentation(path)[0]
+    if task == "detection":
+        from replknet.tasks.detection_saved import load_detection  # the same
+
+        return load_detection(path)[0]
+    return load_model(path)[0]
+
+
+def _chosen(layers: list[LayerKernels], patterns: list[str]) -> list[LayerKernels]:
+    chosen = [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+    if not chosen:
+        names = ", ".join(layer.name for layer in layers)
+        raise ValueError(f"no layer is called {' or '.join(patterns)}; there are {names}")
+    return chosen
+
+
+def _facts(layer: LayerKernels) -> dict[str, Any]:
+    parts = {"merged": layer.merged, "large": layer.large, "small": layer.small}
+    profiles = {
+        name: None if part is None else magnitude_by_distance(part, layer.merged) for name, part in parts.items()
+    }
+    return {
+        "layer": layer.name,
+        "form": layer.form,
+        "sides": layer.sides,
+        "channels": layer.channels,
+        "zero_channels": int((layer.merged == 0).all((1, 2)).sum()),
+        "distances": list(magnitude_by_distance(layer.merged)),
+        "magnitudes": {name: None if one is None else list(one.values()) for name, one in profiles.items()},
+        "energy_within": {
+            name: None if part is None else energy_within(part) for name, part in parts.items() if name != "small"
+        },
+        "small_side": layer.small_side,
+        "small_share": small_share(layer),
+        "small_share_within": small_share(layer, layer.small_side),
+        "branch_agreement": branch_agreement(layer),
+    }
+
+
+def _table(found: list[dict[str, Any]]) -> list[str]:
+    wide = max(len("layer"), *(len(row["layer"]) for row in found))
+    lines = [f"{'layer':<{wide}} {'kernel':>7} {'channels':>8} {'centre':>13} {'half side':>13}"]
+    with_small = any(row["small_side"] is not None for row in found)
+    if with_small:
+        lines[0] += f" {'large alone':>13} {'small':>6} {'inside':>6} {'agreement':>9}"
+    for row in found:
+        energy = row["energy_within"]
+        kernel = "x".join(map(str, row["sides"]))
+        centre, half = row["small_side"] or 3, (max(row["sides"]) + 1) / 2
+        line = f"{row['layer']:<{wide}} {kernel:>7} {row['channels']:>8}"
+        line += f" {_share(energy['merged'], centre):>13} {_share(energy['merged'], half):>13}"
+        if with_small:
+            line += f" {_share(energy['large'], centre):>13} {_number(row['small_share']):>6}"
+            line += f" {_number(row['small_share_within']):>6} {_number(row['branch_agreement']):>9}"
+        lines.append(line)
+    lines.append("centre, half side: share of the squared norm in the central window named, mean over channels")
+    if with_small:
+        lines += [
+            "large alone: the same in the centre of the large branch",
+            "small, inside: norm of the small branch relative to the merged kernel, all of it and the centre",
+            "agreement: cosine between the branches in the centre; these three are medians over channels",
+        ]
+    if any(row["form"] == "merged" for row in found):
+        lines.append("already merged: what the small branch added is no longer known")
+    zeros = sum(row["zero_channels"] for row in found)
+    if zeros:
+        lines.append(f"left out: {zeros} kernels that are zero")
+    return lines
+
+
+def _share(energy: dict[int, float] | None, limit: float) -> str:
+    """The share in the largest window of at most this side, and that side."""
+    if energy is None:
+        return "-"
+    side = max((side for side in energy if side <= limit), default=min(energy))
+    return f"{energy[side]:.1%} {side}x{side}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
