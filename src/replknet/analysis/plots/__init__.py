@@ -1,5 +1,6 @@
 """Pictures of results. Nothing else in the package draws."""
 
+from replknet.analysis.plots.cues import shape_bias
 from replknet.analysis.plots.fields import receptive_fields
 from replknet.analysis.plots.figure import as_html, save
 from replknet.analysis.plots.scenes import boxes, overlay
@@ -16,5 +17,6 @@ __all__ = [
     "overlay",
     "receptive_fields",
     "save",
+    "shape_bias",
     "times_by_kernel",
 ]

@@ -1,0 +1,199 @@
+"""replknet shape-bias"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from replknet.analysis.shape_bias import CATEGORIES, ShapeBias, decisions, likeliest, shape_bias
+from replknet.cli.main import parser
+from replknet.data import cifar10, cifar10_conflict, transforms
+from replknet.data.cue_conflict import CueConflicts, cue_conflicts
+from replknet.data.download import quiet
+from replknet.models import load_model
+from replknet.models.saved import weights_file
+
+# what was measured: which images, and whose they are
+_PUBLISHED = "cue conflict by the rule of Geirhos et al. 2019 (16 categories of ImageNet)"
+_OURS = "replknet's own texture-shape conflict of CIFAR-10 test images (not the stimuli of Geirhos et al.)"
+
+# width of the table's first column
+_LABEL = 22
+
+_Network = tuple[nn.Module, Callable[[Any], Tensor]]
+
+
+def main(argv: list[str]) -> int:
+    p = parser("shape-bias", "replknet shape-bias model.safetensors resnet50 --images style-transfer-preprocessed-512")
+    p.add_argument(
+        "networks",
+        nargs="+",
+        type=str,
+        help="weights, in any format that load_checkpoint reads, or the name of some that come with the package; with "
+        "--images also timm's names of networks, whose ImageNet weights timm fetches",
+    )
+    p.add_argument("--images", type=Path | None, help="folder of images named as cat7-elephant1.png: shape, texture")
+    p.add_argument("--cifar10", action="store_true", help="our own conflicts of CIFAR-10's test images instead")
+    p.add_argument("--data", type=Path | None, help="where CIFAR-10 is kept")
+    p.add_argument("--each", type=int, default=100, help="CIFAR-10 images for each of the 90 pairs of classes")
+    p.add_argument("--seed", type=int, default=0, help="of the CIFAR-10 images")
+    p.add_argument("--untrained", action="store_true", help="take timm's networks without weights, as a baseline")
+    p.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    p.add_argument("-o", "--output", type=Path, default=Path("shape-bias.png"), help="picture to write")
+    p.add_argument("--json", action="store_true", help="machine-readable output")
+    args = p.parse_args(argv)
+    if args.cifar10 == (args.images is not None):
+        raise ValueError("name a folder of cue-conflict images with --images DIR, or take our own with --cifar10")
+    from replknet.analysis import plots  # matplotlib is optional
+
+    measure = _OURS if args.cifar10 else _PUBLISHED
+    found, alone = _on_cifar10(args) if args.cifar10 else (_on_folder(args), {})
+    plots.save(plots.shape_bias(found, "our CIFAR-10 conflicts" if args.cifar10 else "cue conflict"), args.output)
+    if args.json:
+        print(json.dumps(_plain(measure, found, alone, args.output)))
+        return 0
+    print(measure)
+    any_of = next(iter(found.values()))
+    print(f"{any_of.images} images with a conflict; {any_of.no_conflict} without one were left out")
+    print("shape bias = shape / (shape + texture), the share of shape among the decisions for either\n")
+    _print_table(found, alone)
+    print(args.output)
+    return 0
+
+
+def _on_folder(args: Any) -> dict[str, ShapeBias]:
+    images = cue_conflicts(args.images, tuple(CATEGORIES))
+    shapes, textures = (torch.tensor(labels) for labels in zip(*((i.shape, i.texture) for i in images), strict=True))
+    found = {}
+    for name in dict.fromkeys(args.networks):
+        model, transform = _imagenet_network(name, args.untrained)
+        loader = DataLoader(CueConflicts(images, transform), args.batch_size)
+        decided = decisions(model, tqdm(loader, desc=name, disable=quiet()))
+        found[name] = shape_bias(decided, shapes, textures, tuple(CATEGORIES))
+    return found
+
+
+def _imagenet_network(name: str, untrained: bool) -> _Network:
+    """A network with the 1000 classes of ImageNet, from a file or from timm, and its transform for evaluation."""
+    try:
+        file = weights_file(name)
+    except FileNotFoundError as error:
+        if not timm.is_model(name):
+            raise FileNotFoundError(f"{error}; and timm knows no network of this name") from error
+        return _of_timm(name, untrained)
+    model, d = load_model(file, torch.float32)
+    _check_outputs(name, d.num_classes)
+    if d.classes and list(d.classes) != ImageNetInfo().label_names():
+        raise ValueError(
+            f"{name} has classes that are not ImageNet's in the order of ILSVRC-2012: expected n01440764, n01443537, "
+            f"..., got {', '.join(d.classes[:2])}, ..."
+        )
+    return model, transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
+
+
+def _of_timm(name: str, untrained: bool) -> _Network:
+    try:
+        facts = timm.get_pretrained_cfg(name)
+        _check_outputs(name, 1000 if facts is None else facts.num_classes)
+        model = timm.create_model(name, pretrained=not untrained)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{name} cannot be had with its trained weights: {error}. Name a file of weights, or add --untrained for "
+            "the network as it is initialised"
+        ) from error
+    return model, create_transform(**resolve_model_data_config(model), is_training=False)
+
+
+def _check_outputs(name: str, outputs: int) -> None:
+    if outputs != 1000:
+        raise ValueError(
+            f"{name} has {outputs} outputs; images in a folder need a network with the 1000 classes of ImageNet"
+            + (" (for CIFAR-10's ten there is --cifar10)" if outputs == 10 else "")
+        )
+
+
+def _on_cifar10(args: Any) -> tuple[dict[str, ShapeBias], dict[str, dict[str, float]]]:
+    """The decisions of each network, and its accuracy on either cue alone."""
+    networks = {name: _cifar10_network(name) for name in args.networks}
+    c = cifar10_conflict.conflicts(cifar10.load(args.data), args.each, args.seed)
+    found, alone = {}, {}
+    for name, (model, transform) in networks.items():
+
+        def decided(images: Tensor, network: _Network = (model, transform), name: str = name) -> Tensor:
+            batches = _batches(images, network[1], args.batch_size, name)
+            return decisions(network[0], batches, likeliest)
+
+        found[name] = shape_bias(decided(c.images), c.shapes, c.textures, cifar10.CLASSES)
+        alone[name] = {
+            "shape_alone": (decided(c.shape_cues) == c.shapes).double().mean().item(),
+            "texture_alone": (decided(c.texture_cues) == c.textures).double().mean().item(),
+        }
+    return found, alone
+
+
+def _cifar10_network(name: str) -> _Network:
+    model, d = load_model(name, torch.float32)
+    if d.classes != cifar10.CLASSES:
+        raise ValueError(
+            f"{name} has other classes than CIFAR-10's: expected {', '.join(cifar10.CLASSES[:2])}, ..., got "
+            f"{', '.join(d.classes[:2]) + ', ...' if d.classes else f'{d.num_classes} without names'}"
+        )
+    return model, transforms.small_image_transform(d.image_size, d.mean, d.std)
+
+
+def _batches(images: Tensor, transform: Callable[[Any], Tensor], size: int, name: str) -> Iterator[Tensor]:
+    for part in tqdm(images.split(size), desc=name, disable=quiet()):
+        yield transform(part)
+
+
+def _plain(
+    measure: str, found: dict[str, ShapeBias], alone: dict[str, dict[str, float]], output: Path
+) -> dict[str, Any]:
+    networks = {
+        name: {
+            "bias": b.bias,
+            "shape_share": b.shape_share,
+            "texture_share": b.texture_share,
+            **alone.get(name, {}),
+            "images": b.images,
+            "no_conflict": b.no_conflict,
+            "per_category": {
+                category: {"bias": bias, "shape": s, "texture": t, "other": o}
+                for category, bias, s, t, o in zip(
+                    b.categories, b.per_category, b.shape, b.texture, b.other, strict=True
+                )
+            },
+        }
+        for name, b in found.items()
+    }
+    return {"measure": measure, "output": str(output), "networks": networks}
+
+
+def _print_table(found: dict[str, ShapeBias], alone: dict[str, dict[str, float]]) -> None:
+    """A column a network: the shares of all its decisions, and its bias in each category of the shape."""
+    widths = [max(len(name), 8) for name in found]
+
+    def row(label: str, values: list[float | None]) -> None:
+        print(f"{label:<{_LABEL}}" + "".join(f"  {_percent(v):>{w}}" for v, w in zip(values, widths, strict=True)))
+
+    print(" " * _LABEL + "".join(f"  {name:>{w}}" for name, w in zip(found, widths, strict=True)))
+    row("shape bias", [b.bias for b in found.values()])
+    row("took the shape", [b.shape_share for b in found.values()])
+    row("took the texture", [b.texture_share for b in found.values()])
+    if alone:
+        row("right on shape alone", [a["shape_alone"] for a in alone.values()])
+        row("right on texture alone", [a["texture_alone"] for a in alone.values()])
+    print("\nshape bias by the category of the shape")
+    for i, category in enumerate(next(iter(found.values())).categories):
+        row(f"  {category}", [b.per_category[i] for b in found.values()])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
