@@ -1,6 +1,6 @@
 """Receptive fields."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -49,3 +49,16 @@ def _filling(axis: Any, fields: Mapping[str, ERF]) -> None:
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
+
+
+def log_maps(maps: Mapping[str, Sequence[Sequence[float]]], columns: int = 4) -> Figure:
+    """Log-scaled receptive fields, from 0 to 1, side by side on one scale."""
+    rows = -(-len(maps) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.8 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, values) in zip(axes.flat, maps.items(), strict=False):
+        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    return figure

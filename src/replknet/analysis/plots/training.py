@@ -1,4 +1,4 @@
-"""Trainings and their scores: curves and confusion."""
+"""Trainings and their scores: curves, confusion, seeds."""
 
 from collections.abc import Mapping, Sequence
 
@@ -47,5 +47,24 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure
     axis.set_xticks(range(n), classes, rotation=60, ha="right")
     axis.set_yticks(range(n), classes)
     axis.set(xlabel="predicted", ylabel="true")
+    figure.tight_layout()
+    return figure
+
+
+def seeds(values: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """A row for each name: a dot for each run, and a bar at their mean.
+
+    Args:
+        values: name -> a value of each run; a name without any keeps its row.
+        label: of the axis, with the unit.
+    """
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(values)))
+    for row, found in enumerate(values.values()):
+        axis.plot(found, [row] * len(found), "o", color="C0", alpha=0.6, markeredgewidth=0)
+        if found:
+            axis.plot([sum(found) / len(found)], [row], "|", color="black", markersize=16)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set(xlabel=label, ylim=(len(values) - 0.5, -0.5))
+    axis.grid(alpha=0.3)
     figure.tight_layout()
     return figure
