@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from replknet import kernels
 from replknet.kernels import native
+from scenes import draw
 
 # each worker of pytest-xdist gets its share of the processors
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -69,4 +70,12 @@ def cifar(tmp_path_factory):
         arrays[f"{split}_images"] = (noise + 20 * labels[:, None, None, None]).to(torch.uint8)
         arrays[f"{split}_labels"] = labels
     save_file(arrays, folder / "cifar10.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of images with masks, in three splits."""
+    folder = tmp_path_factory.mktemp("scenes")
+    draw(folder)
     return folder

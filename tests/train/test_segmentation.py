@@ -22,8 +22,8 @@ from replknet.tasks.segmentation import predict as predicted
 from replknet.tasks.segmentation_saved import load_segmentation
 from replknet.train import ResumeError, fit
 from replknet.train.backbones import load_backbone
+from scenes import CLASSES
 
-CLASSES = {"classes": ["grass", "sky", "sun"], "palette": [[0, 200, 0], [0, 0, 200], [250, 250, 0]]}
 RECIPE = SegmentationRecipe(
     model="replknet_test", dataset="masks", crop=(32, 48), ratio=(0.75, 1.5), channels=16, auxiliary_channels=8,
     samples=24, batch_size=4, lr=5e-3, workers=0,
@@ -36,26 +36,6 @@ def _quiet_and_interruptible(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """Sky over grass with a sun, each in its colour."""
-    folder = tmp_path_factory.mktemp("scenes")
-    (folder / "classes.json").write_text(json.dumps(CLASSES))
-    random = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 5), ("test", 3)):
-        for i in range(count):
-            mask = np.zeros((40, 60), np.uint8)
-            mask[: random.integers(12, 28)] = 1
-            y, x = random.integers(0, 8), random.integers(0, 48)
-            mask[y : y + 8, x : x + 8] = 2
-            image = np.array(CLASSES["palette"])[mask] + random.integers(0, 6, (40, 60, 3))
-            mask[:2] = 255
-            for kind, array in (("images", image.astype(np.uint8)), ("annotations", mask)):
-                (folder / kind / split).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(folder / kind / split / f"{i}.png")
-    return folder
 
 
 def curve(folder):

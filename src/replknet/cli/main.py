@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "turn a checkpoint into the inference form",
     "erf": "compute and draw the effective receptive field",
     "kernels": "draw the learned kernels, and say where their weight lies and what the small branch added",
+    "explore": "run the experiments of the paper and write what they say",
     "shape-bias": "measure whether classifiers go by shape or by texture, and draw it",
     "bench": "time the depthwise operator against torch and other runtimes",
     "doctor": "show what this machine can do and which backend takes which call",

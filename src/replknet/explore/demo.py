@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from replknet.analysis import ERF, effective_receptive_field, plots
 from replknet.bench.harness import Timing, interleaved
-from replknet.data import transforms
-from replknet.data.cifar10 import CLASSES, MEAN, STD, load
+from replknet.data.cifar10 import CLASSES, load
+from replknet.explore.fields import enlarged
 from replknet.models import CONFIGS, load_model, save_model
 from replknet.models.staged import StagedNet
 from replknet.nn import merge
@@ -112,7 +111,7 @@ def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Out
         scores=scores,
         difference=difference,
         times=times,
-        field=effective_receptive_field(model, _enlarged(data)),
+        field=effective_receptive_field(model, enlarged(data, _FIELD_PIXELS, _FIELD_IMAGES)),
     )
 
 
@@ -122,13 +121,6 @@ def _logits(model: StagedNet, images: Tensor) -> Tensor:
 
 def _parameters(model: StagedNet) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _enlarged(data: Path | None) -> Iterator[Tensor]:
-    """The first test images at the size of the receptive field."""
-    transform = transforms.small_image_transform(_FIELD_PIXELS, MEAN, STD)
-    for image in load(data)["test_images"][:_FIELD_IMAGES].split(16):
-        yield torch.stack([transform(x) for x in image])
 
 
 def _page(outcomes: list[Outcome], minutes: float) -> str:

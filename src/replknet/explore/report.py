@@ -1,0 +1,115 @@
+"""The page of all experiments: what the paper says, what our runs say, and whether they agree."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from replknet.analysis import plots
+from replknet.explore.experiment import Experiment, Results, spread
+from replknet.explore.program import restored
+
+_HEAD = """# The paper as experiments
+
+Made by `replknet explore`. Each section is one experiment: what the paper (Ding et al. 2022, arXiv:2203.06717, and its
+journal version, arXiv:2410.08049) says, and what it gave here at the scale that the section states. Figures of ours are
+means and standard deviations over seeds; differences stand with the half-width of their 95 % interval. The paper's
+figures are of ImageNet, ADE20K or its own machines: compare directions, not values.
+"""
+
+
+def write(experiments: Sequence[Experiment], folder: Path) -> Path:
+    """Write `report.md` and its pictures from the records in a folder.
+
+    Args:
+        experiments: in the order of the page; those without a record are left out.
+        folder: with the records, EXPERIMENT.json.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: there is no record, or one is of another configuration.
+    """
+    sections = []
+    verdicts = []
+    for experiment in experiments:
+        path = folder / f"{experiment.name}.json"
+        if not path.exists():
+            continue
+        results = restored(experiment, path)
+        if not results.runs:
+            continue
+        picture = ""
+        if experiment.draw is not None:
+            plots.save(experiment.draw(results), folder / f"{experiment.name}.png")
+            picture = f"![{experiment.title}]({experiment.name}.png)\n"
+        claims = _claims(experiment, results)
+        verdicts += [[experiment.name, *row] for row in claims]
+        sections.append(_section(experiment, results, claims, picture))
+    if not sections:
+        names = ", ".join(f"{experiment.name}.json" for experiment in experiments)
+        raise ValueError(f"there is no record of an experiment in {folder}: expected {names}, or some of them")
+    overview = _table([["experiment", "claim", "the paper's figure", "ours", "direction"], *verdicts])
+    page = folder / "report.md"
+    part = page.with_name(page.name + ".part")
+    part.write_text("\n".join([_HEAD, "## All claims\n", overview, *sections]))
+    os.replace(part, page)
+    return page
+
+
+def _section(experiment: Experiment, results: Results, claims: list[list[str]], picture: str) -> str:
+    table = experiment.table(results) if experiment.table is not None else _figures(experiment, results)
+    parts = [f"## {experiment.title}\n", f"{experiment.question}\n", f"Scale: {experiment.scale}\n", _table(table)]
+    if claims:
+        parts.append(_table([["claim", "the paper's figure", "ours", "direction"], *claims]))
+    return "\n".join([*parts, picture, f"{_where(experiment, results)}\n"])
+
+
+def _figures(experiment: Experiment, results: Results) -> list[list[str]]:
+    """A row an arm, the paper's figure beside ours."""
+    head = ["", "seeds"]
+    for column in experiment.columns:
+        head.append(column.title)
+        if column.paper:
+            head.append("the paper's")
+    rows = [head]
+    for arm in experiment.arms:
+        row = [arm.name, f"{len(results.of(arm.name))} of {arm.seeds}"]
+        for column in experiment.columns:
+            values = results.values(arm.name, column.figure)
+            row.append(spread(values, column.scale, column.digits) if values else "-")
+            if column.paper:
+                row.append(f"{column.paper[arm.name]:g}" if arm.name in column.paper else "-")
+        rows.append(row)
+    return rows
+
+
+def _claims(experiment: Experiment, results: Results) -> list[list[str]]:
+    rows = []
+    for claim in experiment.claims:
+        finding = claim.ours(results)
+        if finding is None:
+            rows.append([claim.text, claim.paper, "not run", "-"])
+        else:
+            rows.append([claim.text, claim.paper, finding.text, f"**{finding.verdict}**" if finding.verdict else "-"])
+    return rows
+
+
+def _where(experiment: Experiment, results: Results) -> str:
+    """How long it took and on what."""
+    devices = sorted({f"{run.provenance['device']}, {_threads(run.provenance['threads'])}" for run in results.runs})
+    seconds = fmean(run.seconds for run in results.runs)
+    return (
+        f"{len(results.runs)} runs of {seconds:.0f} s on average, on {'; '.join(devices)}. "
+        f"Record: [{experiment.name}.json]({experiment.name}.json). Again: `replknet explore --only {experiment.name}`."
+    )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]) + "\n"

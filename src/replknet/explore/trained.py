@@ -1,0 +1,125 @@
+"""Arms that train a network, from a recipe."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from replknet.analysis import cost
+from replknet.explore.experiment import Arm, Figures, Site
+from replknet.models import load_model
+from replknet.nn import merge
+from replknet.recipes import Recipe, SegmentationRecipe
+from replknet.train import fit
+from replknet.train.plan import TrainStep, autocast, step_of
+
+AnyTrained = Recipe | SegmentationRecipe
+
+
+def trained(name: str, recipe: AnyTrained, images: int, seeds: int, start: Arm | None = None) -> Arm:
+    """An arm whose runs train a network and score it.
+
+    Its figures are `score` (top-1, or mIoU; from 0 to 1), `train_loss` (of the last epoch, nats), `parameters` and
+    `multiply_adds` (merged; of one image of the size that is trained on), and `epoch_seconds`.
+
+    Args:
+        name: of the arm.
+        recipe: the training; its seed is replaced by the run's.
+        images: in the training set, for the estimate of its time.
+        seeds: runs.
+        start: an arm whose network this one starts from.
+    """
+    configuration = {key: value for key, value in json.loads(json.dumps(asdict(recipe))).items() if key != "seed"}
+    if start is not None:
+        configuration["weights"] = f"of the run {start.key}"
+    return Arm(
+        name=name,
+        configuration=configuration,
+        run=partial(_train, recipe, start),
+        seconds=partial(_estimate, recipe, images),
+        seeds=seeds,
+        needs=() if start is None else (start,),
+    )
+
+
+def _train(recipe: AnyTrained, start: Arm | None, seed: int, folder: Path, site: Site) -> Figures:
+    recipe = replace(recipe, seed=seed)
+    if start is not None:
+        recipe = replace(recipe, weights=str(site.folder(start, seed) / "model.safetensors"))
+    data = site.masks if isinstance(recipe, SegmentationRecipe) else site.images
+    weights = fit(recipe, folder, data, resume=(folder / "last.ckpt").exists(), machine=site.machine)
+    rows = json.loads((folder / "metrics.json").read_text())
+    figures = _classified(rows, weights) if isinstance(recipe, Recipe) else _segmented(recipe, weights, site)
+    # what it would go on from is many times as large as the weights, and the training has ended
+    (folder / "last.ckpt").unlink(missing_ok=True)
+    return {
+        **figures,
+        "train_loss": rows[-1]["train_loss"],
+        "epoch_seconds": sum(row["seconds"] for row in rows) / len(rows),
+    }
+
+
+def _classified(rows: list[dict[str, float]], weights: Path) -> Figures:
+    model, description = load_model(weights)
+    counted = cost(merge(model), description.image_size)
+    return {
+        "score": rows[-1]["val_top1"],
+        "parameters": counted.parameters,
+        "multiply_adds": counted.multiply_adds,
+    }
+
+
+def _segmented(recipe: SegmentationRecipe, weights: Path, site: Site) -> Figures:
+    from replknet.data.mask_transforms import ForEvaluation
+    from replknet.data.masks import MaskSet, Pairs
+    from replknet.tasks.segmentation import evaluate, inference_of
+    from replknet.tasks.segmentation_saved import load_segmentation
+    from replknet.tasks.upernet import without_auxiliary
+    from replknet.train.datasets import batches
+
+    assert site.masks is not None  # the training would have failed
+    model, description = load_segmentation(weights, torch.float32)
+    # CamVid's val shares a drive with its train; the others' test has no masks to score with
+    split = "test" if recipe.dataset == "masks" else "val"
+    pairs = Pairs(recipe.dataset, site.masks, split)
+    loader = batches(MaskSet(pairs, ForEvaluation(description.normalize)), 1)
+    scores = evaluate(model, loader, len(description.classes), inference_of(description))
+    counted = cost(merge(without_auxiliary(model)), recipe.crop)
+    return {
+        "score": scores.miou,
+        "accuracy": scores.accuracy,
+        "iou": dict(zip(description.classes, scores.iou, strict=True)),
+        "parameters": counted.parameters,
+        "multiply_adds": counted.multiply_adds,
+    }
+
+
+# images of the steps that are timed, at most
+_TIMED = 32
+
+
+def _estimate(recipe: AnyTrained, images: int, site: Site) -> float:
+    """Seconds of a training: some of its steps, timed, times their number."""
+    at_once = min(_TIMED, site.machine.at_once(recipe.batch_size))
+    step = step_of(recipe, site.machine, at_once, classes=10 if recipe.dataset == "cifar10" else 150)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, x, target = step.model.to(device), step.x.to(device), step.target.to(device)
+    model.to(memory_format=torch.channels_last)
+    # the first one warms up
+    _, seconds = (_timed(replace(step, model=model, x=x, target=target), recipe.precision) for _ in range(2))
+    epochs = recipe.epochs if isinstance(recipe, Recipe) else recipe.epochs_of(images)
+    return seconds * epochs * images / (at_once * site.machine.processes)
+
+
+def _timed(step: TrainStep, precision: str) -> float:
+    start = time.perf_counter()
+    with autocast(precision, step.x.device.type):
+        loss = step.loss(step.model, step.x, step.target)
+    loss.backward()
+    if step.x.is_cuda:
+        torch.cuda.synchronize()
+    step.model.zero_grad()
+    return time.perf_counter() - start
