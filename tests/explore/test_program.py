@@ -3,6 +3,9 @@
 import dataclasses
 import fcntl
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -246,3 +249,22 @@ def test_segmentation_starts_from_the_classifier_of_the_same_seed(cifar, scenes,
     # the state to go on from is large, and no longer needed
     assert not (site.folder(arm, 0) / "last.ckpt").exists()
     assert (site.folder(arm, 0) / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_trainings_in_two_processes_are_kept_by_the_first(cifar, tmp_path):
+    only = ["--only", "shortcut/3x3", "kernel_sizes/RepLKNet-3", "fields/RepLKNet-3", "--seeds", "1"]
+    command = [sys.executable, "-m", "replknet.cli.main", "explore", *only, "--devices", "2", "--data", str(cifar)]
+    # Lightning starts the second process with the same command
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        env=os.environ | {"CI": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'report.md'}\n"
+    assert "MEMBER: 2/2" in result.stderr
+    for name in ("shortcut", "kernel_sizes", "fields"):
+        assert len(json.loads((tmp_path / f"{name}.json").read_text())["runs"]) == 1

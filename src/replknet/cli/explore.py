@@ -75,6 +75,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    from pytorch_lightning.utilities import rank_zero_only
+
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it
+        return 0
     # those whose runs were there already, or another process's
     for experiment in {one.experiment.name: one.experiment for one in todo}.values():
         program.record(experiment, site)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pytorch_lightning.utilities import rank_zero_only
+
 from replknet.bench.harness import provenance
 from replknet.explore import conflict, family, fields, guidelines, kernel_sizes, rivals, speed
 from replknet.explore.experiment import Arm, Experiment, Results, Run, Scale, Site
@@ -111,19 +113,19 @@ def run(todo: Sequence[Todo], site: Site, say: Callable[[str], None] = lambda te
         KeyboardInterrupt: a training was interrupted; it goes on when it is called again.
     """
     left = pending(todo, site)
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it
     for number, one in enumerate(left, 1):
         folder = site.folder(one.arm, one.seed)
+        if not first:
+            # another process of the same training; the first one keeps the books
+            one.arm.run(one.seed, folder, site)
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         with _taken(folder) as mine:
             if not mine or read(site, one.arm, one.seed) is not None:
                 say(f"[{number}/{len(left)}] {_title(one)}: another process has it")
                 continue
-            for need in one.arm.needs:
-                if read(site, need, one.seed) is None:
-                    raise NotReady(
-                        f"{_title(one)} needs the run of {need.name} with the same seed, which is not there: run the "
-                        "experiment that has it first, or name both with --only"
-                    )
+            _check_needs(one, site)
             say(f"[{number}/{len(left)}] {_title(one)}")
             start = time.perf_counter()
             figures = one.arm.run(one.seed, folder, site)
@@ -136,6 +138,15 @@ def run(todo: Sequence[Todo], site: Site, say: Callable[[str], None] = lambda te
                 provenance=provenance(),
             ).write(folder / "run.json")
         record(one.experiment, site)
+
+
+def _check_needs(one: Todo, site: Site) -> None:
+    for need in one.arm.needs:
+        if read(site, need, one.seed) is None:
+            raise NotReady(
+                f"{_title(one)} needs the run of {need.name} with the same seed, which is not there: run the "
+                "experiment that has it first, or name both with --only"
+            )
 
 
 def _title(one: Todo) -> str:
