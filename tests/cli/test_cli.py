@@ -224,7 +224,10 @@ def test_erf_with_pretrained_weights_or_the_reason_why_not(capsys, tmp_path, mon
     command = ["erf", "--size", "32", "--pretrained", "-o", str(tmp_path / "erf.png")]
     assert main([*command, "replknet_test"]) == 2
     error = capsys.readouterr().err
-    assert "timm cannot build replknet_test with its weights for 32x32 images: no weights were released for" in error
+    assert (
+        "timm cannot build replknet_test with its trained weights for 32x32 images: no weights were released for"
+        in error
+    )
     assert "; try it without --pretrained" in error
     create, asked = timm.create_model, []
 
@@ -395,7 +398,9 @@ def test_help_has_an_example(command, capsys):
     assert f"example: replknet {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["info", "eval", "predict", "merge", "erf", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["info", "eval", "predict", "merge", "erf", "bench", "doctor", "kernels", "shape-bias", "explore"]
+)
 def test_results_can_be_had_as_json(command, capsys):
     # train and demo print the path of their result
     with pytest.raises(SystemExit):

@@ -122,12 +122,15 @@ def test_trained_weights_of_a_timm_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.pth"], "no checkpoint at nowhere.pth; weights that come with replknet: replknet_cifar_l.cifar10"),
-        (["test_convnxt", "--untrained"], "none is called test_convnxt; did you mean test_convnext?"),
+        (
+            ["nowhere.pth"],
+            "nowhere.pth is no checkpoint file, none of the weights that come with replknet (replknet_cifar_l.cifar10)",
+        ),
+        (["test_convnxt", "--untrained"], "no model of timm's; did you mean test_convnext, "),
         (["test_convnext", "--untrained", "--pretrained"], "--pretrained and --untrained were both given"),
         (
             ["replknet_b_k7", "--pretrained"],
-            "no trained weights of replknet_b_k7 to download; those of this model: none",
+            "timm cannot build replknet_b_k7 with its trained weights: no weights were released for replknet_b_k7",
         ),
         (["resnet18", "--untrained"], "ResNet has no depthwise convolution"),
         (["replknet_cifar_l", "--min-side", "17"], "no depthwise kernel of 17 pixels or more, the largest has 15"),

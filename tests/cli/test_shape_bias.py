@@ -75,22 +75,22 @@ def test_our_own_conflicts_are_said_to_be_ours(cifar, tmp_path, capsys):
 
 
 def test_a_network_without_weights_is_not_measured_unless_asked_for(stimuli, capsys, monkeypatch):
-    def unreachable(name, pretrained):
+    def unreachable(model_name, pretrained):
         assert pretrained
         raise OSError("the address cannot be reached")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     assert main(["shape-bias", "resnet18", "--images", str(stimuli)]) == 2
     error = capsys.readouterr().err
-    assert "resnet18 cannot be had with its trained weights: the address cannot be reached" in error
-    assert "add --untrained for the network as it is initialised" in error
+    assert "timm cannot build resnet18 with its trained weights: the address cannot be reached" in error
+    assert "--untrained takes it as it is initialised" in error
 
 
 def test_weights_that_were_never_released_are_told(stimuli, capsys):
     assert main(["shape-bias", "replknet_b_k3", "--images", str(stimuli)]) == 2
     assert "no weights were released for replknet_b_k3" in capsys.readouterr().err
     assert main(["shape-bias", "resnet18.nonsense", "--images", str(stimuli)]) == 2
-    assert "Invalid pretrained tag (nonsense)" in capsys.readouterr().err
+    assert "did you mean resnet18." in capsys.readouterr().err
 
 
 def test_networks_with_other_classes_are_refused(stimuli, tmp_path, capsys, cifar):
@@ -105,8 +105,8 @@ def test_networks_with_other_classes_are_refused(stimuli, tmp_path, capsys, cifa
             "expected n01440764, n01443537, ..., got n15075141",
         ),
         (saved(tmp_path / "b.safetensors"), ours, "expected airplane, automobile, ..., got 1000 without names"),
-        ("nowhere.pth", images, "no checkpoint at nowhere.pth"),
-        ("nowhere.pth", images, "and timm knows no network of this name"),
+        ("nowhere.pth", images, "nowhere.pth is no checkpoint file"),
+        ("nowhere.pth", images, "and no model of timm's"),
         ("resnet18", ours, "no checkpoint at resnet18"),
     ):
         assert main(["shape-bias", network, *options]) == 2

@@ -1,6 +1,5 @@
 """replknet erf"""
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,20 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from jsonargparse.typing import PositiveInt
-from timm.models import get_arch_pretrained_cfgs, resolve_model_input_args
 from torch import nn
 from tqdm import tqdm
 
 from replknet.analysis import ERF, effective_receptive_field
 from replknet.analysis.erf import Scale
 from replknet.cli.main import TASK, Task, parser
+from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm
 from replknet.data import images, transforms
 from replknet.data.download import quiet
-from replknet.models import load_model, shipped
-from replknet.models.saved import weights_file
 from replknet.models.staged import StagedNet
 from replknet.nn import merge
 
@@ -30,8 +26,6 @@ NETWORK = (
     "weights, in any format that load_checkpoint reads, or the name of some that come with the package; else the name "
     "of a model of timm's, ours among them, with random weights"
 )
-# of all random weights
-SEED = 0
 
 
 def main(argv: list[str]) -> int:
@@ -86,57 +80,23 @@ class _Network:
 
 def _networks(word: str, args: Any) -> list[_Network]:
     """The network of a file or name, and its untrained twin if that is wanted."""
-    if args.task != "classification" or _is_checkpoint(word):
-        model, name, mean, std, build = _LOADERS[args.task](Path(word))
-        trained = True
-    elif word in _timm_names(word):
+    build: Callable[[], nn.Module]
+    if args.task != "classification" or is_checkpoint(word):
+        loaded = checkpoint(word, args.task)
+        model, build = _backbone(loaded.model), lambda: _backbone(loaded.build())
+        name, trained, mean, std = loaded.name, True, loaded.mean, loaded.std
+    else:
         name, trained = word, args.pretrained
-        model = _created(name, args.size, args.pretrained)
+        way_out = "try it without --pretrained" if trained else "try it with another --size"
+        model = of_timm(name, trained, way_out, args.size)
         cfg: Any = model.pretrained_cfg
         mean, std = cfg["mean"], cfg["std"]
-        build = partial(_created, name, args.size, False)
-    else:
-        raise ValueError(_unknown(word))
+        build = partial(of_timm, name, False, way_out, args.size)
     found = [_Network(word, name, trained, _parameters(model), _merged(model), mean, std)]
     if trained and args.untrained:
         torch.manual_seed(SEED)
         found.append(replace(found[0], trained=False, model=_merged(build())))
     return found
-
-
-def _is_checkpoint(word: str) -> bool:
-    try:
-        weights_file(word)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _timm_names(word: str) -> list[str]:
-    """Names under which timm has this architecture: without a tag, and with each that it knows."""
-    architecture = word.partition(".")[0]
-    return [architecture, *get_arch_pretrained_cfgs(architecture)] if timm.is_model(architecture) else []
-
-
-def _unknown(word: str) -> str:
-    nearest = difflib.get_close_matches(word, [*shipped(), *_timm_names(word)[1:], *timm.list_models()], 3)
-    hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() names those"
-    return (
-        f"{word} is no checkpoint file, none of the weights that come with replknet ({', '.join(shipped())}) and no "
-        f"model of timm's; {hint}"
-    )
-
-
-def _created(name: str, size: int, pretrained: bool) -> nn.Module:
-    """A model of timm's, for images of this size if it is built for one."""
-    torch.manual_seed(SEED)
-    try:
-        options = resolve_model_input_args(name, {"img_size": (size, size)})
-        return timm.create_model(**options, pretrained=pretrained)
-    except (RuntimeError, OSError, TypeError, AssertionError) as error:
-        # no weights, no server, or a size that the constructor does not take
-        what, way = ("with its weights ", "without --pretrained") if pretrained else ("", "with another --size")
-        raise ValueError(f"timm cannot build {name} {what}for {size}x{size} images: {error}; try it {way}") from error
 
 
 def _parameters(model: nn.Module) -> int:
@@ -200,32 +160,6 @@ def _cell(side: int | None, area: float | None) -> str:
     return "not reached" if side is None or area is None else f"{side} ({100 * area:.1f} %)"
 
 
-# a trained network, its name, mean and std of its pixels, and what builds it anew
-_Loaded = tuple[nn.Module, str, tuple[float, ...], tuple[float, ...], Callable[[], nn.Module]]
-
-
-def _classifier(checkpoint: Path) -> _Loaded:
-    model, d = load_model(checkpoint, torch.float32)
-    return model, d.name, d.mean, d.std, d.build
-
-
-def _segmentation(checkpoint: Path) -> _Loaded:
-    from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
-
-    model, d = load_segmentation(checkpoint, torch.float32)
-    return _backbone(model), d.backbone, d.mean, d.std, lambda: _backbone(d.build())
-
-
-def _detection(checkpoint: Path) -> _Loaded:
-    from replknet.tasks.detection_saved import load_detection  # the same
-
-    model, d = load_detection(checkpoint, torch.float32)
-    return _backbone(model), d.backbone, d.mean, d.std, lambda: _backbone(d.build())
-
-
 def _backbone(model: nn.Module) -> nn.Module:
-    (backbone,) = (module for module in model.modules() if isinstance(module, StagedNet))
-    return backbone
-
-
-_LOADERS = {"classification": _classifier, "segmentation": _segmentation, "detection": _detection}
+    """The network of ours that another one stands on; a classifier is one itself."""
+    return next(module for module in model.modules() if isinstance(module, StagedNet))

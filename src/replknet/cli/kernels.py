@@ -1,15 +1,11 @@
 """replknet kernels"""
 
-import difflib
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from jsonargparse.typing import PositiveInt
-from timm.models import is_model_pretrained
 from torch import nn
 
 from replknet.analysis.kernels import (
@@ -21,8 +17,7 @@ from replknet.analysis.kernels import (
     small_share,
 )
 from replknet.cli.main import CHECKPOINT, TASK, Task, parser
-from replknet.models import load_model
-from replknet.models.saved import weights_file
+from replknet.cli.networks import checkpoint, is_checkpoint, of_timm, timm_names, unknown
 
 
 def main(argv: list[str]) -> int:
@@ -42,10 +37,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("--pretrained and --untrained were both given; a network has trained weights or random ones")
     from replknet.analysis import plots  # matplotlib is optional
 
-    if args.pretrained or args.untrained:
-        network = _timm_model(args.network, args.pretrained)
-    else:
-        network = _checkpoint(args.network, args.task)
+    network = _network(args)
     layers = _chosen(layer_kernels(network, args.min_side), args.layers)
     title = f"{args.network}, random weights" if args.untrained else args.network
     plots.save(plots.kernels(layers, title), args.output)
@@ -58,40 +50,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _timm_model(name: str, pretrained: bool) -> nn.Module:
-    if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "a file of weights is named without these options"
-        raise ValueError(f"--pretrained and --untrained are for timm models, and none is called {name}; {hint}")
-    if pretrained and not is_model_pretrained(name):
-        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+def _network(args: Any) -> nn.Module:
+    if args.pretrained or args.untrained:
+        way_out = "name a file of weights, or --untrained shows random ones"
+        return of_timm(args.network, args.pretrained, way_out)
+    if not is_checkpoint(args.network):
+        if args.network not in timm_names(args.network):
+            raise ValueError(unknown(args.network))
         raise ValueError(
-            f"there are no trained weights of {name} to download; those of this model: {', '.join(tagged) or 'none'}"
+            f"{args.network} is a timm model and no file of weights: --pretrained downloads its trained weights, "
+            "--untrained shows random ones"
         )
-    # random weights are the same in every call
-    torch.manual_seed(0)
-    return timm.create_model(name, pretrained=pretrained)
-
-
-def _checkpoint(path: str, task: Task) -> nn.Module:
-    try:
-        weights_file(path)
-    except FileNotFoundError as error:
-        if not timm.is_model(path):
-            raise
-        raise ValueError(
-            f"{path} is a timm model and no file of weights: --pretrained downloads its trained weights, --untrained "
-            "shows random ones"
-        ) from error
-    if task == "segmentation":
-        from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
-
-        return load_segmentation(path)[0]
-    if task == "detection":
-        from replknet.tasks.detection_saved import load_detection  # the same
-
-        return load_detection(path)[0]
-    return load_model(path)[0]
+    return checkpoint(args.network, args.task).model
 
 
 def _chosen(layers: list[LayerKernels], patterns: list[str]) -> list[LayerKernels]:

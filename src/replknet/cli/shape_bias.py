@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from replknet.analysis.shape_bias import CATEGORIES, ShapeBias, decisions, likeliest, shape_bias
 from replknet.cli.main import parser
+from replknet.cli.networks import is_checkpoint, of_timm, timm_names
 from replknet.data import cifar10, cifar10_conflict, transforms
 from replknet.data.cue_conflict import CueConflicts, cue_conflicts
 from replknet.data.download import quiet
 from replknet.models import load_model
-from replknet.models.saved import weights_file
 
 # what was measured: which images, and whose they are
 _PUBLISHED = "cue conflict by the rule of Geirhos et al. 2019 (16 categories of ImageNet)"
@@ -82,13 +82,9 @@ def _on_folder(args: Any) -> dict[str, ShapeBias]:
 
 def _imagenet_network(name: str, untrained: bool) -> _Network:
     """A network with the 1000 classes of ImageNet, from a file or from timm, and its transform for evaluation."""
-    try:
-        file = weights_file(name)
-    except FileNotFoundError as error:
-        if not timm.is_model(name):
-            raise FileNotFoundError(f"{error}; and timm knows no network of this name") from error
+    if not is_checkpoint(name):
         return _of_timm(name, untrained)
-    model, d = load_model(file, torch.float32)
+    model, d = load_model(name, torch.float32)
     _check_outputs(name, d.num_classes)
     if d.classes and list(d.classes) != ImageNetInfo().label_names():
         raise ValueError(
@@ -99,15 +95,11 @@ def _imagenet_network(name: str, untrained: bool) -> _Network:
 
 
 def _of_timm(name: str, untrained: bool) -> _Network:
-    try:
+    if name in timm_names(name):
+        # before anything is fetched
         facts = timm.get_pretrained_cfg(name)
         _check_outputs(name, 1000 if facts is None else facts.num_classes)
-        model = timm.create_model(name, pretrained=not untrained)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{name} cannot be had with its trained weights: {error}. Name a file of weights, or add --untrained for "
-            "the network as it is initialised"
-        ) from error
+    model = of_timm(name, not untrained, "name a file of weights, or --untrained takes it as it is initialised")
     return model, create_transform(**resolve_model_data_config(model), is_training=False)
 
 
