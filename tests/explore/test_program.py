@@ -169,6 +169,20 @@ def test_only_takes_patterns_of_experiments_and_arms():
         program.chosen("small", ["shortcuts"])
 
 
+def test_missing_data_is_told_before_anything_runs(tmp_path, capsys):
+    common = ["explore", "--output", str(tmp_path / "new")]
+    assert main([*common, "--only", "family", "segmentation"]) == 2
+    assert capsys.readouterr().err == (
+        "replknet explore: segmentation needs images with masks: name their folder or zip with --masks, or name the "
+        "others with --only\n"
+    )
+    assert main([*common, "--scale", "full", "--only", "shortcut"]) == 2
+    assert "shortcut needs the folder of ImageNet: name it with --data" in capsys.readouterr().err
+    assert main([*common, "--scale", "full", "--only", "conflict"]) == 2
+    assert "conflict needs cue-conflict images" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_page_is_made_from_records_alone(one, tmp_path):
     site = Site(output=tmp_path / "runs")
     program.run(program.chosen("small", []), site)

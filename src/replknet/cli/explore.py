@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
             name = f"{one.experiment.name}/{one.arm.name}"
             print(json.dumps(row) if args.json else f"{'done' if done else '    '}  {name}, seed {one.seed}")
         return 0
+    program.check_data(left, site)
     seconds = program.estimates(left, site)
     told = {"runs": len(todo), "left": len(left), "seconds": round(sum(seconds))}
     if args.estimate and args.json:

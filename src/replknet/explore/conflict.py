@@ -47,6 +47,7 @@ def conflict(scale: Scale) -> Experiment:
         ),
         claims=(compared("RepLKNet-31 follows shape more than RepLKNet-3", "bias", _name(31), _name(3), None, where),),
         draw=lambda results: _draw(arms, results),
+        wants=("conflicts",) if scale == "full" else (),
     )
 
 
@@ -104,10 +105,7 @@ def _ours(model: StagedNet, site: Site) -> tuple[ShapeBias, dict[str, float]]:
 
 
 def _published(model: StagedNet, description: Description, site: Site) -> ShapeBias:
-    if site.conflicts is None:
-        raise ValueError(
-            "shape bias at full scale is of cue-conflict images: name their folder with --cue-conflict DIR"
-        )
+    assert site.conflicts is not None  # the experiment wants it
     categories = tuple(CATEGORIES)
     images = cue_conflicts(site.conflicts, categories)
     still = transforms.eval_transform(description.image_size, description.mean, description.std, description.crop_pct)

@@ -167,6 +167,7 @@ class Experiment:
         claims: what the paper says.
         draw: a picture of the results, or None.
         table: the rows of another table than that of the columns, the head first, or None.
+        wants: data of the site without which nothing runs.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Experiment:
     claims: tuple[Claim, ...] = ()
     draw: Callable[[Results], Any] | None = None
     table: Callable[[Results], list[list[str]]] | None = None
+    wants: tuple[Literal["images", "masks", "conflicts"], ...] = ()
 
 
 # two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom

@@ -53,6 +53,7 @@ def fields(scale: Scale) -> Experiment:
             compared("RepLKNet-13 sees further than RepLKNet-3", "area_50", "RepLKNet-13", "RepLKNet-3", None, where),
         ),
         draw=lambda results: _draw(arms, results),
+        wants=("images",) if scale == "full" else (),
     )
 
 
@@ -97,8 +98,7 @@ def enlarged(data: Path | None, size: int = _SMALL_PIXELS, count: int = _SMALL_I
 
 
 def _validation(description: Description, site: Site) -> Iterator[Tensor]:
-    if site.images is None:
-        raise ValueError("the receptive field is of ImageNet's val/ images: name their folder with --data")
+    assert site.images is not None  # the experiment wants it
     transform = transforms.small_image_transform(_PIXELS, description.mean, description.std)
     for file in islice(images.files([site.images / "val"]), _IMAGES):
         yield images.batch([file], transform)

@@ -66,6 +66,7 @@ def _experiment(
         columns=score_columns("top-1, %", paper),
         claims=claims,
         draw=lambda results: draw_scores(arms, results, "top-1, %"),
+        wants=("images",) if scale == "full" else (),
     )
 
 

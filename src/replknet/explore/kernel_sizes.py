@@ -57,6 +57,7 @@ def classification(scale: Scale) -> Experiment:
         columns=score_columns("top-1, %", _by_name(_TOP1)),
         claims=_claims("ImageNet top-1", _TOP1),
         draw=lambda results: draw_scores(arms, results, "top-1, %"),
+        wants=("images",) if scale == "full" else (),
     )
 
 
@@ -100,6 +101,7 @@ def segmentation(scale: Scale) -> Experiment:
         columns=score_columns("mIoU, %", _by_name(_MIOU)),
         claims=_claims("ADE20K mIoU", _MIOU),
         draw=lambda results: draw_scores(arms, results, "mIoU, %"),
+        wants=("masks",),
     )
 
 

@@ -84,6 +84,26 @@ def read(site: Site, arm: Arm, seed: int) -> Run | None:
     return Run(**json.loads(path.read_text())) if path.exists() else None
 
 
+# what a site may lack, and what it is called on the command line
+_DATA = {
+    "images": "the folder of ImageNet: name it with --data",
+    "masks": "images with masks: name their folder or zip with --masks",
+    "conflicts": "cue-conflict images: name their folder with --cue-conflict",
+}
+
+
+def check_data(todo: Sequence[Todo], site: Site) -> None:
+    """Refuse what would fail in the middle of the programme.
+
+    Raises:
+        ValueError: an experiment needs data that the site does not have.
+    """
+    for experiment in {one.experiment.name: one.experiment for one in todo}.values():
+        for what in experiment.wants:
+            if getattr(site, what) is None:
+                raise ValueError(f"{experiment.name} needs {_DATA[what]}, or name the others with --only")
+
+
 def pending(todo: Sequence[Todo], site: Site) -> list[Todo]:
     """Those that are not done, each once where experiments share it."""
     first: dict[Path, Todo] = {}
