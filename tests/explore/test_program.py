@@ -76,6 +76,29 @@ def test_every_experiment_asks_its_own_arms(scale):
             assert json.loads(json.dumps(arm.configuration)) == arm.configuration
 
 
+def test_full_scale_is_the_papers_recipes():
+    def arms(name):
+        return {arm.name: arm for arm in program.EXPERIMENTS[name]("full").arms}
+
+    bare = arms("shortcut")["13x13, no shortcut"].configuration
+    assert (bare["model"], bare["dataset"], bare["epochs"]) == ("mobilenetv2_lk", "folder", 100)
+    assert (bare["kernels"], bare["network"]) == ([13] * 7, {"shortcut": False})
+    last = arms("last_stage")["9x9 last"].configuration
+    assert (last["kernels"], last["network"]) == ([3] * 6 + [9], {"width": 0.75})
+    sizes, dense = arms("kernel_sizes"), arms("segmentation")
+    assert {name: (arm.configuration["model"], arm.configuration["epochs"]) for name, arm in sizes.items()} == {
+        "RepLKNet-3": ("replknet_b_k3", 120),
+        "RepLKNet-7": ("replknet_b_k7", 120),
+        "RepLKNet-13": ("replknet_b_k13", 120),
+        "RepLKNet-25": ("replknet_b_k25", 120),
+        "RepLKNet-31": ("replknet_31b", 120),
+    }
+    for name, arm in dense.items():
+        assert arm.configuration["dataset"] == "ade20k"
+        assert arm.configuration["model"] == sizes[name].configuration["model"]
+        assert [need.key for need in arm.needs] == [sizes[name].key]
+
+
 def test_alike_arms_of_two_experiments_are_one_run():
     arms = {name: {a.name: a.key for a in program.EXPERIMENTS[name]("small").arms} for name in ("shortcut", "reparam")}
     assert arms["shortcut"]["13x13"] == arms["reparam"]["13x13"]

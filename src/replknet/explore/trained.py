@@ -1,6 +1,7 @@
 """Arms that train a network, from a recipe."""
 
 import json
+import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,8 @@ from replknet.models import load_model
 from replknet.nn import merge
 from replknet.recipes import Recipe, SegmentationRecipe
 from replknet.train import fit
-from replknet.train.plan import TrainStep, autocast, step_of
+from replknet.train.memory import keep_freed_memory
+from replknet.train.plan import TrainStep, autocast, step_of, training_classes
 
 AnyTrained = Recipe | SegmentationRecipe
 
@@ -97,15 +99,21 @@ def _segmented(recipe: SegmentationRecipe, weights: Path, site: Site) -> Figures
     }
 
 
-# images of the steps that are timed, at most
-_TIMED = 32
+# pixels of the steps that are timed on a CPU, at most, but for two images
+_TIMED = 32 * 32**2
 
 
 def _estimate(recipe: AnyTrained, images: int, site: Site) -> float:
     """Seconds of a training: some of its steps, timed, times their number."""
-    at_once = min(_TIMED, site.machine.at_once(recipe.batch_size))
-    step = step_of(recipe, site.machine, at_once, classes=10 if recipe.dataset == "cifar10" else 150)
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    at_once = site.machine.at_once(recipe.batch_size)
+    if device.type == "cpu":
+        # a whole step of a large network may not fit
+        pixels = recipe.image_size**2 if isinstance(recipe, Recipe) else math.prod(recipe.crop)
+        at_once = min(at_once, max(2, _TIMED // pixels))
+    # those of CamVid where the recipe leaves them open
+    step = step_of(recipe, site.machine, at_once, training_classes(recipe) or 11)
     model, x, target = step.model.to(device), step.x.to(device), step.target.to(device)
     model.to(memory_format=torch.channels_last)
     # the first one warms up
