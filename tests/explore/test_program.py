@@ -214,6 +214,10 @@ def test_the_page_is_made_from_records_alone(one, tmp_path):
     (site.output / "one.json").rename(elsewhere / "one.json")
     page = report.write([experiment([])], elsewhere).read_text()
     assert "| a | 2 of 2 | 0.60 ± 0.71 | 71.76 |" in page
+    assert (
+        'Claims with a direction that were asked here: 1; "agrees" 0, "does not agree" 0, "within the spread" 1.'
+        in page
+    )
     assert "| bb is better | +0.50 points (Table 9) | +10.00 ± 304.06 points | **within the spread** |" in page
     other = experiment([])
     changed = dataclasses.replace(other, arms=(dataclasses.replace(other.arms[0], configuration={"arm": 2}),))

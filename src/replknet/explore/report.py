@@ -1,12 +1,14 @@
 """The page of all experiments: what the paper says, what our runs say, and whether they agree."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 from replknet.analysis import plots
-from replknet.explore.experiment import Experiment, Results, spread
+from replknet.explore.experiment import Experiment, Results, Verdict, spread
 from replknet.explore.program import restored
 
 _HEAD = """# The paper as experiments
@@ -53,9 +55,17 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
     overview = _table([["experiment", "claim", "the paper's figure", "ours", "direction"], *verdicts])
     page = folder / "report.md"
     part = page.with_name(page.name + ".part")
-    part.write_text("\n".join([_HEAD, "## All claims\n", overview, *sections]))
+    part.write_text("\n".join([_HEAD, "## All claims\n", _summary(verdicts), overview, *sections]))
     os.replace(part, page)
     return page
+
+
+def _summary(verdicts: list[list[str]]) -> str:
+    """How many claims were borne out."""
+    counts = Counter(row[-1].strip("*") for row in verdicts)
+    asked = sum(counts[verdict] for verdict in get_args(Verdict))
+    told = ", ".join(f'"{verdict}" {counts[verdict]}' for verdict in get_args(Verdict))
+    return f"Claims with a direction that were asked here: {asked}; {told}.\n"
 
 
 def _section(experiment: Experiment, results: Results, claims: list[list[str]], picture: str) -> str:
@@ -101,7 +111,7 @@ def _where(experiment: Experiment, results: Results) -> str:
     devices = sorted({f"{run.provenance['device']}, {_threads(run.provenance['threads'])}" for run in results.runs})
     seconds = fmean(run.seconds for run in results.runs)
     return (
-        f"{len(results.runs)} runs of {seconds:.0f} s on average, on {'; '.join(devices)}. "
+        f"Runs: {len(results.runs)}, {seconds:.0f} s on average, on {'; '.join(devices)}. "
         f"Record: [{experiment.name}.json]({experiment.name}.json). Again: `replknet explore --only {experiment.name}`."
     )
 
