@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "score a trained network on a data set",
     "predict": "name the likeliest classes of image files, the class of each of their pixels, or the objects in them",
     "merge": "turn a checkpoint into the inference form",
+    "export": "write a classifier for other runtimes, checked there against torch",
     "erf": "compute and draw the effective receptive field",
     "kernels": "draw the learned kernels, and say where their weight lies and what the small branch added",
     "explore": "run the experiments of the paper and write what they say",
@@ -83,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
             "monai": "seg",
             "pycocotools": "det",
             "faster_coco_eval": "det",
+            "onnx": "export",
+            "onnxscript": "export",
+            "onnxruntime": "export",
+            "openvino": "export",
         }.get(error.name or "", "all")
         print(f'replknet {name}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
         return 2

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from replknet.cli.main import CHECKPOINT, TASK, WINDOW, Task, parser
 from replknet.data import images, transforms
-from replknet.models import load_model
+from replknet.deploy.classifiers import Card, Exported, is_exported
+from replknet.models import Description, load_model
 
 
 def main(argv: list[str]) -> int:
     p = parser("predict", "replknet predict replknet_cifar_l photo.jpg folder --top 3")
-    p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    p.add_argument("checkpoint", type=Path, help=f"{CHECKPOINT}; or a file that `export` wrote")
     p.add_argument("images", type=Path, nargs="+", help="image files, and folders to search")
     p.add_argument("--task", type=Task, default="classification", help=TASK)
     p.add_argument("--top", type=int, default=5, help="classes an image, in classification")
@@ -40,7 +42,13 @@ def _classification(args: Any) -> int:
         raise ValueError("pictures are what other tasks give: leave out -o, or add --task segmentation or detection")
     from replknet.tasks.classification import predict  # Lightning takes seconds to import
 
-    model, d = load_model(args.checkpoint, torch.float32)
+    model: nn.Module
+    d: Description | Card
+    if is_exported(args.checkpoint):
+        model = exported = Exported(args.checkpoint)
+        d = exported.card
+    else:
+        model, d = load_model(args.checkpoint, torch.float32)
     transform = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
     for file in images.files(args.images):
         guesses = predict(model, images.batch([file], transform), d.classes, args.top)[0]
