@@ -61,7 +61,7 @@ def _arm(scale: Scale, side: int, start: Arm) -> Arm:
         name=_name(side),
         configuration={"shape bias of": start.key, "images": images},
         run=partial(_measure, scale, start),
-        seconds=lambda site: 30.0,
+        seconds=lambda site: 300.0 if scale == "full" else 10.0,
         seeds=start.seeds,
         needs=(start,),
     )

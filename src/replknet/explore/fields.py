@@ -67,7 +67,7 @@ def _arm(scale: Scale, name: str, start: Arm, untrained: bool) -> Arm:
             "pixels": _PIXELS if scale == "full" else _SMALL_PIXELS,
         },
         run=partial(_measure, scale, start, untrained),
-        seconds=lambda site: 20.0,
+        seconds=lambda site: 300.0 if scale == "full" else 2.0,
         seeds=start.seeds,
         needs=(start,),
     )
