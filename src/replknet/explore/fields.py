@@ -86,7 +86,8 @@ def _measure(scale: Scale, start: Arm, untrained: bool, seed: int, folder: Path,
         **{f"area_{round(100 * t)}": area for t, area in field.areas.items()},
         "sides": {str(t): side for t, side in field.sides.items()},
         "images": field.images,
-        "log_map": [[round(value, 3) for value in row] for row in log_map.tolist()],
+        # in percent, a row a line
+        "log_map": [" ".join(f"{100 * value:.0f}" for value in row) for row in log_map.tolist()],
     }
 
 
@@ -105,5 +106,9 @@ def _validation(description: Description, site: Site) -> Iterator[Tensor]:
 
 
 def _draw(arms: tuple[Arm, ...], results: Results) -> object:
-    maps = {arm.name: runs[0].figures["log_map"] for arm in arms if (runs := results.of(arm.name))}
+    maps = {
+        arm.name: [[int(value) / 100 for value in row.split()] for row in runs[0].figures["log_map"]]
+        for arm in arms
+        if (runs := results.of(arm.name))
+    }
     return plots.log_maps(maps)
