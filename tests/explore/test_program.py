@@ -13,8 +13,7 @@ import pytest
 from replknet.cli.main import main
 from replknet.explore import program, report
 from replknet.explore.experiment import Arm, Claim, Column, Experiment, Results, Run, Site, compared, half_width, spread
-from replknet.explore.guidelines import score_columns
-from replknet.explore.trained import trained
+from replknet.explore.trained import score_columns, trained
 from replknet.recipes import cifar10
 from replknet.recipes.segmentation import camvid
 

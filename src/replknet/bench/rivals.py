@@ -374,4 +374,4 @@ def _compare(
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run_once(*sys.argv[1:])))  # type: ignore[arg-type]
+    print(json.dumps(_run_once(*sys.argv[1:])))  # type: ignore[arg-type]  # what `peak` wrote

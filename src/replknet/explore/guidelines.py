@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from replknet.analysis import plots
-from replknet.explore.experiment import Arm, Claim, Column, Experiment, Results, Scale, compared
-from replknet.explore.trained import trained
+from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
+from replknet.explore.trained import draw_scores, score_columns, trained
 from replknet.recipes import Recipe
 from replknet.recipes.imagenet import imagenet1k_mobilenetv2_100
 from replknet.train.plan import IMAGES
@@ -68,21 +67,6 @@ def _experiment(
         draw=lambda results: draw_scores(arms, results, "top-1, %"),
         wants=("images",) if scale == "full" else (),
     )
-
-
-def score_columns(title: str, paper: dict[str, float]) -> tuple[Column, ...]:
-    """Columns of the table of arms that train a network."""
-    return (
-        Column(figure="score", title=title, scale=100, paper=paper),
-        Column(figure="train_loss", title="training loss, nats", digits=3),
-        Column(figure="parameters", title="parameters, M", scale=1e-6, digits=3),
-        Column(figure="multiply_adds", title="multiply-adds, M", scale=1e-6, digits=1),
-    )
-
-
-def draw_scores(arms: tuple[Arm, ...], results: Results, label: str) -> Any:
-    """The scores of arms that train a network, a dot a seed."""
-    return plots.seeds({arm.name: [100 * v for v in results.values(arm.name, "score")] for arm in arms}, label)
 
 
 def shortcut(scale: Scale) -> Experiment:

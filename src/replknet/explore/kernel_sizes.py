@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
-from replknet.explore.guidelines import draw_scores, score_columns
-from replknet.explore.trained import trained
+from replknet.explore.trained import draw_scores, score_columns, trained
 from replknet.recipes import Recipe, SegmentationRecipe, cifar10
 from replknet.recipes.imagenet import imagenet1k_b_120
 from replknet.recipes.segmentation import ade20k_31b_512, camvid

@@ -175,8 +175,14 @@ def _title(one: Todo) -> str:
 
 @contextmanager
 def _taken(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in the folder; the lock ends with the process, however that ends."""
-    import fcntl  # no Windows
+    """Whether this process alone works in the folder; the lock ends with the process, however that ends.
+
+    Windows has no such lock: there two processes must not work in one folder.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    import fcntl
 
     with (folder / "lock").open("w") as file:
         try:

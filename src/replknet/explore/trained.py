@@ -6,11 +6,12 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from replknet.analysis import cost
-from replknet.explore.experiment import Arm, Figures, Site
+from replknet.analysis import cost, plots
+from replknet.explore.experiment import Arm, Column, Figures, Results, Site
 from replknet.models import load_model
 from replknet.nn import merge
 from replknet.recipes import Recipe, SegmentationRecipe
@@ -45,6 +46,21 @@ def trained(name: str, recipe: AnyTrained, images: int, seeds: int, start: Arm |
         seeds=seeds,
         needs=() if start is None else (start,),
     )
+
+
+def score_columns(title: str, paper: dict[str, float]) -> tuple[Column, ...]:
+    """Columns of the table of arms that train a network."""
+    return (
+        Column(figure="score", title=title, scale=100, paper=paper),
+        Column(figure="train_loss", title="training loss, nats", digits=3),
+        Column(figure="parameters", title="parameters, M", scale=1e-6, digits=3),
+        Column(figure="multiply_adds", title="multiply-adds, M", scale=1e-6, digits=1),
+    )
+
+
+def draw_scores(arms: tuple[Arm, ...], results: Results, label: str) -> Any:
+    """The scores of arms that train a network, a dot a seed."""
+    return plots.seeds({arm.name: [100 * v for v in results.values(arm.name, "score")] for arm in arms}, label)
 
 
 def _train(recipe: AnyTrained, start: Arm | None, seed: int, folder: Path, site: Site) -> Figures:
