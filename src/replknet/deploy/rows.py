@@ -1,0 +1,198 @@
+"""The layers of a network as they are run for inference: images as rows of channels, nothing done twice.
+
+A channels_last map `[N,C,H,W]` is a matrix `[N*H*W,C]` without a copy, so a 1x1 convolution is a matrix product. Its
+bias, activation or shortcut is added while the product is still in registers, where oneDNN offers that.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replknet.ops import depthwise_conv2d
+
+Activation = Literal["none", "relu", "gelu"]
+# maps larger than this are worked on in parts, so that what one layer writes is still in the cache for the next
+CACHE_BYTES = 8 << 20
+
+
+def packs(like: Tensor) -> bool:
+    """Whether oneDNN, as torch has it, takes matrices of this dtype and device in a form of its own."""
+    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if like.device.type != "cpu" or not offered:
+        return False
+    return like.dtype == torch.float32 or (
+        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class Product(nn.Module):
+    """Rows times a matrix, plus a bias, and then an activation or the sum with other rows.
+
+    Args:
+        weight: `[O,I]`, as that of nn.Linear.
+        bias: `[O]`, or None.
+        rows: as many as will be usual.
+
+    Input: rows `[R,I]`, and for a sum others `[R,O]`, in which case there is no activation.
+    Output: `[R,O]`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        self.packed = packs(weight)
+        self.outputs, self.inputs = weight.shape
+        self._bias = None if bias is None else bias.detach()
+        weight = weight.detach().contiguous()
+        # with another number of rows the same form is right, too
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
+
+    def forward(self, rows: Tensor, activation: Activation = "none", add: Tensor | None = None) -> Tensor:
+        if self.packed:
+            op = torch.ops.mkldnn._linear_pointwise
+            if add is not None:
+                return op.binary(rows, add, self._weight, self._bias, "add")
+            return op(rows, self._weight, self._bias, activation, [], "none")
+        product = F.linear(rows, self._weight, self._bias)
+        if add is not None:
+            return product.add_(add)
+        return activated(product, activation)
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """The activation, in place where torch offers that."""
+    if activation == "relu":
+        return x.relu_()
+    return F.gelu(x) if activation == "gelu" else x
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`[N,C,H,W]` to `[N*H*W,C]`, without a copy if x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def as_image(rows: Tensor, like: Tensor) -> Tensor:
+    """`[N*H*W,C]` to `[N,C,H,W]` in channels_last, of the batch and sides of `like`."""
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution with its activation.
+
+    Args:
+        conv: of stride 1, without groups.
+        activation: after it.
+        rows: pixels of a usual batch.
+
+    Input `[N,I,H,W]` and output `[N,O,H,W]`, channels_last.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation, rows: int) -> None:
+        super().__init__()
+        self.product, self.activation = product_of(conv, rows), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_image(self.product(as_rows(x), self.activation), x)
+
+
+def product_of(conv: nn.Conv2d, rows: int) -> Product:
+    """The matrix product that a 1x1 convolution is."""
+    return Product(conv.weight[:, :, 0, 0], conv.bias, rows)
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution and a ReLU, in one step of the operator."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.conv.weight, self.conv.bias, relu=True)
+
+
+class Convolution(nn.Module):
+    """Any other convolution with its activation, which takes no memory of its own."""
+
+    def __init__(self, conv: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.conv, self.activation = conv, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self.conv(x), self.activation)
+
+
+class LargeKernelBlock(nn.Module):
+    """RepLKBlock: product and ReLU, large kernel and ReLU, product and the sum with the input.
+
+    Args:
+        first: to the channels of the large kernel.
+        large: the merged convolution and its ReLU.
+        second: back.
+    """
+
+    def __init__(self, first: Product, large: nn.Module, second: Product) -> None:
+        super().__init__()
+        self.first, self.large, self.second = first, large, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = as_rows(x)
+        y = self.large(as_image(self.first(rows, "relu"), x))
+        return as_image(self.second(as_rows(y), add=rows), x)
+
+
+class FeedForward(nn.Module):
+    """ConvFFN, on so many rows at a time that the hidden channels of all of them are in the cache at once.
+
+    Args:
+        first: to the hidden channels.
+        second: back.
+        itemsize: of a number, bytes; None for all rows at once.
+    """
+
+    def __init__(self, first: Product, second: Product, itemsize: int | None) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.rows = None if itemsize is None else max(1, CACHE_BYTES // (first.outputs * itemsize))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = as_rows(x)
+        if self.rows is None or len(rows) <= self.rows:
+            return as_image(self._some(rows), x)
+        y = torch.empty_like(rows)
+        for part, to in zip(rows.split(self.rows), y.split(self.rows), strict=True):
+            to.copy_(self._some(part))
+        return as_image(y, x)
+
+    def _some(self, rows: Tensor) -> Tensor:
+        return self.second(self.first(rows, "gelu"), add=rows)
+
+
+class Grouped(nn.Module):
+    """Layers that run on so many images at a time that a map of theirs fits into the cache.
+
+    Args:
+        layers: run one after the other.
+        bytes_a_pixel: of the largest map inside, for each pixel of the input.
+    """
+
+    def __init__(self, layers: Callable[[Tensor], Tensor], bytes_a_pixel: float) -> None:
+        super().__init__()
+        self.layers, self.bytes_a_pixel = layers, bytes_a_pixel
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = max(1, int(CACHE_BYTES / (self.bytes_a_pixel * x.shape[2] * x.shape[3])))
+        if len(x) <= images:
+            return self.layers(x)
+        parts = x.split(images)
+        first = self.layers(parts[0])
+        y = torch.empty(
+            (len(x), *first.shape[1:]), dtype=first.dtype, device=x.device, memory_format=torch.channels_last
+        )
+        y[:images] = first
+        for i, part in enumerate(parts[1:], 1):
+            y[i * images : i * images + len(part)] = self.layers(part)
+        return y
