@@ -36,8 +36,18 @@ _EXAMPLE = (
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["model"]:
+        from replknet.cli import bench_model  # ONNX and the runtimes are optional
+
+        return bench_model.main(argv[1:])
     p = parser("bench", _EXAMPLE)
-    p.add_argument("subject", nargs="?", choices=["ops"], default="ops", help="what to time: the operator")
+    p.add_argument(
+        "subject",
+        nargs="?",
+        choices=["ops"],
+        default="ops",
+        help="what to time: the operator; `replknet bench model --help` is of whole networks",
+    )
     p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; else layers")
     p.add_argument("--case", type=str, nargs="+", default=[], metavar="NAME", help="only these; * and ? are wildcards")
     p.add_argument(

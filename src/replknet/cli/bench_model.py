@@ -1,0 +1,131 @@
+"""replknet bench model"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import nn
+
+from replknet.cli.main import CHECKPOINT, Parser
+from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm, timm_names, unknown
+from replknet.deploy.against import AGAINST, Comparison, Part, compare, parts
+from replknet.deploy.inference import optimize
+
+_EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# classes of networks with random weights
+_CLASSES = {"classification": 1000, "segmentation": 150}
+
+
+def main(argv: list[str]) -> int:
+    p = Parser(
+        prog="replknet bench model",
+        description="time a network in its inference form beside itself in torch and in other runtimes",
+        epilog=f"example: {_EXAMPLE}",
+    )
+    p.add_argument("network", type=str, help=f"{CHECKPOINT}, or a model of timm's with random weights")
+    p.add_argument(
+        "--against",
+        type=str,
+        default=",".join(AGAINST),
+        help=f"with what to compare, of {','.join(AGAINST)}: merged is the network that `merge` gives, on our operator",
+    )
+    p.add_argument(
+        "--task",
+        choices=["classification", "features", "segmentation"],
+        default="classification",
+        help="what the network does; a model of timm's becomes its backbone or that of a UperNet",
+    )
+    p.add_argument("--size", type=PositiveInt, nargs="+", default=[224], help="height and width, pixels; one for both")
+    p.add_argument("--batch", type=PositiveInt, default=1, help="images")
+    p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="in which all compute")
+    p.add_argument("--threads", type=PositiveInt | None, help="of every way; torch's own number if not given")
+    p.add_argument("--runs", type=PositiveInt, default=10, help="rounds")
+    p.add_argument("--limit", type=PositiveFloat, default=60.0, help="seconds after which a slow way stops at 3 rounds")
+    p.add_argument("--memory", action="store_true", help="also the peak of memory, of a process of its own for each")
+    p.add_argument("--parts", action="store_true", help="also what each kind of layer of our form takes")
+    p.add_argument("--output", type=Path | None, help="file to which the record is appended as a JSON line")
+    p.add_argument("--json", action="store_true", help="print the record instead of tables")
+    args = p.parse_args(argv)
+    if args.runs < 2:
+        raise ValueError(f"--runs must be at least 2, so that there are quantiles, got {args.runs}")
+    if len(args.size) > 2:
+        raise ValueError(f"--size takes a height and a width, got {len(args.size)} numbers")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = _network(args.network, args.task).requires_grad_(False)
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=generator)
+    against = [word for word in args.against.split(",") if word]
+    dtype = _DTYPES[args.dtype]
+    found = compare(
+        args.network, model, x, against, dtype=dtype, runs=args.runs, limit_s=args.limit, memory=args.memory
+    )
+    divided = parts(optimize(model, x, dtype=dtype), x) if args.parts else []
+    record = {"suite": "model", "task": args.task, **asdict(found), "parts": [asdict(part) for part in divided]}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    if args.json:
+        print(json.dumps(record))
+    else:
+        print("\n".join([*_table(found), *_divided(divided)]))
+    return 0
+
+
+def _network(word: str, task: str) -> nn.Module:
+    if is_checkpoint(word):
+        if task == "features":
+            raise ValueError(f"{word} is a whole network: features are of a model of timm's, such as replknet_31b")
+        return checkpoint(word, task).model  # type: ignore[arg-type]  # one of its tasks
+    if not timm_names(word):
+        raise ValueError(unknown(word))
+    if task == "classification":
+        return of_timm(word, False, "name another").eval()
+    torch.manual_seed(SEED)
+    backbone = timm.create_model(word, features_only=True).eval()
+    if task == "features":
+        return backbone
+    from replknet.tasks.upernet import UperNet  # transformers is optional
+
+    return UperNet(backbone, _CLASSES[task]).eval()
+
+
+def _table(found: Comparison) -> list[str]:
+    """A line a way."""
+    facts = found.provenance
+    n, _, h, w = found.shape
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"{found.network}, {n} image{'s' if n > 1 else ''} of {h}x{w}, {found.dtype}, {facts['threads']} threads",
+        f"{facts['device']}; {versions}; commit {facts['commit']}",
+        _line("", "ms", "images/s", "x ours", "difference", "held MB", "run adds MB"),
+    ]
+    for row in found.rows:
+        ms = row.timing.p50_ms
+        held, added = ("", "")
+        if row.memory is not None:
+            held = f"{row.memory.held / 1e6:.0f}"
+            added = f"{(row.memory.peak - row.memory.held) / 1e6:.0f}"
+        rate = f"{1e3 * n / ms:.1f}"
+        lines.append(_line(row.way, f"{ms:.1f}", rate, f"{row.ratio:.2f}", f"{row.difference:.1e}", held, added))
+    return [*lines, f"medians of runs in turns; load of the machine before, after, by others: {found.load}"]
+
+
+def _divided(found: list[Part]) -> list[str]:
+    if not found:
+        return []
+    lines = ["", _line("layers of ours", "calls", "ms", "GMACs", "at the rate of a product")]
+    for part in found:
+        macs, bound = (f"{part.multiply_adds / 1e9:.2f}", f"{part.bound_ms:.1f}") if part.multiply_adds else ("", "")
+        lines.append(_line(part.kind, str(part.calls), f"{part.ms:.1f}", macs, bound))
+    return lines
+
+
+def _line(first: str, *others: Any) -> str:
+    return f"{first:<40}" + "".join(f"{word:>12}" for word in others)
