@@ -212,6 +212,17 @@ def test_the_cache_is_bounded_and_hands_an_entry_to_one_call():
     assert list(cache.entries) == [("c",), ("d",)]
 
 
+def test_prepared_weights_of_an_address_can_be_given_back():
+    cache = PreparedCache(limit=1000)
+    for key in ((1, 1), (1, 2), (2, 1)):
+        cache.give(key, cache.take(key, 100, 1))
+    cache.forget(1)
+    assert list(cache.entries) == [(2, 1)]
+    assert cache.size == 100
+    cache.forget(3)
+    assert cache.size == 100
+
+
 @pytest.mark.parametrize("algorithm", ["direct", "fft"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["nchw", "nhwc"])
 def test_results_repeat_to_the_bit_and_with_any_number_of_threads(algorithm, layout):

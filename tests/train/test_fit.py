@@ -27,7 +27,7 @@ from replknet.tasks.classification import Classification
 from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
 from replknet.train.datasets import splits
-from replknet.train.memory import give_back_fragments, keep_freed_memory
+from replknet.kernels.memory import give_back_fragments, keep_freed_memory
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = dataclasses.replace(

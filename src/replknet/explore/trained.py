@@ -16,7 +16,7 @@ from replknet.models import load_model
 from replknet.nn import merge
 from replknet.recipes import Recipe, SegmentationRecipe
 from replknet.train import fit
-from replknet.train.memory import keep_freed_memory
+from replknet.kernels.memory import keep_freed_memory
 from replknet.train.plan import TrainStep, autocast, step_of, training_classes
 
 AnyTrained = Recipe | SegmentationRecipe

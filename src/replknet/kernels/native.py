@@ -224,6 +224,12 @@ class PreparedCache:
             while self.size > self.limit:
                 self.size -= self.entries.popitem(last=False)[1].nbytes
 
+    def forget(self, address: int) -> None:
+        """Give back the memory of what was prepared from the weights at an address; another call makes it anew."""
+        with self.lock:
+            for key in [key for key in self.entries if key[0] == address]:
+                self.size -= self.entries.pop(key).nbytes
+
 
 PREPARED = PreparedCache(CACHE_BYTES)
 _workspace = _Workspace()

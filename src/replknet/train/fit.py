@@ -24,7 +24,7 @@ from replknet.train import classification
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
 from replknet.train.datasets import Batches
 from replknet.train.job import Job
-from replknet.train.memory import keep_freed_memory
+from replknet.kernels.memory import keep_freed_memory
 from replknet.train.progress import Bar, Progress
 
 

@@ -1,4 +1,4 @@
-"""How the C library keeps memory between the steps of a training on a CPU."""
+"""How the C library keeps memory between the steps of a training, or the images of an inference, on a CPU."""
 
 import ctypes
 import sys
