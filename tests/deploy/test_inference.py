@@ -12,7 +12,6 @@ from replknet.deploy import inference, rows
 from replknet.deploy.inference import BOUNDS, optimize
 from replknet.nn import merge
 from replknet.nn.merge import largest_difference
-from replknet.tasks.upernet import UperNet
 
 
 def shaken(model):
@@ -31,7 +30,14 @@ def classifier(**options):
     return shaken(timm.create_model("replknet_test", num_classes=7, **options))
 
 
+@pytest.fixture(autouse=True)
+def _small_maps_too(monkeypatch):
+    monkeypatch.setattr(inference, "_WINOGRAD_PIXELS", 1)
+
+
 def segmenter():
+    from replknet.tasks.upernet import UperNet  # a machine with a GPU may not have its packages
+
     backbone = timm.create_model("replknet_test", features_only=True, channels=(64, 64, 64, 72))
     return shaken(UperNet(backbone, 5, channels=64, auxiliary_channels=16))
 
@@ -110,7 +116,7 @@ def test_other_types_compute_in_theirs_and_answer_in_the_input_s(dtype):
     assert optimize(wide, x.double())(x.double()).dtype == torch.float64
 
 
-def test_report_says_what_was_done():
+def test_report_says_what_was_done(monkeypatch):
     report = optimize(segmenter(), torch.randn(1, 3, 64, 64)).report
     # 5 pairs of blocks with 4, a stem with 1, 3 transitions with 1; 3 laterals, 4 levels of the pyramid, the classifier
     # is not exactly nn.Conv2d
@@ -119,13 +125,18 @@ def test_report_says_what_was_done():
     assert report.operator == 6
     # three levels and two bottlenecks
     assert report.winograd == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "_WINOGRAD_PIXELS", 256)
+        # one level of 16x16, and what is joined at its size
+        assert optimize(segmenter(), torch.randn(1, 3, 64, 64)).report.winograd == 2
     assert report.unfolded == ()
     assert report.times == {}
     assert 0 < report.difference.relative <= report.bound == 1e-4
     assert "none" in str(report)
     # what follows a feature's own norm is not known
     normed = optimize(NETWORKS["normed features"](), torch.randn(1, 3, 64, 64)).report
-    assert normed.unfolded == tuple(f"stages.{i}.norm" if i < 4 else "" for i in range(4)) or len(normed.unfolded) == 4
+    assert len(normed.unfolded) == 4
+    assert all(name.endswith(".norm") for name in normed.unfolded)
 
 
 def test_products_are_packed_where_torch_has_onednn():
@@ -143,20 +154,39 @@ def test_without_onednn_it_is_the_same(monkeypatch):
 @pytest.mark.parametrize("budget", [1, 5000, 40000])
 @torch.no_grad()
 def test_parts_that_fit_the_cache_give_the_same(budget, monkeypatch):
+    model = segmenter().double()
     monkeypatch.setattr(rows, "CACHE_BYTES", budget)
-    model, x = classifier(), torch.randn(5, 3, 64, 64)
-    assert_equal(optimize(model, x)(x), model(x), 1e-4)
+    optimized = optimize(model, torch.randn(1, 3, 64, 64).double())
+    for shape in ((1, 3, 64, 64), (5, 3, 64, 64), (2, 3, 71, 45), (1, 3, 130, 33)):
+        x = torch.randn(shape).double()
+        assert_equal(optimized(x), model(x), 1e-10)
+    for stride in (1, 2):
+        narrow = shaken(timm.create_model("replknet_test", num_classes=7, stem_stride=stride)).double()
+        x = torch.randn(2, 3, 37, 41).double()
+        assert_equal(optimize(narrow, x)(x), narrow(x), 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("budget", "parts"), [(40000, [(1, 64)] * 6), (16384, [(1, 40), (1, 40)] * 6), (10**6, [(6, 64)])]
+)
 @torch.no_grad()
-def test_memory_grows_less_than_the_batch(monkeypatch):
-    monkeypatch.setattr(rows, "CACHE_BYTES", 1)
+def test_maps_of_the_stem_fit_the_cache(budget, parts, monkeypatch):
+    monkeypatch.setattr(rows, "CACHE_BYTES", budget)
     optimized = optimize(classifier(), torch.randn(1, 3, 64, 64))
     seen = []
-    stem = optimized.network.stem[0].layers
-    stem.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    # 8 channels of float32 on a quarter of the pixels: 8 bytes a pixel
+    optimized.network.stem[0].layers.register_forward_pre_hook(lambda m, x: seen.append((len(x[0]), x[0].shape[2])))
     optimized(torch.randn(6, 3, 64, 64))
-    assert seen == [1] * 6
+    assert seen == parts
+
+
+def test_memory_that_is_freed_stays_if_wanted(monkeypatch):
+    called = []
+    monkeypatch.setattr(inference, "keep_freed_memory", lambda: called.append(True))
+    optimize(classifier(), torch.randn(1, 3, 64, 64))
+    assert called == []
+    optimize(classifier(), torch.randn(1, 3, 64, 64), keep_memory=True)
+    assert called == [True]
 
 
 def test_what_differs_is_not_made(monkeypatch):

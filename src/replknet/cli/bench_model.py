@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--runs", type=PositiveInt, default=10, help="rounds")
     p.add_argument("--limit", type=PositiveFloat, default=60.0, help="seconds after which a slow way stops at 3 rounds")
     p.add_argument("--memory", action="store_true", help="also the peak of memory, of a process of its own for each")
+    p.add_argument("--keep-memory", action="store_true", help="have the process keep what it frees: faster, and more")
     p.add_argument("--parts", action="store_true", help="also what each kind of layer of our form takes")
     p.add_argument("--output", type=Path | None, help="file to which the record is appended as a JSON line")
     p.add_argument("--json", action="store_true", help="print the record instead of tables")
@@ -63,10 +64,24 @@ def main(argv: list[str]) -> int:
     against = [word for word in args.against.split(",") if word]
     dtype = _DTYPES[args.dtype]
     found = compare(
-        args.network, model, x, against, dtype=dtype, runs=args.runs, limit_s=args.limit, memory=args.memory
+        args.network,
+        model,
+        x,
+        against,
+        dtype=dtype,
+        runs=args.runs,
+        limit_s=args.limit,
+        memory=args.memory,
+        keep_memory=args.keep_memory,
     )
     divided = parts(optimize(model, x, dtype=dtype), x) if args.parts else []
-    record = {"suite": "model", "task": args.task, **asdict(found), "parts": [asdict(part) for part in divided]}
+    record = {
+        "suite": "model",
+        "task": args.task,
+        "keep_memory": args.keep_memory,
+        **asdict(found),
+        "parts": [asdict(part) for part in divided],
+    }
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with args.output.open("a") as file:

@@ -5,7 +5,7 @@ others in one process. Torch's own ways run the merged network on torch's own co
 ONNX file of the merged network, fixed to the shape of the images, which is their best case. The peak of memory is of a
 process of its own for each way.
 
-`python -m replknet.deploy.against FILE WAY DTYPE THREADS` is that process.
+`python -m replknet.deploy.against NETWORK WAY DTYPE THREADS ONNX KEEP` is that process.
 """
 
 import ctypes
@@ -32,6 +32,7 @@ from replknet.deploy.inference import BOUNDS, Optimized, optimize
 from replknet.deploy.rows import Convolution, Depthwise, Product
 from replknet.deploy.winograd import Winograd
 from replknet.kernels import use_backend
+from replknet.kernels.memory import keep_freed_memory
 from replknet.nn import merge
 from replknet.nn.merge import largest_difference
 
@@ -124,6 +125,7 @@ def compare(
     runs: int = 10,
     limit_s: float = 60.0,
     memory: bool = False,
+    keep_memory: bool = False,
 ) -> Comparison:
     """Time our inference form and others.
 
@@ -136,6 +138,8 @@ def compare(
         runs: rounds, at least 2.
         limit_s: seconds after which a slow way sits out, after three rounds.
         memory: also measure the peak of each way.
+        keep_memory: have the process keep what it frees, as `optimize` may; it does so for all ways that allocate
+            through the C library.
 
     Returns:
         A row a way, ours first.
@@ -150,6 +154,8 @@ def compare(
             raise ValueError(f"a network is compared with {', '.join(AGAINST)}, got {other!r}")
         ways += AGAINST[other]
     _check_dtype(dtype, ways)
+    if keep_memory:
+        keep_freed_memory()
     merged = merge(model).eval().requires_grad_(False)
     with torch.inference_mode():
         wanted = _outputs(merged(x))
@@ -163,7 +169,7 @@ def compare(
         times = interleaved(calls, runs, limit_s, [way for way in _APART if way in calls], pause_s=0.2)
         disturbed = load.end()
         del calls
-        peaks = {way: peak(merged, x, way, dtype, file) if memory else None for way in ways}
+        peaks = {way: peak(merged, x, way, dtype, file, keep_memory) if memory else None for way in ways}
     ours = times[OURS].p50_ms
     rows = tuple(Row(way, times[way], round(times[way].p50_ms / ours, 3), differences[way], peaks[way]) for way in ways)
     short = str(dtype).removeprefix("torch.")
@@ -389,7 +395,9 @@ def _kind(layer: nn.Module, x: Tensor, y: Any) -> tuple[str, int]:
 # ---- memory
 
 
-def peak(merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path) -> Memory | None:
+def peak(
+    merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path, keep_memory: bool = False
+) -> Memory | None:
     """The peak of a process that does nothing but one way; None where the system does not tell."""
     if platform.system() != "Linux":
         return None
@@ -397,7 +405,7 @@ def peak(merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path)
         network = Path(folder) / "network.pt"
         torch.save((merged, x), network)
         short = str(dtype).removeprefix("torch.")
-        arguments = [str(network), way, short, str(torch.get_num_threads()), str(file)]
+        arguments = [str(network), way, short, str(torch.get_num_threads()), str(file), str(int(keep_memory))]
         command = [sys.executable, "-m", "replknet.deploy.against", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -406,9 +414,11 @@ def peak(merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path)
     return Memory(**json.loads(result.stdout))
 
 
-def _run_alone(network: str, way: str, dtype: str, threads: str, file: str) -> Memory:
+def _run_alone(network: str, way: str, dtype: str, threads: str, file: str, keep_memory: str) -> Memory:
     """In a process that has done nothing else."""
     torch.set_num_threads(int(threads))
+    if int(keep_memory):
+        keep_freed_memory()
     # written by this package, a moment ago
     merged, x = torch.load(network, weights_only=False)
     if way in _APART:

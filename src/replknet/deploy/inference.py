@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from replknet.bench.harness import Timing, interleaved
 from replknet.deploy.checked import Difference, worst
+from replknet.deploy.pyramid import PyramidHead
 from replknet.deploy.rows import (
     Activation,
     Convolution,
@@ -24,6 +25,8 @@ from replknet.deploy.rows import (
     product_of,
 )
 from replknet.deploy.winograd import Winograd
+from replknet.kernels.memory import keep_freed_memory
+from replknet.kernels.native import PREPARED
 from replknet.models.staged import Stage, StagedNet
 from replknet.nn import ConvFFN, DepthwiseConv2d, RepLKBlock, merge
 from replknet.nn.conv_bn import ConvBN, affine, set_weight_and_bias, weight_and_bias
@@ -32,8 +35,8 @@ from replknet.nn.merge import largest_difference, unfolded_norms
 # relative L2 difference of an output from the source's that is allowed; where it is large, most of it is rounding of
 # the source, whose norms and branches are steps of their own
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# channels from which on Winograd's method pays for its transforms
-_WINOGRAD_CHANNELS = 64
+# channels and pixels from which on Winograd's method pays, for its transforms and for the memory of its matrices
+_WINOGRAD_CHANNELS, _WINOGRAD_PIXELS = 64, 2048
 _TIMED_RUNS = 5
 _LAYERS, _COMPILED = "layer by layer", "torch.compile"
 
@@ -139,15 +142,20 @@ class Optimized(nn.Module):
 
 
 def optimize(
-    model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None, compile: bool = False
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    keep_memory: bool = False,
 ) -> Optimized:
     """The inference form of a classifier, of a backbone with features, or of a segmentation network.
 
     Branches are merged and batch norms folded. Maps stay in channels_last from end to end; 1x1 convolutions are matrix
     products on them with bias, ReLU, GELU or shortcut in the same step; depthwise convolutions run on the operator with
-    their ReLU; dense 3x3 convolutions of many channels, in float32 on a CPU, by Winograd's method, whose matrices take
-    four times the memory of the kernels. Layers that it does not know stay as they are. Large batches and maps are
-    worked on in parts that fit into the cache, so memory grows less than the batch.
+    their ReLU; dense 3x3 convolutions of many channels on large maps, in float32 on a CPU, by Winograd's method, whose
+    matrices take four times the memory of the kernels. Layers that it does not know stay as they are. Large batches and
+    maps are worked on in parts that fit into the cache, so memory grows less than the batch.
 
     Args:
         model: trained or merged, on any device and in any mode; it stays as it was.
@@ -156,6 +164,9 @@ def optimize(
         dtype: to compute in, such as torch.bfloat16; None for the model's own.
         compile: also compile the merged network with torch.compile (on a GPU with CUDA graphs), time both on the
             example, and keep the faster. A compiled network is compiled anew for other sizes.
+        keep_memory: on a CPU with glibc, have the whole process keep what it frees for the next image. Otherwise glibc
+            gives large blocks back, and their pages are cleared again for each image: maps of more than 32 MB are
+            slower, and memory is less.
 
     Returns:
         A module that is called as the model is.
@@ -167,6 +178,8 @@ def optimize(
 
     Source of what is folded: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """
+    if keep_memory and example.device.type == "cpu":
+        keep_freed_memory()
     parameter = next(model.parameters())
     _check(example, parameter)
     dtype = parameter.dtype if dtype is None else dtype
@@ -175,8 +188,11 @@ def optimize(
     bound = max(BOUNDS[dtype], BOUNDS.get(parameter.dtype, 0.0))
     with torch.inference_mode(), _evaluating(model):
         wanted = _outputs(model(example))
+    for module in model.modules():
+        if isinstance(module, DepthwiseConv2d):
+            PREPARED.forget(module.weight.data_ptr())
     prepared = _prepared(example, dtype)
-    folded = _folded(model).to(dtype).to(memory_format=torch.channels_last)
+    folded = _cast(_folded(model), dtype).to(memory_format=torch.channels_last)
     on_cpu = example.device.type == "cpu"
     # a compiler cannot look into packed matrices
     source = copy.deepcopy(folded) if compile and on_cpu else None
@@ -303,6 +319,32 @@ def _fold_into_head(model: StagedNet) -> None:
     model.norm = nn.Identity()
 
 
+class _InFloat32(nn.Module):
+    """A classifier's pooling, or the classifier itself, on values of a shorter type, without rounding to it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.float())
+        return y
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in another type; for a shorter one than float32, classifiers stay, as they cost next to nothing."""
+    heads = {}
+    if dtype.itemsize < 4:
+        staged = [module for module in network.modules() if isinstance(module, StagedNet)]
+        heads = {module: (module.global_pool, module.head) for module in staged if isinstance(module.head, nn.Linear)}
+        for module in heads:
+            module.global_pool, module.head = nn.Identity(), nn.Identity()
+    network = network.to(dtype)
+    for module, (pool, head) in heads.items():
+        module.global_pool, module.head = _InFloat32(pool), _InFloat32(head.float())
+    return network
+
+
 # ---- layers
 
 
@@ -353,6 +395,8 @@ class _Rewriter:
         # transformers keeps the layers of a pyramid's level in a plain list as well
         if isinstance(getattr(module, "layers", None), list):
             setattr(module, "layers", list(module.children()))  # noqa: B010  # as above
+        if type(module).__name__ == "UperNetHead":
+            return PyramidHead(module)
         if isinstance(module, StagedNet) and self._on_cpu:
             self._group(module)
         return module
@@ -383,6 +427,7 @@ class _Rewriter:
             self.products += 1
             return Pointwise(conv, activation, self._rows.get(conv, 1))
         many = min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS
+        many = many and self._rows.get(conv, 0) >= _WINOGRAD_PIXELS
         small = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.dilation == (1, 1)
         if plain and small and many and self._on_cpu and conv.weight.dtype == torch.float32:
             self.winograd += 1
@@ -396,10 +441,12 @@ class _Rewriter:
             return
         # the first convolution of the stem may halve the sides
         first = 4 if cfg.stem_stride >= 2 else 1
-        network.stem = nn.ModuleList([Grouped(nn.Sequential(*network.stem), cfg.channels[0] * size / first)])
+        stem = nn.Sequential(*network.stem)
+        # an output sees five rows above and below, and one of the 3x3 convolutions of a transition one
+        network.stem = nn.ModuleList([Grouped(stem, cfg.channels[0] * size / first, cfg.stem_stride, margin=8)])
         for i, stage in enumerate(network.stages):
             assert isinstance(stage, Stage)
             wide = max(1.0, cfg.dw_ratio) * cfg.channels[i] * size
             stage.blocks = nn.ModuleList([Grouped(nn.Sequential(*stage.blocks), wide)])
             if isinstance(network.transitions[i], nn.Sequential):
-                network.transitions[i] = Grouped(network.transitions[i], cfg.channels[i + 1] * size)
+                network.transitions[i] = Grouped(network.transitions[i], cfg.channels[i + 1] * size, 2, margin=2)

@@ -15,7 +15,7 @@ from replknet.ops import depthwise_conv2d
 
 Activation = Literal["none", "relu", "gelu"]
 # maps larger than this are worked on in parts, so that what one layer writes is still in the cache for the next
-CACHE_BYTES = 8 << 20
+CACHE_BYTES = 16 << 20
 
 
 def packs(like: Tensor) -> bool:
@@ -172,27 +172,48 @@ class FeedForward(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Layers that run on so many images at a time that a map of theirs fits into the cache.
+    """Layers that run on so many images, or rows of an image, at a time that a map of theirs fits into the cache.
 
     Args:
         layers: run one after the other.
         bytes_a_pixel: of the largest map inside, for each pixel of the input.
+        stride: pixels of the input for one of the output.
+        margin: rows above and below that the outputs of some rows of the input depend on, or more; a multiple of the
+            stride. None where outputs depend on all.
     """
 
-    def __init__(self, layers: Callable[[Tensor], Tensor], bytes_a_pixel: float) -> None:
+    def __init__(
+        self, layers: Callable[[Tensor], Tensor], bytes_a_pixel: float, stride: int = 1, margin: int | None = None
+    ) -> None:
         super().__init__()
-        self.layers, self.bytes_a_pixel = layers, bytes_a_pixel
+        self.layers, self.bytes_a_pixel, self.stride, self.margin = layers, bytes_a_pixel, stride, margin
 
     def forward(self, x: Tensor) -> Tensor:
-        images = max(1, int(CACHE_BYTES / (self.bytes_a_pixel * x.shape[2] * x.shape[3])))
-        if len(x) <= images:
+        n, _, h, w = x.shape
+        pixels = CACHE_BYTES / self.bytes_a_pixel
+        images, rows = max(1, int(pixels / (h * w))), max(1, int(pixels / w) // self.stride) * self.stride
+        tops = range(0, h, rows) if self.margin is not None else range(1)
+        if n <= images and len(tops) == 1:
             return self.layers(x)
-        parts = x.split(images)
-        first = self.layers(parts[0])
-        y = torch.empty(
-            (len(x), *first.shape[1:]), dtype=first.dtype, device=x.device, memory_format=torch.channels_last
-        )
-        y[:images] = first
-        for i, part in enumerate(parts[1:], 1):
-            y[i * images : i * images + len(part)] = self.layers(part)
+        y: Tensor | None = None
+        for i in range(0, n, images):
+            for top in tops:
+                part = self._strip(x[i : i + images], top, rows) if len(tops) > 1 else self.layers(x[i : i + images])
+                if y is None:
+                    height = -(-h // self.stride) if len(tops) > 1 else part.shape[2]
+                    y = _empty((n, part.shape[1], height, part.shape[3]), part)
+                y[i : i + images, :, top // self.stride :][:, :, : part.shape[2]] = part
+        assert y is not None
         return y
+
+    def _strip(self, x: Tensor, top: int, rows: int) -> Tensor:
+        """The outputs of some rows."""
+        assert self.margin is not None
+        first = max(0, top - self.margin)
+        found = self.layers(x[:, :, first : top + rows + self.margin])
+        skipped, inside = (top - first) // self.stride, min(rows, x.shape[2] - top)
+        return found[:, :, skipped : skipped + -(-inside // self.stride)]
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -30,8 +30,8 @@ _TAPS = (
     (0, 0, 1),
 )
 _OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-# tiles that are worked on at once
-_TILES = 256
+# tiles that are worked on at once, and bytes of their inputs, which are held twice
+_TILES, _BYTES = 256, 32 << 20
 
 
 class Winograd(nn.Module):
@@ -61,7 +61,8 @@ class Winograd(nn.Module):
         n, _, h, w = x.shape
         down, across = -(-h // _SIDE), -(-w // _SIDE)
         y = x.new_empty(n, down * _SIDE, across * _SIDE, self.channels)
-        strip = max(1, _TILES // across)
+        tiles_at_once = min(_TILES, _BYTES // (_TILE**2 * x.shape[1] * x.element_size()))
+        strip = max(1, tiles_at_once // across)
         for image in range(n):
             rows = x[image].permute(1, 2, 0)
             for top in range(0, down, strip):
@@ -79,7 +80,9 @@ class Winograd(nn.Module):
             (_TILE, _TILE, down, across, c), (below, beside, below * _SIDE, beside * _SIDE, 1)
         ).reshape(_TILE**2, -1)
         moved = (self.inputs @ tiles).view(_TILE**2, down * across, c)
+        del tiles
         sums = torch.stack([product(one) for product, one in zip(self.products, moved, strict=True)])
+        del moved
         found = (self.outputs @ sums.flatten(1)).view(_SIDE, _SIDE, down, across, -1)
         return activated(found if self.bias is None else found.add_(self.bias), self.activation)
 
