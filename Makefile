@@ -40,8 +40,9 @@ bench: .venv/installed-demo  ## time the operator against torch; records go to b
 gpu:  ## correctness and times on a CUDA device; needs torch, timm, numpy and pytest alone, installs nothing
 	@$(PYTHON) -c 'import torch, timm, numpy, pytest' 2>/dev/null || { \
 		echo 'no CUDA device was looked for: $(PYTHON) has no torch, timm, numpy or pytest; PYTHON=... names another' >&2; exit 1; }
-	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py tests/deploy/test_inference.py
 	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu $(RUN)
+	PYTHONPATH=src $(PYTHON) -m replknet.deploy.gpu
 
 docs: .venv/installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
