@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from replknet.data.draws import Drawn, GlobalBatches, collate
+from replknet.kernels.memory import give_back_fragments, keep_freed_memory
 from replknet.models import load_model, save_model, staged
 from replknet.recipes import Machine, cifar10
 from replknet.tasks.classification import Classification
 from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
 from replknet.train.datasets import splits
-from replknet.kernels.memory import give_back_fragments, keep_freed_memory
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = dataclasses.replace(

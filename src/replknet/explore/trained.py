@@ -12,11 +12,11 @@ import torch
 
 from replknet.analysis import cost, plots
 from replknet.explore.experiment import Arm, Column, Figures, Results, Site
+from replknet.kernels.memory import keep_freed_memory
 from replknet.models import load_model
 from replknet.nn import merge
 from replknet.recipes import Recipe, SegmentationRecipe
 from replknet.train import fit
-from replknet.kernels.memory import keep_freed_memory
 from replknet.train.plan import TrainStep, autocast, step_of, training_classes
 
 AnyTrained = Recipe | SegmentationRecipe

@@ -19,12 +19,12 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
+from replknet.kernels.memory import keep_freed_memory
 from replknet.recipes import AnyRecipe, DetectionRecipe, Machine, Recipe
 from replknet.train import classification
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
 from replknet.train.datasets import Batches
 from replknet.train.job import Job
-from replknet.kernels.memory import keep_freed_memory
 from replknet.train.progress import Bar, Progress
 
 
