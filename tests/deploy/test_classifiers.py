@@ -12,7 +12,7 @@ from torch import nn
 
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS
-from replknet.deploy import classifiers
+from replknet.deploy import files
 from replknet.deploy.classifiers import BOUND, ENDINGS, Exported, card_of, export_classifier, format_of, is_exported
 from replknet.models import Description, save_model
 from replknet.models.replknet import CONFIGS
@@ -81,14 +81,14 @@ def test_large_images_are_warped_as_the_official_evaluation_does():
 def test_a_file_that_computes_something_else_is_not_kept(to, tmp_path, monkeypatch):
     path = tmp_path / f"net{ENDINGS[to]}"
     path.write_text("what was there before")
-    right = classifiers._program
+    right = files._program
 
     def wrong(merged, stride):
         other = deepcopy(merged)
         other.head.bias.data += 1e-3
         return right(other, stride)
 
-    monkeypatch.setattr(classifiers, "_program", wrong)
+    monkeypatch.setattr(files, "_program", wrong)
     with pytest.raises(
         RuntimeError, match=r"is not torch's network, so it was not kept: the logits may differ by 1e-05"
     ):

@@ -12,7 +12,8 @@ from torch import nn
 
 from replknet.cli.main import CHECKPOINT, TASK, WINDOW, Task, parser
 from replknet.data import images, transforms
-from replknet.deploy.classifiers import Card, Exported, is_exported
+from replknet.deploy.classifiers import Card, Exported
+from replknet.deploy.files import is_exported
 from replknet.models import Description, load_model
 
 
@@ -64,7 +65,14 @@ def _segmentation(args: Any) -> int:
     from replknet.tasks.segmentation import inference_of, predict
     from replknet.tasks.segmentation_saved import load_segmentation
 
-    model, d = load_segmentation(args.checkpoint, torch.float32)
+    model: nn.Module
+    if is_exported(args.checkpoint):
+        from replknet.deploy.segmenters import ExportedSegmenter
+
+        model = exported = ExportedSegmenter(args.checkpoint)
+        d = exported.card.description
+    else:
+        model, d = load_segmentation(args.checkpoint, torch.float32)
     inference = inference_of(d, args.window, args.stride)
     for file, picture in _pictures(args.images, args.output):
         image = images.read(file)
