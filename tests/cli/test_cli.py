@@ -172,6 +172,23 @@ def test_merge_fails_above_the_bound(trained, capsys, tmp_path, monkeypatch):
     assert "more than the bound" in capsys.readouterr().err
 
 
+def test_export_says_how_far_the_file_is_from_torch(capsys, tmp_path):
+    checkpoint, output = "replknet_cifar_l", tmp_path / "out" / "net.pt2"
+    command = ["export", checkpoint, "--to", "pt2", "-o", str(output), "--images", str(PHOTOS[0])]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{output}: the logits of 3 images and of noise in two other sizes differ by at most ")
+    assert told.endswith(" of their norm (1e-05 is allowed)\n")
+    assert main(["predict", str(output), str(PHOTOS[0]), "--task", "segmentation"]) == 2
+    assert "is a network for classification, not for segmentation" in capsys.readouterr().err
+    assert main(["export", checkpoint, "--to", "pt2", "--task", "segmentation", "-o", str(output)]) == 2
+    assert "holds no UperNet over a RepLKNet" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as info:
+        main([*command, "--task", "detection"])
+    assert info.value.code == 2
+    assert "'classification', 'segmentation'" in capsys.readouterr().err
+
+
 def test_erf(trained, capsys, tmp_path):
     picture = tmp_path / "erf.png"
     command = ["erf", str(trained / "model.safetensors"), "--size", "64", "-o", str(picture)]
@@ -399,7 +416,21 @@ def test_help_has_an_example(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["info", "eval", "predict", "merge", "erf", "bench", "doctor", "kernels", "shape-bias", "explore"]
+    "command",
+    [
+        "info",
+        "eval",
+        "predict",
+        "merge",
+        "export",
+        "quantize",
+        "erf",
+        "bench",
+        "doctor",
+        "kernels",
+        "shape-bias",
+        "explore",
+    ],
 )
 def test_results_can_be_had_as_json(command, capsys):
     # train and demo print the path of their result
