@@ -41,15 +41,15 @@ class AccuracyError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """What int8 has to hold of a layer's weights, as `merge` leaves them.
+    """What int8 has to hold of a layer's weights, as `merge` leaves them; sizes are absolute values.
 
     Args:
-        peak: largest |w| of an output channel by the root mean square of the channel; the largest of all channels.
-        spread: largest |w| of the layer by the median over channels of their largest: the factor by which one scale
+        peak: largest weight of an output channel by the root mean square of the channel; the largest of all channels.
+        spread: largest weight of the layer by the median over channels of their largest: the factor by which one scale
             for the layer is too coarse for half of the channels.
-        centre: of depthwise kernels larger than 3x3, the mean |w| of the central 3x3 by that of the taps around it,
+        centre: of depthwise kernels larger than 3x3, the mean size of the central 3x3 by that of the taps around it,
             each channel in its own unit; None for others.
-        outer_steps: of the same kernels, the median |w| of the taps around the central 3x3 in steps of int8, with a
+        outer_steps: of the same kernels, the median size of the taps around the central 3x3 in steps of int8, with a
             scale for each channel.
         zeros: share of the weights that int8 rounds to zero, with a scale for each channel.
         zeros_per_tensor: the same with one scale for the layer.
