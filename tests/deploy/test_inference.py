@@ -116,6 +116,21 @@ def test_other_types_compute_in_theirs_and_answer_in_the_input_s(dtype):
     assert optimize(wide, x.double())(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["classifier", "features", "segmentation"])
+@torch.no_grad()
+def test_bfloat16_rounds_no_more_than_the_source_in_it(name, monkeypatch):
+    # these networks amplify rounding, more than our trained one does
+    monkeypatch.setitem(BOUNDS, torch.bfloat16, 0.5)
+    model, x = NETWORKS[name](), torch.randn(2, 3, 64, 96)
+    optimized = optimize(model, x, dtype=torch.bfloat16)
+    rounded = outputs(copy.deepcopy(model).bfloat16()(x.bfloat16()))
+    for truth, source, got in zip(outputs(model(x)), rounded, outputs(optimized(x)), strict=True):
+        assert got.dtype == torch.float32
+        assert largest_difference(truth, got)[1] <= 1.2 * largest_difference(truth, source.float())[1]
+    # Winograd's transforms would amplify its rounding
+    assert optimized.report.winograd == 0
+
+
 def test_report_says_what_was_done(monkeypatch):
     report = optimize(segmenter(), torch.randn(1, 3, 64, 64)).report
     # 5 pairs of blocks with 4, a stem with 1, 3 transitions with 1; 3 laterals, 4 levels of the pyramid, the classifier

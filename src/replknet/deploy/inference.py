@@ -269,7 +269,8 @@ def _compared(way: str, wanted: Sequence[Tensor], got: Sequence[Tensor], bound: 
     if not largest.relative <= bound:
         raise RuntimeError(
             f"{way}: an output may differ from the source's by {bound:.0e} of its norm, got {largest.relative:.1e}; "
-            "no inference form was made. Are the example's images normalised, and the source's outputs finite?"
+            "no inference form was made. A network that amplifies rounding needs a longer dtype; else look whether the "
+            "example's images are normalised and the source's outputs finite"
         )
     return largest
 

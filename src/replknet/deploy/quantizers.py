@@ -138,7 +138,7 @@ def _keep_in_float(graph: Any, left: Mapping[str, nn.Module]) -> None:
         if maker is None or maker.op_type != "DequantizeLinear":
             continue
         layer = left[node.name]
-        channels = int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)  # type: ignore[arg-type]
+        channels = int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)  # type: ignore[arg-type]  # a number
         inputs = [maker.input[0]]
         for name in maker.input[1:]:
             repeated = np.repeat(numpy_helper.to_array(values[name]).ravel(), channels)
