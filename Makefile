@@ -5,7 +5,7 @@ RUN     ?=
 # 0: go on without the native kernel, on torch's own convolution
 NATIVE  ?= 1
 # the package installs without a compiler; here that would hide a broken build
-EXPECTED = import sys; from replknet.kernels.native import library_path; \
+EXPECTED = import sys; from replknet.kernels.native_core import library_path; \
            sys.exit(library_path() is None and "the native kernel was not built: \
            `$(BIN)/python -m pip install -v .` shows why, NATIVE=0 goes on without it")
 # for `make gpu`: the machine's own, whose torch fits its driver

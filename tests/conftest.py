@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from replknet import kernels
-from replknet.kernels import native
+from replknet.kernels import native_core
 from scenes import draw
 
 # each worker of pytest-xdist gets its share of the processors
@@ -47,7 +47,7 @@ def set_variable(monkeypatch):
 
     def forget():
         kernels._from_environment.cache_clear()
-        native.instruction_set.cache_clear()
+        native_core.instruction_set.cache_clear()
 
     def set_variable(name, value):
         monkeypatch.setenv(name, value)

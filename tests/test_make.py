@@ -51,7 +51,7 @@ def test_a_missing_native_kernel_stops_the_installation(tmp_path):
     python.parent.mkdir(parents=True)
     # installs nothing, and finds no library
     hide = (
-        "import replknet.kernels.native as native; native.library_path = lambda: None; exec(__import__('sys').argv[1])"
+        "import replknet.kernels.native_core as core; core.library_path = lambda: None; exec(__import__('sys').argv[1])"
     )
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 0\nexec {sys.executable} -c "{hide}" "$2"\n')
     python.chmod(0o755)

@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 
-from replknet.kernels import native
+from replknet.kernels import native_core
 
 
 def binutils(*command):
     if shutil.which(command[0]) is None:
         pytest.skip(f"needs {command[0]}, which comes with the compiler")
-    result = subprocess.run([*command, str(native.library_path())], capture_output=True, text=True, check=True)
+    result = subprocess.run([*command, str(native_core.library_path())], capture_output=True, text=True, check=True)
     return result.stdout
 
 
@@ -47,7 +47,7 @@ def uses(counts, mnemonic, kind):
     return sum(n for (name, k), n in counts.items() if name.startswith(mnemonic) and k == kind)
 
 
-@pytest.mark.skipif("avx2" not in native.instruction_sets(), reason="the core was built for another processor")
+@pytest.mark.skipif("avx2" not in native_core.instruction_sets(), reason="the core was built for another processor")
 def test_each_set_uses_its_own_registers_and_no_others(instructions):
     plain, avx2, avx512 = (instructions[f"isa_{name}.cpp"] for name in ("plain", "avx2", "avx512"))
     # most arithmetic is fused and on whole vectors

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from replknet.kernels import Call, native, native_plan, reference
-from replknet.kernels.native import PreparedCache
+from replknet.kernels import Call, native, native_core, native_plan, prepared, reference
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
 
@@ -18,9 +17,9 @@ LAST = torch.channels_last
 
 
 def test_the_core_was_built_and_runs():
-    assert native.library_path() is not None, "the native kernel was not built: see the log of pip install -v"
-    assert native.instruction_sets()["plain"]
-    assert native._parallel_for() is not None, "torch's parallel loop was not found"
+    assert native_core.library_path() is not None, "the native kernel was not built: see the log of pip install -v"
+    assert native_core.instruction_sets()["plain"]
+    assert native_core.parallel_for() is not None, "torch's parallel loop was not found"
 
 
 def run(code, **environment):
@@ -31,16 +30,18 @@ def run(code, **environment):
 
 PRINT_RESULT = """
 import torch
-from replknet.kernels import native
+from replknet.kernels import native, native_core
 x = torch.linspace(-1, 1, 2 * 16 * 20 * 20).reshape(2, 16, 20, 20)
 w = torch.linspace(-1, 1, 16 * 81).reshape(16, 1, 9, 9)
 y = native.forward(x, w, None, False)
-print(native.instruction_set(), hash(tuple(y.flatten().tolist())))
+print(native_core.instruction_set(), hash(tuple(y.flatten().tolist())))
 """
 
 
 def test_the_forced_instruction_set_is_the_one_that_runs():
-    found = {name: run(PRINT_RESULT, REPLKNET_ISA=name) for name, runs in native.instruction_sets().items() if runs}
+    found = {
+        name: run(PRINT_RESULT, REPLKNET_ISA=name) for name, runs in native_core.instruction_sets().items() if runs
+    }
     results = {name: process.stdout.split() for name, process in found.items()}
     for name, words in results.items():
         assert words[0] == name, found[name].stderr
@@ -55,32 +56,32 @@ def test_an_unknown_instruction_set_is_an_error(set_variable):
         depthwise_conv2d(torch.randn(1, 16, 8, 8), torch.randn(16, 1, 9, 9))
 
 
-@pytest.mark.parametrize("missing", [name for name, runs in native.instruction_sets().items() if not runs])
+@pytest.mark.parametrize("missing", [name for name, runs in native_core.instruction_sets().items() if not runs])
 def test_an_instruction_set_that_the_processor_lacks_is_an_error(set_variable, missing):
     set_variable("REPLKNET_ISA", missing)
     with pytest.raises(
         RuntimeError, match=rf"REPLKNET_ISA={missing}: this processor does not have it; it runs .*plain"
     ):
-        native.instruction_set()
+        native_core.instruction_set()
 
 
 def test_the_best_instruction_set_is_chosen():
-    running = [name for name, runs in native.instruction_sets().items() if runs]
-    assert native.instruction_set() == os.environ.get("REPLKNET_ISA", running[0])
+    running = [name for name, runs in native_core.instruction_sets().items() if runs]
+    assert native_core.instruction_set() == os.environ.get("REPLKNET_ISA", running[0])
 
 
 def test_instruction_sets_can_be_compared_in_one_process():
     x, w = torch.randn(2, 20, 9, 9), torch.randn(20, 1, 7, 7)
     results = {}
-    for name in [name for name, runs in native.instruction_sets().items() if runs]:
-        with native.use_instruction_set(name):
+    for name in [name for name, runs in native_core.instruction_sets().items() if runs]:
+        with native_core.use_instruction_set(name):
             results[name] = native.forward(x, w, None, False)
     for y in results.values():
         torch.testing.assert_close(y, reference.forward(x, w, None, False))
     if "avx2" in results:
         assert not torch.equal(results["avx2"], results["plain"])
     expected = r"use_instruction_set\('mmx'\): this build has .*plain"
-    with pytest.raises(RuntimeError, match=expected), native.use_instruction_set("mmx"):
+    with pytest.raises(RuntimeError, match=expected), native_core.use_instruction_set("mmx"):
         pass
 
 
@@ -185,42 +186,33 @@ def test_only_the_changed_block_is_prepared_anew():
 
 def test_a_checksum_sees_a_change_of_any_bit_and_place():
     data = torch.randn(300)
-    sums = {native.checksum(data)}
+    sums = {native_core.checksum(data)}
     for i in range(data.numel()):
         for bit in (0, 13, 31):
             data.view(torch.int32)[i] ^= -(1 << 31) if bit == 31 else 1 << bit
-            sums.add(native.checksum(data))
+            sums.add(native_core.checksum(data))
             data.view(torch.int32)[i] ^= -(1 << 31) if bit == 31 else 1 << bit
     assert len(sums) == 1 + 3 * data.numel()
     swapped = data.clone()
     swapped[[10, 18]] = data[[18, 10]]
-    assert native.checksum(swapped) != native.checksum(data)
+    assert native_core.checksum(swapped) != native_core.checksum(data)
     signs = data.clone()
     signs[[4, 6]] *= -1
-    assert native.checksum(signs) != native.checksum(data)
+    assert native_core.checksum(signs) != native_core.checksum(data)
 
 
-def test_the_cache_is_bounded_and_hands_an_entry_to_one_call():
-    cache = PreparedCache(limit=250)
-    first = cache.take(("a",), 100, 1)
-    assert cache.take(("a",), 100, 1) is not first
-    cache.give(("a",), first)
-    assert cache.take(("a",), 100, 1) is first
-    for name in "abcd":
-        cache.give((name,), cache.take((name,), 100, 1))
-    assert cache.size <= 250
-    assert list(cache.entries) == [("c",), ("d",)]
-
-
-def test_prepared_weights_of_an_address_can_be_given_back():
-    cache = PreparedCache(limit=1000)
-    for key in ((1, 1), (1, 2), (2, 1)):
-        cache.give(key, cache.take(key, 100, 1))
-    cache.forget(1)
-    assert list(cache.entries) == [(2, 1)]
-    assert cache.size == 100
-    cache.forget(3)
-    assert cache.size == 100
+def test_maps_that_a_kernel_reaches_as_far_on_share_its_prepared_weights():
+    weight = torch.randn(16, 1, 7, 7)
+    for size in (30, 41, 57, 58):
+        native.forward(torch.randn(1, 16, size, size + 3), weight, None, False, "direct")
+    assert len(prepared.forms_of(weight)) == 1
+    # here taps meet padding alone, and are left out
+    native.forward(torch.randn(1, 16, 3, 30), weight, None, False, "direct")
+    assert len(prepared.forms_of(weight)) == 2
+    for size in (40, 41, 42):
+        x = torch.randn(1, 16, size, size)
+        y, truth = native.forward(x, weight, None, False, "fft"), reference.forward(x, weight, None, False)
+        torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "fft"])
@@ -299,7 +291,7 @@ def test_a_kernel_too_large_for_any_transform_is_direct():
 
 
 def test_the_plan_knows_the_lengths_of_the_core():
-    core, lengths = native._core(), []
+    core, lengths = native_core.core(), []
     while length := core.rk_length(len(lengths)):
         lengths.append(length)
     assert tuple(lengths) == native_plan.LENGTHS
@@ -319,8 +311,7 @@ def test_the_default_device_does_not_move_our_memory(device):
 @pytest.mark.parametrize("algorithm", ["direct", "fft"])
 def test_a_weight_gradient_alone_keeps_no_prepared_weights(algorithm):
     x, weight = image(), torch.randn(SHAPE[1], 1, *KERNEL)
-    before = native.PREPARED.size
     dw = native.backward(x, x, weight, [False, True, False], algorithm)[1]
     truth = reference.backward(x.double(), x.double(), weight.double(), [False, True, False])[1]
     assert (dw.double() - truth).norm() < 1e-6 * truth.norm()
-    assert native.PREPARED.size == before
+    assert not prepared.forms_of(weight)

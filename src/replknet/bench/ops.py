@@ -17,7 +17,7 @@ from replknet.bench import runtimes
 from replknet.bench.cases import Case, Stack, Suite, What
 from replknet.bench.gate import excess, truths
 from replknet.bench.harness import Load, Record, interleaved
-from replknet.kernels import BACKENDS, Backend, choose, native, use_backend
+from replknet.kernels import BACKENDS, Backend, choose, native, native_core, use_backend
 from replknet.ops import depthwise_conv2d
 from replknet.ops.depthwise import call_of
 
@@ -191,12 +191,12 @@ def _forced(backend: Backend, call: Call) -> Any:
 
 def _other_sets() -> list[str]:
     """Instruction sets of the native kernel that run here and were not chosen; `plain` is for machines without one."""
-    names = [name for name, runs in native.instruction_sets().items() if runs and name != "plain"]
-    return [name for name in names if name != native.instruction_set()]
+    names = [name for name, runs in native_core.instruction_sets().items() if runs and name != "plain"]
+    return [name for name in names if name != native_core.instruction_set()]
 
 
 def _with_set(isa: str, call: Call) -> Any:
-    with native.use_instruction_set(isa):
+    with native_core.use_instruction_set(isa):
         return call()
 
 

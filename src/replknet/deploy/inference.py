@@ -26,7 +26,6 @@ from replknet.deploy.rows import (
 )
 from replknet.deploy.winograd import Winograd
 from replknet.kernels.memory import keep_freed_memory
-from replknet.kernels.native import PREPARED
 from replknet.models.staged import Stage, StagedNet
 from replknet.nn import ConvFFN, DepthwiseConv2d, RepLKBlock, merge
 from replknet.nn.conv_bn import ConvBN, affine, set_weight_and_bias, weight_and_bias
@@ -186,11 +185,11 @@ def optimize(
     if dtype not in BOUNDS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, BOUNDS))}, got {dtype}")
     bound = max(BOUNDS[dtype], BOUNDS.get(parameter.dtype, 0.0))
+    # by other tensors of the same memory, so that what is prepared from the source's weights leaves with them
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with torch.inference_mode(), _evaluating(model):
-        wanted = _outputs(model(example))
-    for module in model.modules():
-        if isinstance(module, DepthwiseConv2d):
-            PREPARED.forget(module.weight.data_ptr())
+        wanted = _outputs(torch.func.functional_call(model, weights, (example,)))
+    del weights
     prepared = _prepared(example, dtype)
     folded = _cast(_folded(model), dtype).to(memory_format=torch.channels_last)
     on_cpu = example.device.type == "cpu"

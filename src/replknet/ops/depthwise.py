@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import register_flop_formula
 
-from replknet.kernels import ALGORITHMS, Algorithm, Call, choose
+from replknet.kernels import ALGORITHMS, Algorithm, Call, choose, prepared
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,7 +57,11 @@ def depthwise_conv2d(
     # the meta device has no autocast to ask about; torch 2.11 cannot compile the question whether a device has one
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
+        given = weight
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+        # what is prepared from the copy stays with the weight
+        if weight is not given and not torch.compiler.is_compiling():
+            prepared.share(weight, given)
     if torch.jit.is_tracing():  # sizes are tensors there, which the checks would record
         return _plain(x, weight, bias, relu)
     _check(x, weight, bias, algorithm)
@@ -218,8 +222,15 @@ def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, call: 
     layout = _layout_of(call)
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    y = choose(call).forward(x.contiguous(memory_format=layout), weight.contiguous(), bias, relu, call.algorithm)
+    y = choose(call).forward(x.contiguous(memory_format=layout), _dense(weight), bias, relu, call.algorithm)
     return _settled(y, layout)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    found = weight.contiguous()
+    if found is not weight:
+        prepared.share(found, weight)
+    return found
 
 
 def _layout_of(call: Call) -> torch.memory_format:
@@ -279,7 +290,7 @@ def _computed_gradients(
     dx, dw, db = choose(call).backward(
         dy.contiguous(memory_format=layout),
         x.contiguous(memory_format=layout),
-        weight.contiguous(),
+        _dense(weight),
         wanted,
         call.algorithm,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, native, refusals
+from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, native_core, refusals
 from replknet.ops.depthwise import call_of
 
 # layers of RepLKNet-31B at 224 pixels: the calls people care about
@@ -85,7 +85,7 @@ def doctor() -> Report:
         versions={name: _version(name) for name in ("replknet", "torch", "timm", "triton")},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         threads=torch.get_num_threads(),
-        native=native.status(),
+        native=native_core.status(),
         cuda=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         forced=forced(),
         checks=[_check(call) for call in calls],
