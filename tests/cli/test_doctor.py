@@ -73,8 +73,10 @@ def test_a_refusal_has_its_reason_and_no_explanation(monkeypatch):
     assert "error: backend 'new', which is forced, does not take this call" in str(found)
 
 
-def test_a_layout_that_is_both_counts_as_contiguous_as_in_the_operator():
-    assert "contiguous" in explain((1, 1, 5, 5), (3, 3), channels_last=True).call
+def test_a_layout_that_is_both_is_read_by_its_strides_as_in_the_operator():
+    assert "channels_last" in explain((1, 1, 5, 5), (3, 3), channels_last=True).call
+    assert "contiguous" in explain((1, 1, 5, 5), (3, 3), channels_last=False).call
+    assert "contiguous" in explain((1, 1, 1, 1), (3, 3), channels_last=True).call
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The public operator: its contract with torch, its gradients of every order, and its errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -7,10 +9,14 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 import replknet
+from replknet import kernels
+from replknet.kernels import native
 from replknet.ops import depthwise_conv2d
 
-OP = torch.ops.replknet.depthwise_conv2d
-GRADIENTS = torch.ops.replknet.depthwise_conv2d_backward
+OP = torch.ops.replknet.depthwise_conv2d.default
+GRADIENTS = torch.ops.replknet.depthwise_conv2d_backward.default
+COMPUTING = torch.ops.replknet._depthwise_conv2d.default
+COMPUTING_GRADIENTS = torch.ops.replknet._depthwise_conv2d_backward.default
 
 
 def sample(n=2, c=3, h=7, w=9, kh=5, kw=11, dtype=torch.float64, grad=True):
@@ -59,34 +65,75 @@ def test_third_derivative():
 def layouts(x):
     """x in all the memory layouts that opcheck and users produce."""
     n, c, h, w = x.shape
+    last = torch.channels_last
+    wide = torch.nn.functional.pad(x, (1, 2, 1, 0, 2, 1)).contiguous(memory_format=last)
     return {
         "contiguous": x,
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "channels_last": x.contiguous(memory_format=last),
         "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
         "sliced": torch.nn.functional.pad(x, (1, 2, 1, 0))[:, :, 1:, 1 : 1 + w],
+        "channels of channels_last": wide[:, 2 : 2 + c, 1:, 1 : 1 + w],
+        "every second pixel": x.repeat_interleave(2, 3).contiguous(memory_format=last)[..., ::2],
+        "every second channel": x.repeat_interleave(2, 1).contiguous(memory_format=last)[:, ::2],
         "expanded": x[:1].expand(n, c, h, w),
+        "expanded channels_last": x[:1].contiguous(memory_format=last).expand(n, c, h, w),
+        "expanded channels": x[:, :1].expand(n, c, h, w),
         "one channel": x[:, :1],
+        "one channel, channels_last": x[:, :1].contiguous(memory_format=last),
+        "one pixel": x[:, :, :1, :1].contiguous(),
+        "one pixel, channels_last": x[:, :, :1, :1].contiguous(memory_format=last),
+        "one row, channels_last": x[:, :, :1].contiguous(memory_format=last),
+        "one value": x[:, :1, :1, :1].contiguous(),
+        "one image, channels_last": x[:1].contiguous(memory_format=last),
+        "images last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     }
 
 
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 3, 4, 5)))
+LAYOUTS = list(layouts(torch.zeros(2, 3, 4, 5)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_and_result_layout(layout, dtype):
+def test_results_and_gradients_have_the_layout_that_torchs_own_have(layout, dtype):
+    x, weight, _ = sample(dtype=dtype, kh=3, kw=3)
+    x = layouts(x.detach())[layout].requires_grad_()
+    weight = weight[: x.shape[1]]
+    y, truth = depthwise_conv2d(x, weight), expected(x, weight)
+    assert y.stride() == truth.stride(), x.stride()
+    torch.testing.assert_close(y, truth)
+    # whatever the layout of the gradient that comes
+    for dy in (torch.ones_like(y), torch.ones(1, dtype=dtype).expand(y.shape)):
+        (dx,) = torch.autograd.grad(depthwise_conv2d(x, weight), x, dy)
+        assert dx.stride() == y.stride()
+
+
+def test_a_slice_of_channels_is_not_brought_into_the_other_layout(monkeypatch):
+    seen = []
+    original = native.BACKEND.forward
+    spy = replace(native.BACKEND, forward=lambda x, *rest: seen.append(x.stride()) or original(x, *rest))
+    monkeypatch.setattr(kernels, "BACKENDS", (spy, *kernels.BACKENDS[1:]))
+    x = torch.randn(1, 48, 20, 20).contiguous(memory_format=torch.channels_last)
+    y = depthwise_conv2d(x[:, 8:24], torch.randn(16, 1, 7, 7))
+    assert seen == [(6400, 1, 320, 16)]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(layout, dtype):
     x, weight, bias = sample(dtype=dtype, grad=False)
     x = layouts(x)[layout]
     weight, bias = weight[: x.shape[1]], bias[: x.shape[1]]
-    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
-    # autograd registration and AOT dispatch compare gradients with a tolerance for float32 only
+    dy = torch.randn(x.shape).to(dtype)
+    # autograd registration and AOT dispatch compare gradients with a tolerance for float32 only, and take seconds
+    whole = dtype == torch.float32 and layout in ("contiguous", "channels_last", "channels of channels_last")
     tests = ("test_schema", "test_faketensor") + (
-        ("test_autograd_registration", "test_aot_dispatch_dynamic") if dtype == torch.float32 else ()
+        ("test_autograd_registration", "test_aot_dispatch_dynamic") if whole else ()
     )
-    torch.library.opcheck(OP, (x, weight, bias, True, "auto"), test_utils=tests)
-    torch.library.opcheck(GRADIENTS, (torch.randn_like(x), x, weight, [True, True, False], "auto"), test_utils=tests)
-    y = depthwise_conv2d(x, weight, bias)
-    if layout == "channels_last":
-        assert y.is_contiguous(memory_format=torch.channels_last)
-    else:
-        assert y.is_contiguous()
+    for op, gradients in ((COMPUTING, COMPUTING_GRADIENTS), (OP, GRADIENTS)):
+        torch.library.opcheck(op, (x, weight, bias, True, "auto"), test_utils=tests)
+        torch.library.opcheck(gradients, (dy, x, weight, [True, True, False], "auto"), test_utils=tests)
+        x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
 
 
 @pytest.mark.parametrize("make", [lambda t: t, lambda t: t.to(memory_format=torch.channels_last)])
@@ -136,16 +183,6 @@ def test_forward_mode_is_right():
     with forward_ad.dual_level():
         y = depthwise_conv2d(forward_ad.make_dual(x, tangent), weight, bias)
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected(tangent, weight))
-
-
-def test_the_raw_op_refuses_forward_mode_instead_of_a_zero_tangent():
-    x, weight, _ = sample(grad=False)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-        OP(forward_ad.make_dual(x, x), weight, None, False, "auto")
-    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-        torch.func.jvp(lambda x: OP(x, weight, None, False, "auto"), (x,), (x,))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: OP(x, weight, None, False, "auto").sum())(x)
 
 
 def test_functorch_grad_jvp_and_hessian_vector_product():

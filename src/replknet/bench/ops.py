@@ -19,7 +19,7 @@ from replknet.bench.gate import excess, truths
 from replknet.bench.harness import Load, Record, interleaved
 from replknet.kernels import BACKENDS, Backend, choose, native, native_core, use_backend
 from replknet.ops import depthwise_conv2d
-from replknet.ops.depthwise import call_of
+from replknet.ops.call import call_of
 
 # x, weight -> y
 Operator = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,7 @@ from replknet.bench.harness import Load, Record, Timing, interleaved
 from replknet.bench.ops import Found
 from replknet.kernels import choose
 from replknet.ops import depthwise_conv2d
-from replknet.ops.depthwise import call_of
+from replknet.ops.call import call_of
 
 SHAPE = (1, 16, 4, 4)
 KERNELS = {"overhead.k3": 3, "overhead.k5": 5}

@@ -19,7 +19,7 @@ from replknet.bench.harness import Timing, interleaved
 from replknet.bench.ops import Operator, Wrong
 from replknet.kernels import choose, forced, reference, triton, use_backend
 from replknet.ops import depthwise_conv2d
-from replknet.ops.depthwise import call_of
+from replknet.ops.call import call_of
 
 Way = Literal["operator nhwc", "torch nhwc", "operator nchw", "torch nchw", "triton nhwc", "triton nchw"]
 # on every device; a GPU has the Triton kernels as well, which no automatic choice takes

@@ -4,7 +4,7 @@ import json
 
 from replknet.cli.main import parser
 from replknet.ops import doctor
-from replknet.ops.depthwise import DTYPES
+from replknet.ops.call import DTYPES
 from replknet.ops.doctor import Explanation, Report, explain
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

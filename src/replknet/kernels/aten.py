@@ -10,6 +10,8 @@ so a large kernel is always run as a channels_last *forward* convolution:
 Times: docs/decisions/0002-aten-gradients.md.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -53,11 +55,18 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return conv2d(_fast_layout(x, weight), weight, bias, padding=(kh // 2, kw // 2), groups=x.shape[1])
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The tensors have their final dtype, which autocast must not change in the calls here."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "direct") -> Tensor:
     dtype = x.dtype
     if _in_float(x):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    y = _convolved(x, inner(weight, *margins(weight, *x.shape[2:])), bias)
+    with _without_autocast(x):
+        y = _convolved(x, inner(weight, *margins(weight, *x.shape[2:])), bias)
     return (y.relu_() if relu else y).to(dtype)
 
 
@@ -83,6 +92,15 @@ def backward(
     dtype = x.dtype
     if _in_float(x):
         dy, x, weight = dy.float(), x.float(), weight.float()
+    with _without_autocast(x):
+        dx, dw = _data_and_weight_gradients(dy, x, weight, wanted)
+        db = dy.sum((0, 2, 3)) if wanted[2] else None
+    return _to(dx, dtype), _to(dw, dtype), _to(db, dtype)
+
+
+def _data_and_weight_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     c = x.shape[1]
     mh, mw = margins(weight, *x.shape[2:])
     used = inner(weight, mh, mw)
@@ -94,10 +112,7 @@ def backward(
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dy, x, used, None, [1, 1], [ih // 2, iw // 2], [1, 1], False, [0, 0], c, [*wanted[:2], False]
         )
-    if dw is not None:
-        dw = pad(dw, (mw, mw, mh, mh))
-    db = dy.sum((0, 2, 3)) if wanted[2] else None
-    return _to(dx, dtype), _to(dw, dtype), _to(db, dtype)
+    return dx, None if dw is None else pad(dw, (mw, mw, mh, mh))
 
 
 def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, native_core, refusals
-from replknet.ops.depthwise import call_of
+from replknet.ops.call import call_of
 
 # layers of RepLKNet-31B at 224 pixels: the calls people care about
 _LAYERS = (

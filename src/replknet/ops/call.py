@@ -1,0 +1,125 @@
+"""What the operator accepts, the call that its arguments make, and the memory format of its result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replknet.kernels import ALGORITHMS, Algorithm, Call
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> None:
+    """Raise a ValueError that says what was expected and what came, unless the arguments fit each other."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N,C,H,W], got {x.dim()} dimensions {list(x.shape)}; x[None] adds a batch")
+    c = x.shape[1]
+    if weight.dim() != 4 or weight.shape[0] != c or weight.shape[1] != 1:
+        raise ValueError(
+            f"weight must be [{c},1,Kh,Kw], one kernel for each channel of x {list(x.shape)}, got {list(weight.shape)}"
+        )
+    kh, kw = weight.shape[2:]
+    if kh % 2 == 0 or kw % 2 == 0:
+        raise ValueError(f"kernel sides must be odd, got {kh}x{kw}; torch.nn.Conv2d takes even ones")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x must have at least one pixel, got {list(x.shape)}")
+    if bias is not None and list(bias.shape) != [c]:
+        raise ValueError(f"bias must be [{c}], one value a channel, got {list(bias.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}; {name}.to(x.dtype) converts")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+
+
+def check_gradient(dy: Tensor, x: Tensor) -> None:
+    """The same for the gradient that comes to the result."""
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        raise ValueError(
+            f"dy must be as x, {list(x.shape)} {x.dtype} on {x.device}, got {list(dy.shape)} {dy.dtype} on {dy.device}"
+        )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of the result, and of the gradient for x: the one rule, for real and for fake tensors.
+
+    As torch's own convolution it follows the order of the strides of `x`, so a slice of the channels of a channels_last
+    tensor is channels_last, too. What fits both formats, such as one pixel of one channel, is contiguous.
+    """
+    return torch.channels_last if _is_channels_last(x.shape, x.stride()) else torch.contiguous_format
+
+
+def _is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    n, c, h, w = range(4)
+    # a step along an axis has to go at least past all of the axis before it
+    past = 0
+    for axis in (c, w, h):
+        if shape[axis] == 0 or strides[axis] < past:
+            return False
+        past = strides[axis] * shape[axis]
+    # channels that are one number in memory have no order, and one pixel of one channel has either
+    ordered = strides[c] > 0 and past != strides[c]
+    return shape[n] > 0 and ordered and strides[n] >= past
+
+
+def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
+    """The call that `depthwise_conv2d` would make with these arguments, which may be on the meta device.
+
+    Raises:
+        ValueError: the operator does not accept them.
+    """
+    check(x, weight, None, algorithm)
+    return _call(x, weight, algorithm)
+
+
+def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
+    n, c, h, w = x.shape
+    kh, kw = weight.shape[2:]
+    return Call(
+        shape=(n, c, h, w),
+        kernel=(kh, kw),
+        dtype=x.dtype,
+        device=x.device.type,
+        channels_last=memory_format(x) is torch.channels_last,
+        algorithm=algorithm,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A call whose arguments were checked, and the layout of its result."""
+
+    call: Call
+    layout: torch.memory_format
+    strides: tuple[int, ...]  # of an empty tensor of that layout
+
+
+# by what the checks look at; a call costs less than its checks for the smallest maps
+_ACCEPTED: dict[tuple[object, ...], Accepted] = {}
+_MOST_ACCEPTED = 4096
+
+
+def accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Accepted:
+    """Checks the arguments, unless others like them were checked before.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    of_weight = weight.shape, weight.dtype, weight.device
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    facts = x.shape, x.stride(), x.dtype, x.device, of_weight, of_bias, algorithm
+    found = _ACCEPTED.get(facts)
+    if found is None:
+        check(x, weight, bias, algorithm)
+        if len(_ACCEPTED) >= _MOST_ACCEPTED:
+            _ACCEPTED.clear()
+        call, layout = _call(x, weight, algorithm), memory_format(x)
+        strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
+        found = _ACCEPTED[facts] = Accepted(call, layout, strides)
+    return found
