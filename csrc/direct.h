@@ -120,21 +120,25 @@ INLINE int64_t line_pixels(int64_t pixels, int reach) { return pixels + 2 * reac
 // Rows of images and of taps are packed, and results gathered, through a buffer at the start of the workspace.
 INLINE int64_t buffer_floats(const Axis& width) { return BLOCK * (line_pixels(width.size, width.reach) + MOST_PIXELS); }
 
-// the taps of a block as [group][row][column][LANES]
-NOINLINE void prepare_direct(const Job& job, int64_t block, float* buffer) {
+// The taps of a block as [group][row][column][LANES]. False if products with the padding would not be zeros.
+NOINLINE bool prepare_direct(const Job& job, int64_t block, float* buffer) {
   const Axis &height = job.height, &width = job.width;
   const Plane plane = weight_plane(job, job.weight, block);
   float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
+  V spoiled = {};  // a number minus itself is zero, NaN and infinity give NaN
   read_rows(plane, height.skipped, height.side, width.skipped, width.side, buffer, [&](int j, const float* line) {
     const int row = job.call.rotated ? height.side - 1 - j : j;
     for (int g = 0; g < GROUPS; g++) {
       float* taps = prepared + (static_cast<int64_t>(g) * height.side + row) * width.side * LANES;
       for (int i = 0; i < width.side; i++) {
         const int column = job.call.rotated ? width.side - 1 - i : i;
-        store(taps + column * LANES, load(line + BLOCK * i + LANES * g));
+        const V tap = load(line + BLOCK * i + LANES * g);
+        spoiled += tap - tap;
+        store(taps + column * LANES, tap);
       }
     }
   });
+  return is_dense(width) || is_zero(spoiled);
 }
 
 // Packs rows [top, top + rows) with `reach` zeros at both ends of each.
@@ -255,8 +259,9 @@ constexpr AddProducts* add_all_products_of(std::integer_sequence<int, I...>, int
   return all[n - 1];
 }
 
-// dw of a block. Partial sums of about a hundred products keep the rounding errors of long sums apart.
-NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
+// dw of a block. Partial sums of about a hundred products keep the rounding errors of long sums apart. False if products
+// with the padding may not have been zeros.
+NOINLINE bool backward_direct(const Job& job, int64_t block, float* memory) {
   const Axis &height = job.height, &width = job.width;
   const int64_t h = height.size, w = width.size;
   const bool narrow = is_dense(width) && w <= WIDEST_ALL;
@@ -298,6 +303,14 @@ NOINLINE void backward_direct(const Job& job, int64_t block, float* memory) {
   const Plane plane = weight_plane(job, job.dw, block);
   write_rows(plane, height.skipped, height.side, width.skipped, width.side, buffer,
              [&](int j, float* line) { memcpy(line, sums + j * sums_row, sizeof(float) * BLOCK * width.side); });
+  V spoiled = {};
+  for (int j = 0; j < height.side; j++) {
+    for (int i = 0; i < GROUPS * width.side; i++) {
+      const V sum = load(sums + j * sums_row + LANES * i);
+      spoiled += sum - sum;
+    }
+  }
+  return narrow || is_zero(spoiled);
 }
 
 }  // namespace

@@ -6,12 +6,10 @@
 
 namespace {
 
-void prepare(const Job& job, int64_t block, char* workspace) {
-  if (job.call.algorithm == RK_FFT) {
-    prepare_spectral(job, block, reinterpret_cast<V*>(workspace));
-  } else {
-    prepare_direct(job, block, reinterpret_cast<float*>(workspace));
-  }
+bool prepare(const Job& job, int64_t block, char* workspace) {
+  if (job.call.algorithm != RK_FFT) return prepare_direct(job, block, reinterpret_cast<float*>(workspace));
+  prepare_spectral(job, block, reinterpret_cast<V*>(workspace));
+  return true;
 }
 
 void forward(const Job& job, int64_t block, int64_t image, int64_t tile, char* workspace) {
@@ -22,12 +20,10 @@ void forward(const Job& job, int64_t block, int64_t image, int64_t tile, char* w
   }
 }
 
-void backward(const Job& job, int64_t block, char* workspace) {
-  if (job.call.algorithm == RK_FFT) {
-    backward_spectral(job, block, reinterpret_cast<V*>(workspace));
-  } else {
-    backward_direct(job, block, reinterpret_cast<float*>(workspace));
-  }
+bool backward(const Job& job, int64_t block, char* workspace) {
+  if (job.call.algorithm != RK_FFT) return backward_direct(job, block, reinterpret_cast<float*>(workspace));
+  backward_spectral(job, block, reinterpret_cast<V*>(workspace));
+  return true;
 }
 
 }  // namespace

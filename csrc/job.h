@@ -35,9 +35,10 @@ struct Job {
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  void (*prepare)(const Job&, int64_t block, char* workspace);
+  // false: RK_NOT_FINITE
+  bool (*prepare)(const Job&, int64_t block, char* workspace);
   void (*forward)(const Job&, int64_t block, int64_t image, int64_t tile, char* workspace);
-  void (*backward)(const Job&, int64_t block, char* workspace);
+  bool (*backward)(const Job&, int64_t block, char* workspace);
   uint64_t (*checksum)(const char* data, int64_t bytes);
 };
 

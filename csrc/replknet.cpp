@@ -94,7 +94,8 @@ struct Work {
   const Isa* isa;
   int64_t slots, slot_bytes;
   bool backward, prepare, compute;
-  int remade[256];  // blocks prepared anew, by slot
+  int remade[256];     // blocks prepared anew, by slot
+  bool spoiled[256];  // whether a block of the slot is RK_NOT_FINITE
 };
 
 uint64_t weights_checksum(const Job& job, const Isa& isa, int64_t block) {
@@ -114,15 +115,17 @@ void run_slots(int64_t begin, int64_t end, void* context) {
         const uint64_t sum = weights_checksum(job, *work.isa, b);
         if (sum == job.run.checksums[b]) continue;
         job.run.checksums[b] = 0;
-        work.isa->prepare(job, b, memory);
-        job.run.checksums[b] = sum;
+        // a block that is not finite is found to be so in each call
+        const bool finite = work.isa->prepare(job, b, memory);
+        job.run.checksums[b] = finite ? sum : 0;
         work.remade[s]++;
+        if (!finite) work.spoiled[s] = true;
       }
     }
     if (!work.compute) continue;
     if (work.backward) {
       for (int64_t b = share(job.blocks, s, work.slots); b < share(job.blocks, s + 1, work.slots); b++) {
-        work.isa->backward(job, b, memory);
+        if (!work.isa->backward(job, b, memory)) work.spoiled[s] = true;
       }
       continue;
     }
@@ -153,7 +156,10 @@ int run_job(const Job& job, const Isa& isa, bool backward, bool prepare) {
     }
   }
   int remade = 0;
-  for (int count : work.remade) remade += count;
+  for (int64_t s = 0; s < slots; s++) {
+    if (work.spoiled[s]) return RK_NOT_FINITE;
+    remade += work.remade[s];
+  }
   return remade;
 }
 

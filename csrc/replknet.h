@@ -11,6 +11,10 @@ extern "C" {
 enum { RK_FLOAT32 = 0, RK_FLOAT16 = 1, RK_BFLOAT16 = 2 };
 enum { RK_DIRECT = 0, RK_FFT = 1 };
 enum { RK_BAD_CALL = -1, RK_BAD_ISA = -2 };
+// RK_DIRECT met weights (rk_forward) or sums for dw (rk_backward) that are not finite. It multiplies them, or what they
+// are sums of, with the zeros of the padding too, which gives NaN where the definition has no product: the result is
+// not to be used.
+enum { RK_NOT_FINITE = -3 };
 
 // A call and how it is to be carried out.
 typedef struct {

@@ -32,6 +32,12 @@ INLINE V all(float a) { return V{} + a; }
 // floor where v is smaller, else v; NaN stays
 INLINE V at_least(V floor, V v) { return floor > v ? floor : v; }
 
+INLINE bool is_zero(V v) {
+  bool zero = true;
+  for (int i = 0; i < LANES; i++) zero = zero && v[i] == 0;
+  return zero;
+}
+
 // Calls f with the integral constants 0 .. N-1: a loop that is unrolled by construction.
 template <int... I, typename F>
 INLINE void each(std::integer_sequence<int, I...>, F&& f) {

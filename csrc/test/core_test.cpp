@@ -566,6 +566,36 @@ void check_changed_weights(int isa) {
   }
 }
 
+// weights, or sums for dw, that products with the padding would spread are told in each call, until they are finite
+void check_not_finite(int isa) {
+  Problem p = small_problem(16 * 2 + 3);
+  const Check check = {p, p.call, rk_isa_name(isa)};
+  for (const How& how : {How{isa, 1, nullptr}, How{isa, 3, in_threads}}) {
+    Tensors t(p);
+    Memory memory(p, p.call, how, true);
+    Poisoned y(4 * p.pixels()), dw(4 * p.taps());
+    const auto forward = [&] {
+      return rk_forward(&p.call, &memory.run, t.x.data(), t.weight.data(), nullptr, 0, y.data());
+    };
+    const auto backward = [&] {
+      return rk_backward(&p.call, &memory.run, t.dy.data(), t.x.data(), t.weight.data(), nullptr, dw.data());
+    };
+    check.expect(forward() == 3 && backward() == 0, "finite weights");
+    for (const double value : {HUGE_VAL, -HUGE_VAL, std::nan("")}) {
+      const double before = p.weight[p.tap(34, 0, 0)];
+      encode(RK_FLOAT32, value, t.weight.data() + 4 * p.tap(34, 0, 0));
+      check.expect(forward() == RK_NOT_FINITE && forward() == RK_NOT_FINITE, "a weight that is not finite");
+      check.expect(backward() == 0, "dw does not depend on the weights");
+      encode(RK_FLOAT32, before, t.weight.data() + 4 * p.tap(34, 0, 0));
+      check.expect(forward() == 1, "finite again");
+      encode(RK_FLOAT32, value, t.dy.data());
+      check.expect(backward() == RK_NOT_FINITE && forward() == 0, "a gradient that is not finite");
+      encode(RK_FLOAT32, p.dy[0], t.dy.data());
+    }
+    check.expect(backward() == 0, "a finite gradient again");
+  }
+}
+
 void check_bad_calls(int isa) {
   const Problem p = small_problem(20);
   Tensors t(p);
@@ -697,6 +727,7 @@ int main(int argc, char** argv) {
   for (int i = 0; rk_length(i); i++) expect(rk_length(i + 1) == 0 || rk_length(i + 1) > rk_length(i), "lengths ascend");
   for (int isa : isas) {
     check_changed_weights(isa);
+    check_not_finite(isa);
     check_bad_calls(isa);
     check_checksums(isa);
   }

@@ -89,3 +89,25 @@ def test_same_padding_shared_convolutions_and_a_second_call():
 
 def test_a_bare_convolution_is_told():
     assert "no parent" in replknet.accelerate(nn.Conv2d(4, 4, 3, padding=1, groups=4)).left["(the model)"]
+
+
+def test_an_algorithm_goes_to_layers_that_run_on_the_operator_already_and_back():
+    model = timm.create_model("replknet_test")
+    plain = [name for name, m in model.named_modules() if isinstance(m, DepthwiseConv2d)]
+    report = replknet.accelerate(model, algorithm="direct")
+    assert set(plain) <= set(report.changed)
+    assert f"{len(report.changed)} that ran on it got another algorithm" in str(report)
+    assert all(model.get_submodule(name).algorithm == "direct" for name in report.changed)
+    # the merged form and the inference form go on with it
+    merged = replknet.merge(model.eval())
+    kernels = [m for m in merged.modules() if isinstance(m, DepthwiseConv2d) and m.kernel_size[0] > 3]
+    assert {m.algorithm for m in kernels} == {"direct"}
+    report.undo()
+    assert all(model.get_submodule(name).algorithm == "auto" for name in plain)
+    assert not replknet.accelerate(model).changed
+
+
+def test_an_unknown_algorithm_is_named_with_the_known_ones():
+    for call in (lambda: replknet.accelerate(nn.ReLU(), algorithm="fast"), lambda: DepthwiseConv2d(4, 3, algorithm="")):
+        with pytest.raises(ValueError, match=r"algorithm must be one of auto, direct, fft, got '(fast)?'"):
+            call()

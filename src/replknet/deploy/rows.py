@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
 
 Activation = Literal["none", "relu", "gelu"]
@@ -106,12 +107,12 @@ def product_of(conv: nn.Conv2d, rows: int) -> Product:
 class Depthwise(nn.Module):
     """A depthwise convolution and a ReLU, in one step of the operator."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: DepthwiseConv2d) -> None:
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.conv.weight, self.conv.bias, relu=True)
+        return depthwise_conv2d(x, self.conv.weight, self.conv.bias, relu=True, algorithm=self.conv.algorithm)
 
 
 class Convolution(nn.Module):

@@ -98,6 +98,13 @@ def backward(
     return _to(dx, dtype), _to(dw, dtype), _to(db, dtype)
 
 
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dw `[C,1,Kh,Kw]` alone."""
+    _, dw, _ = backward(dy, x, weight, [False, True, False])
+    assert dw is not None
+    return dw
+
+
 def _data_and_weight_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,9 @@
 
 What it prepares from the weights (spectra, or taps in another order) is kept with them in `prepared`. The core takes a
 checksum of their bytes in each call, which decides whether what is kept still belongs to them.
+
+The direct kernels multiply the zeros of the padding too. Where a weight is not finite, or a sum for the gradient of the
+weights is not, torch's own convolution does the call instead, since NaN would appear that it does not give.
 """
 
 import ctypes
@@ -17,9 +20,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from replknet.kernels import native_core, prepared
+from replknet.kernels import aten, native_core, prepared
 from replknet.kernels.backend import Backend, Call
-from replknet.kernels.native_core import ALGORITHMS, DTYPES, CoreCall, CoreRun
+from replknet.kernels.native_core import ALGORITHMS, DTYPES, NOT_FINITE, CoreCall, CoreRun
 from replknet.kernels.native_plan import BLOCK, Plan, candidates, plan, reach
 
 # outputs from here on get huge pages where the system offers them: else each is faulted in by 4 KB pages,
@@ -214,6 +217,9 @@ def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: 
         job.address, weights.address, x.data_ptr(), weight.data_ptr(), to_bias, relu, y.data_ptr()
     )
     forms[job.form] = weights
+    if code == NOT_FINITE:
+        y.copy_(aten.forward(x, weight.flip(2, 3) if job.call.rotated else weight, bias, relu))
+        return job.blocks
     assert code >= 0, f"the core answered {code} to {job.how}"
     return code
 
@@ -263,6 +269,9 @@ def _write_gradients(job: _Job, dy: Tensor, x: Tensor, weight: Tensor, dx: Tenso
     else:
         run = _complete(CoreRun(workspace=_workspace.address(job.workspace_bytes)), job)
         code = native_core.core().rk_backward(job.address, ctypes.byref(run), *tensors, None, dw.data_ptr())
+    if code == NOT_FINITE:
+        dw.copy_(aten.weight_gradient(dy, x, weight))
+        return 0
     assert code >= 0, f"the core answered {code} to {job.how}"
     return code
 

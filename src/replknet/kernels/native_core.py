@@ -16,6 +16,8 @@ from torch import Tensor
 
 VARIABLE = "REPLKNET_ISA"
 ALGORITHMS = {"direct": 0, "fft": 1}
+# RK_NOT_FINITE of csrc/replknet.h
+NOT_FINITE = -3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from replknet.nn.depthwise import DepthwiseConv2d
+from replknet.kernels import Algorithm
+from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d, checked
 
 
 @dataclass(frozen=True)
@@ -13,24 +14,33 @@ class Report:
 
     replaced: list[str]  # names of the convolutions that now run on the operator
     left: dict[str, str]  # name of every other convolution -> why it stayed
+    changed: list[str] = field(default_factory=list)  # names of those on the operator that got another algorithm
     _swaps: list[tuple[nn.Module, str, nn.Conv2d]] = field(default_factory=list, repr=False)
+    _algorithms: list[tuple[DepthwiseConv2d | StridedDepthwiseConv2d, Algorithm]] = field(
+        default_factory=list, repr=False
+    )
 
     def undo(self) -> None:
-        """Put the original modules back, with the parameters as they are now."""
+        """Put the original modules and algorithms back, with the parameters as they are now."""
         for parent, name, original in self._swaps:
             current = getattr(parent, name)
             original.weight, original.bias = current.weight, current.bias
             setattr(parent, name, original.train(current.training))
         self._swaps.clear()
+        for module, algorithm in self._algorithms:
+            module.algorithm = algorithm
+        self._algorithms.clear()
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} convolutions run on the operator, {len(self.left)} stay"]
+        if self.changed:
+            lines.append(f"  {len(self.changed)} that ran on it got another algorithm")
         reasons = list(self.left.values())
         lines += [f"  {reasons.count(why)} {why}" for why in sorted(set(reasons))]
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, algorithm: Algorithm = "auto") -> Report:
     """Run the depthwise convolutions of any network on the operator, in place.
 
     Exact `nn.Conv2d` children with one kernel a channel, odd sides, stride 1, dilation 1 and zero padding
@@ -39,13 +49,19 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: any network. A model that is itself a convolution has no parent to hold another, and stays.
+        algorithm: of the operator, as in `replknet.ops.depthwise_conv2d`. Another than "auto" is also given to the
+            layers that run on the operator already.
 
     Returns:
-        What was replaced, what was left and why; its `undo()` restores the original modules.
+        What was replaced or changed, what was left and why; its `undo()` restores the original modules.
+
+    Raises:
+        ValueError: no algorithm has that name.
     """
+    checked(algorithm)
     report = Report(replaced=[], left={})
     new: dict[nn.Module, DepthwiseConv2d] = {}
-    if isinstance(model, nn.Conv2d):
+    if isinstance(model, nn.Conv2d) and not isinstance(model, DepthwiseConv2d):
         report.left["(the model)"] = "has no parent module in which it could be replaced"
     for path, parent in list(model.named_modules()):
         # not named_children(), which gives a module that has two names only once
@@ -58,11 +74,23 @@ def accelerate(model: nn.Module) -> Report:
                 report.left[full] = why
                 continue
             if child not in new:
-                new[child] = _on_operator(child)
+                new[child] = _on_operator(child, algorithm)
             setattr(parent, name, new[child])
             report.replaced.append(full)
             report._swaps.append((parent, name, child))
+    if algorithm != "auto":
+        _change(model, algorithm, set(new.values()), report)
     return report
+
+
+def _change(model: nn.Module, algorithm: Algorithm, but: set[DepthwiseConv2d], report: Report) -> None:
+    """Give an algorithm to the layers that ran on the operator before."""
+    for name, module in model.named_modules():
+        on_operator = isinstance(module, DepthwiseConv2d | StridedDepthwiseConv2d)
+        if on_operator and module not in but and module.algorithm != algorithm:
+            report.changed.append(name)
+            report._algorithms.append((module, module.algorithm))
+            module.algorithm = algorithm
 
 
 def _reason_to_stay(conv: nn.Conv2d) -> str | None:
@@ -89,9 +117,9 @@ def _reason_to_stay(conv: nn.Conv2d) -> str | None:
     return next((why for why, holds in tests.items() if holds), None)
 
 
-def _on_operator(conv: nn.Conv2d) -> DepthwiseConv2d:
+def _on_operator(conv: nn.Conv2d, algorithm: Algorithm) -> DepthwiseConv2d:
     """A DepthwiseConv2d that owns the very Parameters of `conv`."""
     kh, kw = conv.kernel_size
-    new = DepthwiseConv2d(conv.in_channels, (kh, kw), bias=conv.bias is not None, device="meta")
+    new = DepthwiseConv2d(conv.in_channels, (kh, kw), bias=conv.bias is not None, device="meta", algorithm=algorithm)
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)

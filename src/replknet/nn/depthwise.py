@@ -1,10 +1,11 @@
 """The depthwise convolution as a module."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from replknet.kernels import Algorithm
 from replknet.ops import depthwise_conv2d
 
 # in a traced graph each is one node, not what it asks of its input
@@ -14,6 +15,18 @@ torch.fx.wrap("_strided")
 
 # side from which the operator at all pixels takes less time than torch at the few: measured on a CPU, of 3, 5, 9, 13
 _LARGE = 13
+
+
+def checked(algorithm: Algorithm) -> Algorithm:
+    """The name of an algorithm, if there is one of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = get_args(Algorithm)
+    if algorithm not in names:
+        raise ValueError(f"algorithm must be one of {', '.join(names)}, got {algorithm!r}")
+    return algorithm
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -27,12 +40,15 @@ class DepthwiseConv2d(nn.Conv2d):
         bias: whether to add a bias `[C]`.
         device: of the parameters.
         dtype: of the parameters: float64, float32, float16 or bfloat16.
+        algorithm: "direct", "fft" or "auto", as in `replknet.ops.depthwise_conv2d`; it can be changed later, and is no
+            part of the state dict.
 
     Input and output: `[N,C,H,W]`, the dtype of the parameters, contiguous or channels_last; sums and errors as
     in `replknet.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: a kernel side is even. Even, strided or dilated kernels are `nn.Conv2d`.
+        ValueError: a kernel side is even, or the algorithm's name is none. Even, strided or dilated kernels are
+            `nn.Conv2d`.
     """
 
     def __init__(
@@ -42,6 +58,7 @@ class DepthwiseConv2d(nn.Conv2d):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        algorithm: Algorithm = "auto",
     ) -> None:
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if kh % 2 == 0 or kw % 2 == 0:
@@ -56,13 +73,17 @@ class DepthwiseConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        self.algorithm = checked(algorithm)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.algorithm == "auto" else f", algorithm={self.algorithm}")
 
     def forward(self, input: Tensor) -> Tensor:
         # TorchScript cannot call the operator, and a trace would record the checks' sizes as tensors:
         # both get torch's own convolution
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
-        return depthwise_conv2d(input, self.weight, self.bias)
+        return depthwise_conv2d(input, self.weight, self.bias, False, self.algorithm)
 
 
 class StridedDepthwiseConv2d(nn.Conv2d):
@@ -77,19 +98,23 @@ class StridedDepthwiseConv2d(nn.Conv2d):
         kernel_size: side of the kernel in pixels, odd.
         stride: in pixels.
         bias: whether to add a bias `[C]`.
+        algorithm: of the operator, where that is used.
 
     Input `[N,C,H,W]` and output `[N,C,H',W']` are those of `nn.Conv2d` with padding kernel_size // 2, in the dtype that
     it has.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int, bias: bool = False) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, stride: int, bias: bool = False, algorithm: Algorithm = "auto"
+    ) -> None:
         super().__init__(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=bias)
+        self.algorithm = checked(algorithm)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
         if min(self.kernel_size) >= _LARGE:
-            return _every(depthwise_conv2d(input, self.weight, self.bias), self.stride)
+            return _every(depthwise_conv2d(input, self.weight, self.bias, False, self.algorithm), self.stride)
         return _strided(input, self.weight, self.bias, self.stride, self.padding)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from replknet.nn.conv_bn import ConvBN, Norm, folded, set_weight_and_bias
-from replknet.nn.depthwise import depthwise_conv
+from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d, depthwise_conv
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -96,6 +96,10 @@ class ReparamLargeKernelConv(nn.Module):
         fused = fused.to(old.dtype).to_empty(device=old.device).requires_grad_(old.requires_grad)
         assert fused.lkb_reparam is not None
         set_weight_and_bias(fused.lkb_reparam, weight, bias)
+        origin = self.lkb_origin.conv
+        for kind in (DepthwiseConv2d, StridedDepthwiseConv2d):
+            if isinstance(origin, kind) and isinstance(fused.lkb_reparam, kind):
+                fused.lkb_reparam.algorithm = origin.algorithm
         return fused.train(self.training)
 
 
