@@ -144,9 +144,7 @@ def test_timm_fx_forward_and_backward(name):
     traced = symbolic_trace(model)
     x = images(model)
     torch.testing.assert_close(traced(x), model(x))
-    assert "depthwise_conv2d" in {node.name for node in traced.graph.nodes if node.op == "call_function"} | {
-        node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"
-    }
+    assert "depthwise" in {node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"}
     traced(x).mean().backward()
 
 

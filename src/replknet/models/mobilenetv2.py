@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier, make_divisible
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, jit, nn
+from torch import Tensor, nn
 
-from replknet.models.staged import Stage, StagedNet, changed, linear
+from replknet.models.staged import Stage, StagedNet, changed, linear, on_device
 from replknet.nn import DropPath, ReparamLargeKernelConv
 from replknet.nn.conv_bn import ConvBN, Norm
 
@@ -132,6 +133,8 @@ class MobileNetV2(StagedNet):
         drop_path_rate: rate of dropped residual branches in the last block; it grows linearly from 0.
         small_kernel_merged: build the depthwise kernels in the form that `merge(fold_bn=False)` gives.
         sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
+        device: of the parameters.
+        dtype: of the parameters: float64, float32, float16 or bfloat16.
 
     Input: `[N,in_chans,H,W]`, the dtype of the parameters, normalised with the mean and std of `pretrained_cfg`;
     any size.
@@ -150,6 +153,8 @@ class MobileNetV2(StagedNet):
         drop_path_rate: float = 0.0,
         small_kernel_merged: bool = False,
         sync_bn: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         norm: Norm = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2d
@@ -163,47 +168,53 @@ class MobileNetV2(StagedNet):
         self.head_hidden_size = int(make_divisible(_HEAD_CHANNELS * max(1.0, cfg.width), 8))
         self.drop_rate = drop_rate
 
-        self.stem = nn.ModuleList([ConvBN(in_chans, before, 3, cfg.stem_stride, activation=nn.ReLU6(), norm=norm)])
-        rates = iter(linear(drop_path_rate, sum(_DEPTHS)))
-        reduction = cfg.stem_stride
-        stages: list[nn.Module] = []
-        info = []
-        for i, (kernel, stride, depth, out) in enumerate(zip(cfg.kernels, cfg.strides, _DEPTHS, channels, strict=True)):
-            blocks: list[nn.Module] = []
-            for j in range(depth):
-                blocks.append(
-                    InvertedResidual(
-                        before,
-                        out,
-                        _EXPANSIONS[i],
-                        kernel,
-                        cfg.small_kernel,
-                        stride if j == 0 else 1,
-                        cfg.dilation,
-                        cfg.shortcut,
-                        next(rates),
-                        small_kernel_merged,
-                        norm,
+        with on_device(device):
+            self.stem = nn.ModuleList([ConvBN(in_chans, before, 3, cfg.stem_stride, activation=nn.ReLU6(), norm=norm)])
+            rates = iter(linear(drop_path_rate, sum(_DEPTHS)))
+            reduction = cfg.stem_stride
+            stages: list[nn.Module] = []
+            info = []
+            for i, (kernel, stride, depth, out) in enumerate(
+                zip(cfg.kernels, cfg.strides, _DEPTHS, channels, strict=True)
+            ):
+                blocks: list[nn.Module] = []
+                for j in range(depth):
+                    blocks.append(
+                        InvertedResidual(
+                            before,
+                            out,
+                            _EXPANSIONS[i],
+                            kernel,
+                            cfg.small_kernel,
+                            stride if j == 0 else 1,
+                            cfg.dilation,
+                            cfg.shortcut,
+                            next(rates),
+                            small_kernel_merged,
+                            norm,
+                        )
                     )
-                )
-                before = out
-            stages.append(Stage(blocks, nn.Identity()))
-            reduction *= stride
-            info.append({"num_chs": out, "reduction": reduction, "module": f"stages.{i}"})
-        self.feature_info = info
-        self.stages = nn.ModuleList(stages)
-        self.transitions = nn.ModuleList([nn.Identity() for _ in stages])
-        self.norm: nn.Module = nn.Identity()
-        self.conv_head: nn.Module = ConvBN(before, self.head_hidden_size, 1, activation=nn.ReLU6(), norm=norm)
-        self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool)
-        self.head_drop = nn.Dropout(drop_rate)
+                    before = out
+                stages.append(Stage(blocks, nn.Identity()))
+                reduction *= stride
+                info.append({"num_chs": out, "reduction": reduction, "module": f"stages.{i}"})
+            self.feature_info = info
+            self.last_stage = len(info) - 1
+            self.stages = nn.ModuleList(stages)
+            self.transitions = nn.ModuleList([nn.Identity() for _ in stages])
+            self.norm: nn.Module = nn.Identity()
+            self.conv_head: nn.Module = ConvBN(before, self.head_hidden_size, 1, activation=nn.ReLU6(), norm=norm)
+            self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool)
+            self.head_drop = nn.Dropout(drop_rate)
+        if dtype is not None:
+            self.to(dtype=dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's map `[N,C,h,w]` to logits, or to the pooled features before them."""
         x = self.head_drop(self.global_pool(self.conv_head(x)))
         return x if pre_logits else self.head(x)
 
-    @jit.ignore
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layer-decay group of a parameter: 0 the stem, then one a block, and the last for what follows.
 
@@ -215,14 +226,14 @@ class MobileNetV2(StagedNet):
         """
         return partial(_group, coarse=coarse)
 
-    @jit.ignore
+    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the layers that features of these stages do not need; returns the stages as numbers from 0."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if isinstance(self.head, nn.Identity):
-            self.conv_head = nn.Identity()
+            self.conv_head = nn.Identity().train(self.training)
         return taken
 
 

@@ -25,7 +25,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from replknet.models.checkpoints import checkpoint_filter_fn
-from replknet.models.staged import Stage, StagedNet, changed, linear
+from replknet.models.staged import Stage, StagedNet, changed, linear, on_device
 from replknet.nn import ConvFFN, RepLKBlock, stem, transition
 from replknet.nn.conv_bn import Norm
 
@@ -94,6 +94,8 @@ class RepLKNet(StagedNet):
         norm_intermediate_features: a norm on each stage's features, as in the XL backbones for segmentation
             and detection. Only `features_only` models and `forward_intermediates` use them.
         sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
+        device: of the parameters.
+        dtype: of the parameters: float64, float32, float16 or bfloat16.
 
     Input: `[N,in_chans,H,W]`, the dtype of the parameters, normalised with the mean and std of `pretrained_cfg`;
     any size.
@@ -113,6 +115,8 @@ class RepLKNet(StagedNet):
         small_kernel_merged: bool = False,
         norm_intermediate_features: bool = False,
         sync_bn: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         norm: Norm = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2d
@@ -125,28 +129,31 @@ class RepLKNet(StagedNet):
             {"num_chs": channels, "reduction": cfg.stem_stride * 2**i, "module": f"stages.{i}"}
             for i, channels in enumerate(cfg.channels)
         ]
+        self.last_stage = len(cfg.channels) - 1
 
-        self.stem = stem(in_chans, cfg.channels[0], cfg.stem_stride, norm)
-        rates = iter(linear(drop_path_rate, sum(cfg.depths)))
-        stages: list[nn.Module] = []
-        for kernel, depth, channels in zip(cfg.kernels, cfg.depths, cfg.channels, strict=True):
-            blocks: list[nn.Module] = []
-            for _ in range(depth):
-                rate = next(rates)
-                dw_channels = int(channels * cfg.dw_ratio)
-                blocks += [
-                    RepLKBlock(channels, dw_channels, kernel, cfg.small_kernel, rate, small_kernel_merged, norm),
-                    ConvFFN(channels, int(channels * cfg.ffn_ratio), rate, norm),
-                ]
-            stages.append(Stage(blocks, norm(channels) if norm_intermediate_features else nn.Identity()))
-        self.stages = nn.ModuleList(stages)
-        # one after each stage, so that a script can walk both lists together
-        self.transitions = nn.ModuleList(
-            [transition(a, b, norm) for a, b in zip(cfg.channels[:-1], cfg.channels[1:], strict=True)] + [nn.Identity()]
-        )
-        self.norm: nn.Module = norm(self.num_features)
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        self.head_drop = nn.Dropout(drop_rate)
+        with on_device(device):
+            self.stem = stem(in_chans, cfg.channels[0], cfg.stem_stride, norm)
+            rates = iter(linear(drop_path_rate, sum(cfg.depths)))
+            stages: list[nn.Module] = []
+            for kernel, depth, channels in zip(cfg.kernels, cfg.depths, cfg.channels, strict=True):
+                blocks: list[nn.Module] = []
+                for _ in range(depth):
+                    rate = next(rates)
+                    dw_channels = int(channels * cfg.dw_ratio)
+                    blocks += [
+                        RepLKBlock(channels, dw_channels, kernel, cfg.small_kernel, rate, small_kernel_merged, norm),
+                        ConvFFN(channels, int(channels * cfg.ffn_ratio), rate, norm),
+                    ]
+                stages.append(Stage(blocks, norm(channels) if norm_intermediate_features else nn.Identity()))
+            self.stages = nn.ModuleList(stages)
+            # one after each stage, so that a script can walk both lists together
+            pairs = zip(cfg.channels[:-1], cfg.channels[1:], strict=True)
+            self.transitions = nn.ModuleList([*(transition(a, b, norm) for a, b in pairs), nn.Identity()])
+            self.norm: nn.Module = norm(self.num_features)
+            self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+            self.head_drop = nn.Dropout(drop_rate)
+        if dtype is not None:
+            self.to(dtype=dtype)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:

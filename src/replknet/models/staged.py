@@ -4,7 +4,7 @@ A family of networks subclasses `StagedNet` and builds the parts; TorchScript an
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,8 +54,8 @@ class StagedNet(nn.Module):
     """A stem, stages with transitions between them, a final norm and a classifier, as timm's models are used.
 
     A subclass builds `stem`, `stages`, `transitions` (one after each stage), `norm`, `global_pool`, `head_drop` and
-    `head`, and says `feature_info`, `num_features` (channels of the last stage) and `head_hidden_size` (channels that
-    the classifier sees).
+    `head`, and says `feature_info`, `last_stage` (its number, also where stages are dropped later), `num_features`
+    (channels of the last stage) and `head_hidden_size` (channels that the classifier sees).
 
     Input: images `[N,in_chans,H,W]`, the dtype of the parameters.
     Output: logits `[N,num_classes]`, or pooled features with num_classes=0.
@@ -68,6 +68,7 @@ class StagedNet(nn.Module):
         num_features: int
         head_hidden_size: int
         feature_info: list[dict[str, Any]]
+        last_stage: int
         stem: nn.ModuleList
         stages: nn.ModuleList
         transitions: nn.ModuleList
@@ -93,6 +94,13 @@ class StagedNet(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
+    def init_weights(self) -> None:
+        """The initial values anew, such as for a network that was built on the meta device and then `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
+                module.reset_parameters()
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last layer: nn.Linear, or nn.Identity without classes."""
         return self.head
@@ -107,8 +115,11 @@ class StagedNet(nn.Module):
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         old = next(self.parameters())
-        self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=pool)
-        self.head.to(device=old.device, dtype=old.dtype)
+        self.global_pool, self.head = create_classifier(
+            self.head_hidden_size, num_classes, pool_type=pool, device=old.device, dtype=old.dtype
+        )
+        for new in (self.global_pool, self.head):
+            new.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[N,in_chans,H,W]` to the normalised map before pooling, `[N,C,H/32,W/32]` with a stride of 32."""
@@ -126,7 +137,6 @@ class StagedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
     def forward_intermediates(
         self,
         x: Tensor,
@@ -153,23 +163,26 @@ class StagedNet(nn.Module):
         Raises:
             ValueError: another `output_fmt`, or `indices` without any stage.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        if not torch.jit.is_scripting():
+            _refuse_other_formats(output_fmt)
         taken, last = _taken(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        found, last_stage = [], len(self.feature_info) - 1
+        end = last + 1 if stop_early else len(self.stages)
+        found: list[Tensor] = []
         for layer in self.stem:
             x = layer(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in taken:
-                final = norm and i == last_stage
-                found.append((self.norm if final else stage.get_submodule("norm"))(x))
-            if i + 1 < len(stages):
-                x = self.transitions[i](x)
+        # TorchScript unrolls this loop, and can neither slice the lists nor leave it
+        for i, (stage, after) in enumerate(zip(self.stages, self.transitions)):  # noqa: B905  # nor has it strict=
+            if i < end:
+                x = stage(x)
+                if i in taken:
+                    final = norm and i == self.last_stage
+                    # a module's attribute may be a tensor, too, for mypy
+                    found.append(self.norm(x) if final else stage.norm(x))  # type: ignore[operator]
+                if i + 1 < end:
+                    x = after(x)
         if intermediates_only:
             return found
-        return (self.norm(x) if len(stages) > last_stage else x), found
+        return (self.norm(x) if end > self.last_stage else x), found
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -181,26 +194,44 @@ class StagedNet(nn.Module):
         self.stages = self.stages[: last + 1]
         self.transitions = nn.ModuleList([*self.transitions[:last], nn.Identity()])
         if prune_norm or pruned:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if pruned:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.reset_classifier(0, "")
+        # what is new, the lists too, is in the mode of the network
+        for new in (self.stages, self.transitions, self.transitions[-1]):
+            new.training = self.training
         return taken
 
 
 def _taken(stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
     """timm's reading of `indices`: the stages to take, as numbers from 0, and the last of them."""
-    if not isinstance(indices, int | None) and not indices:
-        raise ValueError(f"indices must name one of the {stages} stages at least, got {indices}; None takes all")
+    if not torch.jit.is_scripting():
+        _refuse_none(stages, indices)
     taken, last = feature_take_indices(stages, indices)
     return taken, last
+
+
+def _refuse_other_formats(output_fmt: str) -> None:
+    if output_fmt != "NCHW":
+        raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+
+
+def _refuse_none(stages: int, indices: int | list[int] | None) -> None:
+    if not isinstance(indices, int | None) and not indices:
+        raise ValueError(f"indices must name one of the {stages} stages at least, got {indices}; None takes all")
 
 
 def changed(cfg: Config, kwargs: dict[str, Any]) -> Config:
     """A configuration with those of its fields that are among the arguments, which are taken out of them."""
     named = [field.name for field in fields(cfg) if field.name in kwargs]  # type: ignore[arg-type]  # a dataclass
     return replace(cfg, **{name: kwargs.pop(name) for name in named})  # type: ignore[type-var]  # the same
+
+
+def on_device(device: torch.device | str | None) -> AbstractContextManager[object]:
+    """Layers that are built inside are on that device; None for the default one."""
+    return nullcontext() if device is None else torch.device(device)
 
 
 def linear(last: float, count: int) -> list[float]:

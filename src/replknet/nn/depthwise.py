@@ -1,6 +1,6 @@
 """The depthwise convolution as a module."""
 
-from typing import Any, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from replknet.kernels import Algorithm
 from replknet.ops import depthwise_conv2d
 
-# in a traced graph each is one node, not what it asks of its input
-torch.fx.wrap("depthwise_conv2d")
-torch.fx.wrap("_every")
-torch.fx.wrap("_strided")
+# in a graph of torch.fx each is one node, not what it asks of its input
+torch.fx.wrap("depthwise")
+torch.fx.wrap("strided_depthwise")
 
 # side from which the operator at all pixels takes less time than torch at the few: measured on a CPU, of 3, 5, 9, 13
 _LARGE = 13
@@ -79,11 +78,11 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().extra_repr() + ("" if self.algorithm == "auto" else f", algorithm={self.algorithm}")
 
     def forward(self, input: Tensor) -> Tensor:
-        # TorchScript cannot call the operator, and a trace would record the checks' sizes as tensors:
+        # TorchScript cannot call the operator, and a trace would record its questions about sizes:
         # both get torch's own convolution
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
-        return depthwise_conv2d(input, self.weight, self.bias, False, self.algorithm)
+        return depthwise(input, self.weight, self.bias, self.algorithm)
 
 
 class StridedDepthwiseConv2d(nn.Conv2d):
@@ -113,20 +112,38 @@ class StridedDepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
-        if min(self.kernel_size) >= _LARGE:
-            return _every(depthwise_conv2d(input, self.weight, self.bias, False, self.algorithm), self.stride)
-        return _strided(input, self.weight, self.bias, self.stride, self.padding)
+        return strided_depthwise(input, self.weight, self.bias, self.stride[0], self.algorithm)
 
 
-def _every(y: Tensor, stride: tuple[int, ...]) -> Tensor:
+# TorchScript has no Literal, hence the strings that are cast
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Tensor:
+    """What `DepthwiseConv2d` computes; in a graph of torch.fx that TorchScript compiles, torch's own convolution."""
+    if torch.jit.is_scripting():
+        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+        return nn.functional.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+    return depthwise_conv2d(x, weight, bias, False, cast(Algorithm, algorithm))
+
+
+def strided_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, algorithm: str) -> Tensor:
+    """What `StridedDepthwiseConv2d` computes; for TorchScript as in `depthwise`."""
+    if torch.jit.is_scripting():
+        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+        return nn.functional.conv2d(x, weight, bias, [stride, stride], padding, groups=x.shape[1])
+    if min(weight.shape[2:]) >= _LARGE:
+        return _every(depthwise_conv2d(x, weight, bias, False, cast(Algorithm, algorithm)), stride)
+    return _strided(x, weight, bias, stride)
+
+
+def _every(y: Tensor, stride: int) -> Tensor:
     """Every so many pixels of each row and column, in the memory format of the whole."""
     last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-    taken = y[:, :, :: stride[0], :: stride[1]]
+    taken = y[:, :, ::stride, ::stride]
     return taken.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: Any) -> Tensor:
+def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
     half = dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cpu" or not torch.is_grad_enabled() or not half:
         return nn.functional.conv2d(x, weight, bias, stride, padding, groups=len(weight))
