@@ -33,8 +33,7 @@ struct TileArgs {
 
 template <int T>
 NOINLINE void tile(const TileArgs& a) {
-  V sum[T];
-  unrolled<T>([&](auto t) INLINE_LAMBDA { sum[t] = a.bias; });
+  V sum[T] = {};
   const float* tap = a.taps;
   for (int r = 0; r < a.rows; r++) {
     const float* x = a.lines + r * a.pitch;
@@ -46,14 +45,15 @@ NOINLINE void tile(const TileArgs& a) {
   }
   float* const y = a.y;
   const int64_t stride = a.stride;
-  const V floor = a.floor;
+  // last: added first, it would be in the rounding of each step
+  const V floor = a.floor, bias = a.bias;
   if (a.outputs == T) {
-    unrolled<T>([&](auto t) INLINE_LAMBDA { store(y + t * stride, at_least(floor, sum[t])); });
+    unrolled<T>([&](auto t) INLINE_LAMBDA { store(y + t * stride, at_least(floor, sum[t] + bias)); });
     return;
   }
   const int outputs = a.outputs;
   unrolled<T>([&](auto t) INLINE_LAMBDA {
-    if (t < outputs) store(y + t * stride, at_least(floor, sum[t]));
+    if (t < outputs) store(y + t * stride, at_least(floor, sum[t] + bias));
   });
 }
 
@@ -74,8 +74,7 @@ INLINE void dense_row(const float* x, const float* taps, int64_t taps_row, V (&s
 // R rows of W outputs; `taps` is the row that meets the first line for the first of the R
 template <int W, int R>
 NOINLINE void dense(const TileArgs& a) {
-  V sum[R][W];
-  unrolled<R>([&](auto r) INLINE_LAMBDA { unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] = a.bias; }); });
+  V sum[R][W] = {};
   const int64_t row = static_cast<int64_t>(a.columns) * LANES;
   const auto line = [&](int i) INLINE_LAMBDA { return a.lines + i * a.pitch; };
   const int both = R == 1 ? 0 : a.before, second = R == 1 ? a.rows : a.rows - a.after;
@@ -87,7 +86,9 @@ NOINLINE void dense(const TileArgs& a) {
     for (int i = second; i < a.rows; i++) dense_row<1, 1>(line(i), a.taps + i * row, row, sum);
   }
   unrolled<R>([&](auto r) INLINE_LAMBDA {
-    unrolled<W>([&](auto t) INLINE_LAMBDA { store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t])); });
+    unrolled<W>([&](auto t) INLINE_LAMBDA {
+      store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t] + a.bias));
+    });
   });
 }
 
