@@ -11,7 +11,7 @@ EXPECTED = import sys; from replknet.kernels.native_core import library_path; \
 # for `make gpu`: the machine's own, whose torch fits its driver
 PYTHON  ?= python3
 
-.PHONY: help demo test check sanitize aarch64 bench gpu docs format clean
+.PHONY: help demo test check soak sanitize aarch64 bench gpu docs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+soak: .venv/installed-test  ## 2,000 random cases of each campaign (four minutes), or MINUTES=n of other ones
+	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES)) $(RUN)
 
 sanitize:  ## the C++ core under ASan, UBSan and TSan, against sums in double (two minutes)
 	$(MAKE) -C csrc/test -j$$(nproc) sanitize

@@ -16,25 +16,52 @@ from replknet.kernels import Backend, reference
 EPS_SUM = torch.finfo(torch.float32).eps
 
 
-def everything(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor, algorithm: str = "direct") -> dict[str, Tensor]:
-    """y, dx, dw and db of one backend."""
-    y = backend.forward(x, weight, None, False, algorithm)
+def everything(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    algorithm: str = "direct",
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> dict[str, Tensor]:
+    """y, dx, dw and db of one backend; bias and ReLU are for y alone."""
+    y = backend.forward(x, weight, bias, relu, algorithm)
     dx, dw, db = backend.backward(dy, x, weight, [True, True, True], algorithm)
     return {"y": y, "dx": dx, "dw": dw, "db": db}
 
 
 def excess(backend: Backend, x: Tensor, weight: Tensor, dy: Tensor, algorithm: str = "direct") -> dict[str, float]:
     """For y, dx, dw and db, the largest error as a multiple of what arithmetic allows; at most 1 is right."""
-    got = everything(backend, x, weight, dy, algorithm)
+    return excess_of(everything(backend, x, weight, dy, algorithm), x, weight, dy, algorithm)
+
+
+def excess_of(
+    got: dict[str, Tensor],
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    algorithm: str = "direct",
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> dict[str, float]:
+    """The same for results that are already there; "auto" may have gone either way."""
     wide = [t.double() for t in (x, weight, dy)]
-    truth = everything(reference.BACKEND, *wide)
+    wide_bias = None if bias is None else bias.double()
+    truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
     eps = torch.finfo(x.dtype).eps
     # a float64 call sums in float64
     eps_sum = min(eps, EPS_SUM)
-    terms = everything(reference.BACKEND, *(t.abs() for t in wide))
-    bounds = {name: 4 * eps_sum * term for name, term in terms.items()}
-    if algorithm == "fft":
-        bounds |= {name: eps_sum * norm for name, norm in _norms(*wide).items()}
+    terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
+    # and so does the reference, whose error comes on top then
+    both_round = 2 if x.dtype == torch.float64 else 1
+    bounds = {name: both_round * 4 * eps_sum * term for name, term in terms.items()}
+    if algorithm != "direct":
+        norms = _norms(*wide)
+        if bias is not None:
+            norms["y"] = norms["y"] + wide_bias.abs()[:, None, None]
+        both = 1 if algorithm == "auto" else 0
+        bounds |= {name: both * bounds[name] + eps_sum * norm for name, norm in norms.items()}
     # results below this are subnormal in the dtype, spaced by tiny * eps
     step = torch.finfo(x.dtype).smallest_normal * eps
     found = {}

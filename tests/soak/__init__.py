@@ -1,0 +1,9 @@
+"""Random campaigns: `make soak MINUTES=n` runs them for a time, the test suite the first cases of each.
+
+A new campaign is a file with a `Campaign`, and one line here.
+"""
+
+from soak import depthwise
+from soak.campaign import Campaign
+
+CAMPAIGNS: dict[str, Campaign] = {campaign.name: campaign for campaign in (depthwise.CAMPAIGN,)}

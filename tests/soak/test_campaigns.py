@@ -1,0 +1,71 @@
+"""The first cases of each campaign, and that a wrong result is found and can be repeated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from replknet.kernels import native
+from soak import CAMPAIGNS, depthwise
+from soak.campaign import failures
+
+CASES, AT_ONCE = 50, 10
+
+
+@pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_no_case_fails(name, first):
+    found = [failure for failure in failures(CAMPAIGNS[name], first, AT_ONCE) if failure is not None]
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_wrong_result_is_found_and_its_seed_repeats_it(monkeypatch):
+    original = native._convolved
+
+    def wrong(job, x, weight, bias, relu, y):
+        code = original(job, x, weight, bias, relu, y)
+        y[..., -1, -1] *= 1 + 1e-2
+        return code
+
+    monkeypatch.setattr(native, "_convolved", wrong)
+    found = [failure for failure in failures(CAMPAIGNS["depthwise"], 0, 5) if failure is not None]
+    assert found
+    assert "times the error that arithmetic allows" in found[0].what
+    (again,) = failures(CAMPAIGNS["depthwise"], found[0].seed, 1)
+    assert again == found[0]
+    assert str(again).endswith(f"depthwise --first {found[0].seed} --cases 1")
+
+
+def test_cases_are_of_many_kinds():
+    shapes = [depthwise._shape(Random(i)) for i in range(300)]
+    assert any(kh > 2 * h for _, _, h, _, kh, _ in shapes)
+    assert any(kh != kw for *_, kh, kw in shapes)
+    assert len({c % 16 for _, c, *_ in shapes}) == 16
+
+
+def run(*words):
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "soak", *words]
+    return subprocess.run(
+        command, cwd=tests, env={**os.environ, "PYTHONPATH": str(tests)}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_counts_cases_and_names_the_campaigns():
+    result = run("depthwise", "--cases", "3", "--first", "7", "--json")
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert (found["cases"], found["first"], found["failures"]) == (3, 7, [])
+    result = run("files")
+    assert result.returncode == 2
+    assert "no campaign is called files; there are depthwise" in result.stderr
+
+
+def test_minutes_end_it():
+    result = run("--minutes", "0.02")
+    assert result.returncode == 0, result.stderr
+    assert "depthwise: " in result.stdout
