@@ -43,3 +43,14 @@ def test_readme_and_changelog_name_every_command():
     assert f"`replknet {' | '.join(COMMANDS)}`" in (ROOT / "CHANGELOG.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert [name for name in COMMANDS if not re.search(rf"^replknet .*\b{name}\b", readme, re.MULTILINE)] == []
+
+
+def test_three_lines_run_a_script_of_timms_with_our_networks(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys, timm\n"
+        "if __name__ == '__main__':\n"
+        "    print(type(timm.create_model(sys.argv[1])).__name__, sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-W", "ignore", ROOT / "docs/examples/with_replknet.py", "script.py", "replknet_test"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout == "RepLKNet ['replknet_test']\n", result.stderr

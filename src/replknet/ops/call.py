@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replknet.kernels import ALGORITHMS, Algorithm, Call
+from replknet import kernels
+from replknet.kernels import ALGORITHMS, Algorithm, Backend, Call
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,14 +94,14 @@ def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A call whose arguments were checked, and the layout of its result."""
+    """What is known of a call whose arguments were checked."""
 
-    call: Call
-    layout: torch.memory_format
+    layout: torch.memory_format  # of the result
     strides: tuple[int, ...]  # of an empty tensor of that layout
+    backend: Backend | None  # None: there is nothing to compute
 
 
-# by what the checks look at; a call costs less than its checks for the smallest maps
+# by all that the checks and the choice of a backend look at; a call costs less than these for the smallest maps
 _ACCEPTED: dict[tuple[object, ...], Accepted] = {}
 _MOST_ACCEPTED = 4096
 
@@ -110,16 +111,50 @@ def accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> 
 
     Raises:
         ValueError: as `check`.
+        RuntimeError: no backend takes the call.
     """
-    of_weight = weight.shape, weight.dtype, weight.device
-    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    facts = x.shape, x.stride(), x.dtype, x.device, of_weight, of_bias, algorithm
+    facts = (
+        _facts(x, weight, algorithm),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
     found = _ACCEPTED.get(facts)
     if found is None:
         check(x, weight, bias, algorithm)
-        if len(_ACCEPTED) >= _MOST_ACCEPTED:
-            _ACCEPTED.clear()
-        call, layout = _call(x, weight, algorithm), memory_format(x)
-        strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
-        found = _ACCEPTED[facts] = Accepted(call, layout, strides)
+        found = _remembered(facts, x, weight, algorithm)
+    return found
+
+
+def accepted_gradients(dy: Tensor, x: Tensor, weight: Tensor, algorithm: str) -> Accepted:
+    """The same for the arguments of the gradients."""
+    facts = _facts(x, weight, algorithm), (dy.shape, dy.dtype, dy.device)
+    found = _ACCEPTED.get(facts)
+    if found is None:
+        check(x, weight, None, algorithm)
+        check_gradient(dy, x)
+        found = _remembered(facts, x, weight, algorithm)
+    return found
+
+
+def _facts(x: Tensor, weight: Tensor, algorithm: str) -> tuple[object, ...]:
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        algorithm,
+        kernels.forced(),
+        kernels.BACKENDS,
+    )
+
+
+def _remembered(facts: tuple[object, ...], x: Tensor, weight: Tensor, algorithm: str) -> Accepted:
+    layout = memory_format(x)
+    strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
+    backend = kernels.choose(_call(x, weight, algorithm)) if x.numel() > 0 else None
+    if len(_ACCEPTED) >= _MOST_ACCEPTED:
+        _ACCEPTED.clear()
+    _ACCEPTED[facts] = found = Accepted(layout, strides, backend)
     return found

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import register_flop_formula
 
-from replknet.kernels import choose, prepared
-from replknet.ops.call import accepted, check, check_gradient, memory_format
+from replknet.kernels import prepared
+from replknet.ops.call import accepted, accepted_gradients, check, check_gradient, memory_format
 from replknet.ops.transforms import differentiates_forward, must_be_plain
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -47,21 +47,20 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorit
     _refuse_derivatives(x, weight, bias)
     found = accepted(x, weight, bias, algorithm)
     layout = found.layout
-    if x.numel() == 0:
+    if found.backend is None:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    y = choose(found.call).forward(x.contiguous(memory_format=layout), _dense(weight), bias, relu, algorithm)
+    y = found.backend.forward(x.contiguous(memory_format=layout), _dense(weight), bias, relu, algorithm)
     return _settled(y, found.strides)
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str) -> Gradients:
     _refuse_derivatives(x, weight, dy)
-    found = accepted(x, weight, None, algorithm)
-    check_gradient(dy, x)
+    found = accepted_gradients(dy, x, weight, algorithm)
     layout = found.layout
-    if x.numel() == 0:
+    if found.backend is None:
         dx, dw, db = _empty_gradients(x, weight, wanted)
         return dx, dw.zero_(), db.zero_()
-    to_x, to_weight, to_bias = choose(found.call).backward(
+    to_x, to_weight, to_bias = found.backend.backward(
         dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout), _dense(weight), wanted, algorithm
     )
     _, _, kh, kw = weight.shape
@@ -152,8 +151,8 @@ class _Recorded(torch.autograd.Function):
 
 def _gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str) -> MaybeGradients:
     run = plain_gradients if must_be_plain(dy, x, weight) else _recorded_gradients
-    dx, dw, db = (g if want else None for g, want in zip(run(dy, x, weight, wanted, algorithm), wanted, strict=True))
-    return dx, dw, db
+    dx, dw, db = run(dy, x, weight, wanted, algorithm)
+    return dx if wanted[0] else None, dw if wanted[1] else None, db if wanted[2] else None
 
 
 def _recorded_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str) -> Gradients:
