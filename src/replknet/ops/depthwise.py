@@ -5,7 +5,8 @@ from torch import Tensor
 
 from replknet.kernels import Algorithm, prepared
 from replknet.ops.call import check
-from replknet.ops.library import differentiable, plain, recorded
+from replknet.ops.derivatives import plain, recorded
+from replknet.ops.schemas import differentiable
 from replknet.ops.sharding import know_sharded
 from replknet.ops.transforms import must_be_plain
 

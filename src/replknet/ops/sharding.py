@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 
-from replknet.ops.library import computing, computing_backward
+from replknet.ops.schemas import computing, computing_backward
 
 # of the results, and of the arguments; None for one that is no tensor
 Placements = tuple[Sequence[object], Sequence[object]]

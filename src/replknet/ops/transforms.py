@@ -1,8 +1,8 @@
 """Who looks at a call besides autograd: exporters, tracers, `torch.func` and forward-mode AD.
 
 The only place with names that torch does not document. `tests/ops/test_transforms.py` fails on a torch that lacks one
-of them. On such a torch the dispatcher still finds calls inside `torch.func` (see `library`), and each tensor is asked
-whether it has a tangent.
+of them. On such a torch the dispatcher still finds calls inside `torch.func` (`derivatives` registers them), and each
+tensor is asked whether it has a tangent.
 """
 
 from collections.abc import Callable
