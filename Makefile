@@ -40,12 +40,13 @@ aarch64:  ## the C++ core cross-compiled for AArch64, and its tests under qemu
 bench: .venv/installed-demo  ## time the operator against torch; records go to benchmarks/results
 	$(BIN)/replknet bench ops --backward --output benchmarks/results/ops.jsonl $(RUN)
 
+# about eight minutes: 90 seconds for the tests, then the two limits
 gpu:  ## correctness and times on a CUDA device; needs torch, timm, numpy and pytest alone, installs nothing
 	@$(PYTHON) -c 'import torch, timm, numpy, pytest' 2>/dev/null || { \
 		echo 'no CUDA device was looked for: $(PYTHON) has no torch, timm, numpy or pytest; PYTHON=... names another' >&2; exit 1; }
 	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py tests/deploy/test_inference.py
-	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu $(RUN)
-	PYTHONPATH=src $(PYTHON) -m replknet.deploy.gpu
+	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu --limit 330 $(RUN)
+	PYTHONPATH=src $(PYTHON) -m replknet.deploy.gpu --limit 60
 
 docs: .venv/installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html

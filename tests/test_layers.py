@@ -31,6 +31,7 @@ ORDER = list(LAYERS)
 FILES = {
     "analysis/plots/": {"matplotlib"},
     "data/images.py": {"datasets"},
+    "kernels/triton_tune.py": {"filelock"},
     "bench/runtimes.py": {"onnx", "onnxruntime", "openvino"},
 }
 # the only files with triton: the kernels

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from replknet import kernels, models, nn, ops
 from replknet.kernels import use_backend
 from replknet.models import load_checkpoint
-from replknet.nn import accelerate, merge
+from replknet.nn import accelerate, merge, warm
 from replknet.ops import doctor
 
 try:
@@ -26,4 +26,5 @@ __all__ = [
     "nn",
     "ops",
     "use_backend",
+    "warm",
 ]

@@ -1,10 +1,10 @@
-"""What the patch kernels have to do, against counts of the design study and by hand."""
+"""What the kernels on tensor cores have to do, against counts of the design study and by hand."""
 
 import pytest
 
 from replknet.bench.cases import Case
 from replknet.bench.gpu_counts import counts
-from replknet.kernels.triton_plan import PatchTile
+from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,34 @@ def test_few_images_do_not_leave_out_padding():
         counts(case, PatchTile(by_image=False)).redundancy
         > counts(case, PatchTile(by_image=True, samples=4)).redundancy
     )
+
+
+def test_column_blocks_that_end_beyond_the_map_are_counted():
+    # two patches of 16 columns see blocks from columns -8, 8 and 24: one, two and one product for each of two row
+    # blocks of the kernel; the kernel does not know that the map ends at column 17
+    found = counts(Case("", (64, 1, 4, 17), 7), PatchTile())
+    assert found.done_flops == 2 * 4 * 2 * 64 * 64 * 64
+
+
+def test_a_map_held_as_patches_takes_one_product_for_each_pair_of_row_blocks():
+    found = counts(Case("", (64, 512, 14, 14), 27), PlaneTile())
+    assert found.done_flops == 512 * 16 * 2 * 64 * 64 * 64
+    assert found.redundancy == pytest.approx(1.71, rel=0.02)
+    # a small kernel reaches the row blocks beside an output alone; the last of two batches of images is not full
+    found = counts(Case("", (65, 3, 16, 9), 5), PlaneTile())
+    assert found.done_flops == 3 * 2 * (4 + 2 * 3) * 2 * 64 * 64 * 64
+
+
+def test_a_flat_map_takes_one_product():
+    found = counts(Case("", (64, 1024, 7, 7), 13), PlaneTile(rows=0))
+    assert found.done_flops == 1024 * 2 * 64 * 64 * 64
+    assert found.bytes == 2 * 2 * 64 * 1024 * 49
+    assert found.strip_bytes == 0
+
+
+def test_strips_have_no_column_blocks_that_miss_the_map():
+    case = Case("", (64, 512, 14, 14), 27)
+    # 35 strips of 16 x 16 taps of 2 bytes a channel, one of three column blocks
+    for tile in (PatchTile(), PlaneTile()):
+        assert counts(case, tile).strip_bytes == 512 * 35 * 512 == 9_175_040
+    assert counts(case, DirectTile()).strip_bytes == 0

@@ -7,13 +7,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import conv2d
 
+from replknet import kernels
 from replknet.bench import harness, networks, ops, overhead, runtimes, tables
 from replknet.bench.cases import SUITES, Case, Stack, Suite, Target, chosen, grid
 from replknet.bench.gate import excess, truths
 from replknet.bench.harness import Load, Record, Timing, append, interleaved
 from replknet.bench.networks import Network
 from replknet.kernels import BACKENDS, reference
+from replknet.ops import depthwise_conv2d
 
 SETTINGS = ops.Settings(runs=2, limit_s=1.0, peak_gflops=100.0, peak_from="as stated")
 TINY = Case(
@@ -262,6 +265,19 @@ def test_overhead_is_the_difference_to_torch_in_the_same_layout():
     lines = tables.overhead_rows([record("operator nhwc", 0.03, **values), record("torch nhwc", 0.01, **values)])
     assert lines[0].split()[-5:] == ["30.0", "20.0", "under", "15:", "missed"]
     assert lines[1].split()[-1] == "10.0"
+
+
+def test_the_hosts_time_of_a_gpu_call_is_told_without_a_gpu():
+    found = list(overhead.measure([overhead.GPU], runs=2))
+    assert [group[0].what for group in found] == ["forward", "step", "autocast step"]
+    assert {one.way for one in found[2]} == {f"{who} {x}" for who in ("host", "casts") for x in ("nchw", "nhwc")}
+    values = {"suite": "overhead", "case": overhead.GPU, "what": "autocast step"}
+    lines = tables.overhead_rows([record("host nhwc", 0.11, **values), record("casts nhwc", 0.04, **values)])
+    assert lines[0].split()[-5:] == ["110.0", "70.0", "under", "60:", "missed"]
+    # afterwards all is as it was
+    assert kernels.BACKENDS == BACKENDS
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+    torch.testing.assert_close(depthwise_conv2d(x, weight), conv2d(x, weight, padding=1, groups=2))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import torch
 
 import replknet
 from replknet.cli.main import main
-from replknet.kernels import BACKENDS, Call, choose, reference
+from replknet.kernels import BACKENDS, Call, choose, reference, triton_device, triton_tune
+from replknet.kernels.triton_plan import PatchTile, Work
+from replknet.kernels.triton_tune import Entry, kind_of
 from replknet.ops.doctor import explain
 
 LAYER = ["--shape", "1,8,14,14", "--kernel", "13,5"]
@@ -44,6 +46,47 @@ def test_a_forced_backend_is_said_to_be_forced(capsys):
     with replknet.use_backend("reference"):
         assert main(["doctor", *LAYER]) == 0
     assert "reference takes it, which REPLKNET_BACKEND or use_backend forces" in capsys.readouterr().out
+
+
+def test_each_gpu_is_shown_with_what_is_known_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100", "Tesla T4"][index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    caches = triton_tune.table_of, triton_device.device_at
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        device = triton_device.device_at(0)
+        work = Work(shape=(64, 128, 56, 56), kernel=(31, 31), dtype=torch.bfloat16, device=0)
+        device.table.put_check("forward patch bfloat16", "right")
+        device.table.put(kind_of("forward", work), Entry(PatchTile(), 0.2578, 7.867))
+        device.broken["dw patch bfloat16"] = "RuntimeError: Failed to find C compiler"
+        assert main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        assert (
+            "cuda:0: NVIDIA H100 (capability 9.0): right: forward patch bfloat16; not used: dw patch bfloat16: " in text
+        )
+        assert f"Failed to find C compiler; 1 kinds of calls timed in {device.table.path}" in text
+        assert "cuda:1: Tesla T4 (capability 7.5): torch's own convolution; Triton's needs a device of cap" in text
+        assert main(["doctor", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["cuda"][0]["timed"] == 1
+        layer = ["--shape", "64,128,56,56", "--kernel", "31", "--dtype", "bfloat16"]
+        assert main(["doctor", *layer, "--device", "cuda"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        at = next(i for i, line in enumerate(lines) if line.split()[:3] == ["measured", "takes", "it"])
+        assert lines[at + 1].split("forward: ")[1] == f"{PatchTile()} 0.258 ms, torch 7.87 ms"
+        assert lines[at + 2].split("dx: ")[1].startswith("not timed here; the tile that ships is PatchTile(")
+        assert main(["doctor", *layer, "--device", "cuda:1"]) == 0
+        assert "aten takes it" in capsys.readouterr().out
+        assert main(["doctor", *layer, "--device", "cuda:2"]) == 0
+        assert "measured   refuses: there is no device cuda:2" in capsys.readouterr().out
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:1 and so on, got 'gpu'"):
+        explain((1, 8, 14, 14), (13, 5), device="gpu")
 
 
 def test_a_backend_explains_its_choice(monkeypatch, capsys):

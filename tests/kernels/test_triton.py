@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from oracle import excess
-from replknet.kernels import Call, choose, reference, triton, triton_tune, use_backend
+from oracle import excess, excess_of
+from replknet.kernels import Call, measured, reference, triton, triton_device, triton_run, triton_tune, use_backend
 from replknet.kernels.triton_plan import (
     DirectTile,
     Family,
@@ -49,6 +49,11 @@ def test_compile_autocast_checkpointing_and_ddp_work_in_the_interpreter():
     interpreted("roads")
 
 
+@pytest.mark.parametrize("group", ["strips", "compared", "infinity"])
+def test_what_is_around_the_kernels_works_in_the_interpreter(group):
+    interpreted(group)
+
+
 @pytest.mark.parametrize("group", ["patch", "direct"])
 def test_the_kernels_keep_the_bound_in_the_interpreter(group):
     cases = interpreted(group)
@@ -79,7 +84,7 @@ SHAPES = [
 ]
 
 
-def compiled_faults(device, shape, dtype, tf32=False, layout=torch.contiguous_format, candidates=False):
+def compiled_faults(device, shape, dtype, tf32=False, layout=torch.contiguous_format, candidates=False, any_size=False):
     """What is wrong with the kernels that the plan gives a call, by direction; or with all that are tried for it."""
     from replknet.kernels import triton_compile
 
@@ -89,11 +94,12 @@ def compiled_faults(device, shape, dtype, tf32=False, layout=torch.contiguous_fo
     x = torch.empty((n, c, h, w), dtype=dtype, device="meta", memory_format=layout)
     weight = torch.empty((c, 1, kh, kw), dtype=dtype, device="meta")
     facts = (n, c, h, w), (kh, kw), dtype, tf32
-    forward, gradient = forward_tiles(*facts, not x.is_contiguous(), device), gradient_tiles(*facts, device)
+    forward = forward_tiles(*facts, not x.is_contiguous(), device, any_size)
+    gradient = gradient_tiles(*facts, device, any_size)
     if not candidates:
         forward, gradient = forward[:1], gradient[:1]
-    calls = [("forward", tile, partial(triton.run, tile, x, weight, None, False)) for tile in forward]
-    calls += [("gradient", tile, partial(triton.run_gradient, tile, x, x, kh, kw)) for tile in gradient]
+    calls = [("forward", tile, partial(triton_run.run, tile, x, weight, None, False)) for tile in forward]
+    calls += [("gradient", tile, partial(triton_run.run_gradient, tile, x, x, kh, kw)) for tile in gradient]
     found = {}
     for direction, tile, call in calls:
         for code in triton_compile.compiled(limits, call):
@@ -123,6 +129,12 @@ def test_the_tiles_of_channels_last_fit_their_devices(device, shape):
     assert compiled_faults(device, shape, BRAIN, layout=torch.channels_last) == {}
 
 
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tf32"), [(BRAIN, False), (FLOAT, True)])
+def test_the_tiles_of_layers_that_change_in_size_fit_their_devices(device, dtype, tf32):
+    assert compiled_faults(device, (2, 256, 100, 152, 29, 29), dtype, tf32, any_size=True) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -143,7 +155,7 @@ def test_a_tile_that_does_not_fit_is_found():
 
     def faults(device, tile, instruction=None):
         limits = triton_compile.DEVICES[device]
-        codes = triton_compile.compiled(limits, partial(triton.run, tile, x, weight, None, False))
+        codes = triton_compile.compiled(limits, partial(triton_run.run, tile, x, weight, None, False))
         return [fault for code in codes for fault in code.faults(limits, instruction)]
 
     assert any("registers are spilled" in fault for fault in faults("sm_80", PatchTile()))
@@ -182,15 +194,30 @@ def test_the_blocks_of_a_kernel_cover_it():
 
 
 def test_tf32_is_taken_only_where_torch_allows_it():
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
     try:
-        setting.fp32_precision = "ieee"
-        assert not triton._allows_tf32()
-        setting.fp32_precision = "tf32"
-        assert triton._allows_tf32()
+        # what set_float32_matmul_precision sets is of matrix products alone
+        for of_products in ("ieee", "tf32"):
+            products.fp32_precision = of_products
+            for of_convolutions in ("ieee", "tf32"):
+                convolutions.fp32_precision = of_convolutions
+                assert triton_run.allows_tf32() == (of_convolutions == "tf32")
     finally:
-        setting.fp32_precision = before
+        convolutions.fp32_precision, products.fp32_precision = before
+
+
+def test_the_older_tf32_switch_counts_as_well():
+    program = """
+import torch
+from replknet.kernels.triton_run import allows_tf32
+found = [allows_tf32()]
+for allowed in (False, True):
+    torch.backends.cudnn.allow_tf32 = allowed
+    found.append(allows_tf32())
+print(found)
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[True, False, True]\n"
 
 
 def call(**changes):
@@ -199,31 +226,38 @@ def call(**changes):
 
 def present(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton, "_least_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
 
 def test_a_refusal_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert triton.BACKEND.refusal(call(device="cpu")) == "runs on CUDA devices only"
     assert triton.BACKEND.refusal(call(dtype=torch.float64)) == "takes float32, float16 and bfloat16"
-    assert triton.BACKEND.refusal(call(algorithm="fft")) == "has only the direct algorithm"
+    assert triton.BACKEND.refusal(call(algorithm="fft")) == "has no Fourier transforms"
+    assert "a value that is not finite" in triton.BACKEND.refusal(call(algorithm="direct"))
     assert triton.BACKEND.refusal(call()) == "there is no CUDA device"
     present(monkeypatch, (7, 5))
-    assert triton.BACKEND.refusal(call()) == "needs devices of capability 8.0 or more, there is one of 7.5"
+    assert triton.BACKEND.refusal(call()) == "needs a device of capability 8.0 or more, cuda:0 has 7.5"
     present(monkeypatch, (9, 0))
     assert triton.BACKEND.refusal(call()) is None
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "_has_triton", lambda: False)
     assert triton.BACKEND.refusal(call()) == "needs the package triton"
 
 
-def test_it_is_taken_only_by_name_before_it_was_measured(monkeypatch):
-    present(monkeypatch, (9, 0))
-    assert choose(call()).name == "aten"
-    with use_backend("triton"):
-        assert choose(call()).name == "triton"
-
-
 # ---- on a GPU ----
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32(request):
+    """The bound is that of float32 sums; torch itself would let convolutions multiply in TF32."""
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    if "gpu" in request.keywords:
+        setting.fp32_precision = "ieee"
+    yield
+    setting.fp32_precision = before
+
 
 ON_GPU = [
     (3, 5, 9, 11, 5, 5),
@@ -251,14 +285,62 @@ def test_the_kernels_keep_the_bound_on_a_gpu(shape, dtype, layout):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT])
+@pytest.mark.parametrize("shape", ON_GPU[:4], ids=str)
+def test_the_default_keeps_the_bound_on_a_gpu(shape, dtype):
+    n, c, h, w, kh, kw = shape
+    x, dy = (torch.randn(n, c, h, w, device="cuda").to(dtype) for _ in range(2))
+    weight = (torch.randn(c, 1, kh, kw, device="cuda") / max(kh, kw)).to(dtype)
+    found = excess(measured.BACKEND, x, weight, dy)
+    assert max(found.values()) <= 1, found
+    assert triton_device.device_at(0).broken == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 14, 14, 27, 27), (40, 8, 7, 7, 13, 13), (40, 2, 30, 35, 13, 9)], ids=str)
+def test_every_tile_that_may_be_chosen_keeps_the_bound_on_a_gpu(shape, any_size):
+    n, c, h, w, kh, kw = shape
+    x, dy = (torch.randn(n, c, h, w, device="cuda").to(BRAIN) for _ in range(2))
+    weight = (torch.randn(c, 1, kh, kw, device="cuda") / max(kh, kw)).to(BRAIN)
+    device = family(torch.cuda.get_device_capability())
+    facts = (n, c, h, w), (kh, kw), BRAIN, False
+    forward, gradient = forward_tiles(*facts, False, device, any_size), gradient_tiles(*facts, device, any_size)
+    for i in range(max(len(forward), len(gradient))):
+        first, second = forward[i % len(forward)], gradient[i % len(gradient)]
+        got = {
+            "y": triton_run.run(first, x, weight, None, False),
+            "dx": triton_run.run(first, dy, weight, None, False, True),
+            "dw": triton_run.run_gradient(second, dy, x, kh, kw),
+            "db": dy.float().sum((0, 2, 3)).to(BRAIN),
+        }
+        found = excess_of(got, x, weight, dy)
+        assert max(found.values()) <= 1, (first, second, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_kept_strips_live_beside_torchs_own_graphs_on_a_gpu(mode):
+    module = DepthwiseConv2d(8, 13).cuda().to(BRAIN).requires_grad_(False)
+    x = torch.randn(2, 8, 20, 20, device="cuda", dtype=BRAIN)
+    compiled = torch.compile(module, mode=mode, fullgraph=True)
+    for step in range(5):
+        with torch.inference_mode():
+            found = compiled(x).clone()
+            expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+        module.weight.data.mul_(-1 - step)
+
+
+@pytest.mark.gpu
 def test_results_repeat_bit_for_bit_on_a_gpu():
     x, dy = (torch.randn(64, 16, 56, 56, device="cuda", dtype=BRAIN) for _ in range(2))
     weight = torch.randn(16, 1, 31, 31, device="cuda", dtype=BRAIN) / 31
-    y = triton.forward(x, weight, None, False)
-    _, dw, _ = triton.backward(dy, x, weight, [False, True, False])
+    y = triton.BACKEND.forward(x, weight, None, False, "auto")
+    _, dw, _ = triton.BACKEND.backward(dy, x, weight, [False, True, False], "auto")
     for _ in range(20):
-        assert torch.equal(triton.forward(x, weight, None, False), y)
-        assert torch.equal(triton.backward(dy, x, weight, [False, True, False])[1], dw)
+        assert torch.equal(triton.BACKEND.forward(x, weight, None, False, "auto"), y)
+        assert torch.equal(triton.BACKEND.backward(dy, x, weight, [False, True, False], "auto")[1], dw)
 
 
 @pytest.fixture
@@ -293,24 +375,25 @@ def test_compile_graphs_autocast_and_checkpointing_work_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("by_name")
-def test_the_autotuner_finds_a_tile_once_on_a_gpu(tmp_path, monkeypatch):
+def test_the_default_times_each_direction_once_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton, "autotuned", lambda: True)
+    monkeypatch.setattr(triton_device, "autotuned", lambda: True)
     torch.use_deterministic_algorithms(False)
-    triton_tune.table_of.cache_clear()
+    for cache in (triton_tune.table_of, triton_device.device_at):
+        cache.cache_clear()
     try:
         module = DepthwiseConv2d(8, 13).cuda().to(BRAIN)
         x = torch.randn(4, 8, 20, 20, device="cuda", dtype=BRAIN, requires_grad=True)
         module(x).sum().backward()
-        [file] = (tmp_path / "replknet").iterdir()
-        kinds = json.loads(file.read_text())
-        # the gradient for x is of the same kind as the forward pass
-        assert [kind.split()[0] for kind in kinds] == ["forward", "gradient"]
+        table = json.loads(next((tmp_path / "replknet").glob("*.json")).read_text())
+        assert {kind.split()[0] for kind in table["kinds"]} == {"forward", "dx", "dw"}
+        assert all(entry["torch_ms"] > 0 for entry in table["kinds"].values())
+        assert set(table["checks"].values()) == {"right"}
         expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False)
         torch.testing.assert_close(module(x).double(), expected, rtol=2e-2, atol=2e-2)
     finally:
-        triton_tune.table_of.cache_clear()
+        for cache in (triton_tune.table_of, triton_device.device_at):
+            cache.cache_clear()
 
 
 @pytest.mark.gpu
@@ -340,7 +423,7 @@ def test_a_second_device_and_another_stream_are_used_as_they_are():
         with torch.cuda.stream(stream):
             torch.cuda._sleep(10_000_000)
             shifted = x + 1  # only there, late
-            y = triton.forward(shifted, weight, None, False)
+            y = triton.BACKEND.forward(shifted, weight, None, False, "auto")
         stream.synchronize()
     expected = reference.forward((x + 1).double(), weight.double(), None, False)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

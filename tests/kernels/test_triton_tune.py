@@ -1,138 +1,200 @@
 """The autotuner: what it tries, what it remembers, and what it does with a file that is no table."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from replknet.kernels import triton_tune
-from replknet.kernels.triton_plan import DirectTile, PatchTile
-from replknet.kernels.triton_tune import Table, autotuned, kind_of
+from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Work
+from replknet.kernels.triton_tune import Entry, Table, autotuned, kind_of, timed
 
 SHIPPED, OTHER, SUMS = PatchTile(), PatchTile(samples=32), DirectTile()
+TORCH = "torch"
 KIND = "forward 64,128,56,56 31x31 bfloat16 nchw"
 
 
-class Device:
-    """Stands for a device on which each tile takes a given time; None: it does not fit."""
+class Clock:
+    """Stands for a device on which each way takes a given time; None: the device does not have what it needs."""
 
     def __init__(self, times):
         self.times = times
         self.tried = []
+        self.last = None
 
-    def run(self, tile):
-        self.tried.append(tile)
+    def run(self, way):
+        self.last = way
 
-    def timer(self, call):
+    def once(self, call):
         call()
-        return self.times[self.tried[-1]]
+        self.tried.append((self.last, "once"))
+        return self.times[self.last]
 
-    def ask(self, table, kind=KIND, tiles=(SHIPPED, OTHER, SUMS), budget_s=60.0):
-        return table.tile(kind, SHIPPED, lambda: tiles, self.run, self.timer, budget_s)
+    def median(self, call):
+        call()
+        self.tried.append((self.last, "median"))
+        return self.times[self.last]
 
-
-def test_the_fastest_is_taken_and_remembered_across_processes(tmp_path):
-    path = tmp_path / "below" / "tiles.json"
-    device = Device({SHIPPED: 3.0, OTHER: 2.0, SUMS: 2.5})
-    table = Table(path)
-    assert device.ask(table) == OTHER
-    assert device.tried == [SHIPPED, OTHER, SUMS]
-    assert device.ask(table) == OTHER
-    assert device.ask(Table(path)) == OTHER
-    assert len(device.tried) == 3
-    assert Table(path)[KIND] == OTHER
-    assert [file.name for file in path.parent.iterdir()] == ["tiles.json"]
+    def ask(self, tiles=(SHIPPED, OTHER, SUMS), budget_s=60.0, with_torch=True, compile_tile=lambda tile: None):
+        torch_run = (lambda: self.run(TORCH)) if with_torch else None
+        return timed(tiles, self.run, torch_run, compile_tile, self, budget_s)
 
 
-def test_tiles_of_both_kinds_come_back_as_they_were(tmp_path):
-    path = tmp_path / "tiles.json"
-    for kind, tile in (("a", DirectTile(rows=2, splits=3)), ("b", PatchTile(registers=255, near=False))):
-        Device({tile: 1.0}).ask(Table(path), kind, (tile,))
-        assert Table(path)[kind] == tile
+def test_the_shipped_tile_comes_first_and_then_torch():
+    clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 2.5, TORCH: 2.1})
+    entry = clock.ask()
+    assert [way for way, _ in clock.tried] == [SHIPPED, TORCH, TORCH, OTHER, SUMS]
+    assert entry == Entry(OTHER, 2.0, 2.1, 0)
+    assert entry.best == OTHER
+    assert Clock({SHIPPED: 3.0, TORCH: 2.1}).ask((SHIPPED,)).best is None
 
 
-def test_what_does_not_fit_the_device_is_passed_by(tmp_path):
-    device = Device({SHIPPED: None, OTHER: 2.0, SUMS: None})
-    assert device.ask(Table(tmp_path / "tiles.json")) == OTHER
-    none = Device({SHIPPED: None, OTHER: None, SUMS: None})
-    with pytest.raises(RuntimeError, match="no tile for backward fits this device; tried: PatchTile"):
-        none.ask(Table(tmp_path / "tiles.json"), "backward")
+def test_a_search_of_cudnn_in_the_first_call_is_not_held_against_torch():
+    clock = Clock({SHIPPED: 2.0})
+    times = iter([50.0, 1.0])
+    clock.once = lambda call: next(times)
+    clock.times[TORCH] = 1.0
+    assert clock.ask((SHIPPED,)).best is None
 
 
-def test_the_first_call_is_bounded_in_time(tmp_path):
-    device = Device({SHIPPED: 3.0, OTHER: 2.0, SUMS: 1.0})
-    assert device.ask(Table(tmp_path / "tiles.json"), budget_s=-1.0) == SHIPPED
-    assert device.tried == [SHIPPED]
+def test_what_does_not_fit_the_device_is_passed_by():
+    assert Clock({SHIPPED: None, OTHER: 2.0, SUMS: None, TORCH: 9.0}).ask() == Entry(OTHER, 2.0, 9.0)
+    assert Clock({SHIPPED: None, OTHER: None, SUMS: None, TORCH: 9.0}).ask() == Entry(None, None, 9.0)
+    with pytest.raises(RuntimeError, match="no tile fits this device; tried: PatchTile"):
+        Clock({SHIPPED: None, OTHER: None, SUMS: None}).ask(with_torch=False)
 
 
-def test_processes_that_tune_at_once_keep_what_the_other_found(tmp_path):
-    path = tmp_path / "tiles.json"
+def test_tiles_beyond_the_first_are_bounded_in_time():
+    clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 1.0, TORCH: 9.0})
+    assert clock.ask(budget_s=-1.0) == Entry(SHIPPED, 3.0, 9.0, left=2)
+
+
+def test_a_tile_that_is_not_compiled_in_time_is_left_for_the_next_process(tmp_path):
+    done = threading.Event()
+    clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 1.0, TORCH: 9.0})
+    entry = clock.ask(budget_s=0.3, compile_tile=lambda tile: done.wait(5) if tile == SUMS else None)
+    done.set()
+    assert entry == Entry(OTHER, 2.0, 9.0, left=1)
+    table = Table(tmp_path / "ways.json")
+    table.put(KIND, entry)
+    everything = (SHIPPED, OTHER, SUMS)
+    assert table.known(KIND, True, everything) == entry
+    # compiled meanwhile
+    assert Table(table.path).known(KIND, True, everything) is None
+
+
+def test_tiles_are_compiled_at_the_same_time():
+    both = threading.Barrier(2, timeout=10)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(triton_tune.os, "cpu_count", lambda: 2)
+    try:
+        clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 1.0, TORCH: 9.0})
+        assert clock.ask(compile_tile=lambda tile: both.wait()).left == 0
+    finally:
+        monkey.undo()
+
+
+def test_a_long_first_step_is_explained_once_on_stderr(monkeypatch, capfd):
+    monkeypatch.setattr(triton_tune, "_PATIENCE_S", 0.02)
+    patience = triton_tune._Patience()
+    with patience.spending():
+        pass
+    assert capfd.readouterr().err == ""
+    for _ in range(2):
+        with patience.spending():
+            time.sleep(0.1)
+    out, err = capfd.readouterr()
+    assert err.splitlines() == [
+        "replknet: compiling and timing kernels, once for this GPU; replknet.warm(model, example) does it ahead"
+    ]
+    assert out == ""
+
+
+@pytest.mark.parametrize("tile", [DirectTile(rows=2, splits=3), PatchTile(registers=255, near=False), PlaneTile()])
+def test_entries_come_back_as_they_were(tmp_path, tile):
+    path = tmp_path / "below" / "ways.json"
+    for entry in (Entry(tile, 1.0, 2.0, 3), Entry(None, None, 2.0), Entry(tile, 1.0, None)):
+        Table(path).put(KIND, entry)
+        assert Table(path)[KIND] == entry
+    assert [file.name for file in path.parent.iterdir() if file.suffix != ".lock"] == ["ways.json"]
+
+
+def test_an_entry_is_known_only_for_who_may_take_it(tmp_path):
+    table = Table(tmp_path / "ways.json")
+    table.put(KIND, Entry(OTHER, 2.0, None))
+    assert table.known(KIND, False, (SHIPPED,)) is not None
+    # timed by name, without torch
+    assert table.known(KIND, True, (SHIPPED,)) is None
+    # its kind of kernel is broken here
+    assert table.known(KIND, False, (SUMS,)) is None
+    table.put(KIND, Entry(None, None, 2.0))
+    assert table.known(KIND, True, ()) is not None
+    assert table.known(KIND, False, (SHIPPED,)) is None
+
+
+def test_processes_that_time_at_once_keep_what_the_other_found(tmp_path):
+    path = tmp_path / "ways.json"
     one, two = Table(path), Table(path)
-    Device({SHIPPED: 1.0}).ask(one, "one", (SHIPPED,))
-    Device({OTHER: 1.0}).ask(two, "two", (OTHER,))
+    with one.alone():
+        one.put("one", Entry(SHIPPED, 1.0, 2.0))
+    with two.alone():
+        assert two["one"] == Entry(SHIPPED, 1.0, 2.0)
+        two.put("two", Entry(OTHER, 1.0, 2.0))
     both = Table(path)
-    assert (both["one"], both["two"]) == (SHIPPED, OTHER)
+    assert (both["one"], both["two"]) == (Entry(SHIPPED, 1.0, 2.0), Entry(OTHER, 1.0, 2.0))
 
 
-def test_threads_time_a_kind_once(tmp_path):
-    device = Device({SHIPPED: 3.0, OTHER: 2.0, SUMS: 2.5})
-    table = Table(tmp_path / "tiles.json")
-    threads = [threading.Thread(target=device.ask, args=(table,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert device.tried == [SHIPPED, OTHER, SUMS]
+def test_one_process_waits_for_the_other_and_reads_what_it_found(tmp_path):
+    path = tmp_path / "ways.json"
+    program = f"""
+import sys, time
+from pathlib import Path
+from replknet.kernels.triton_tune import Entry, Table
+table = Table(Path({str(path)!r}))
+with table.alone():
+    print("in", flush=True)
+    time.sleep(1)
+    table.put("theirs", Entry(None, None, 2.0))
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    table = Table(path)
+    assert table["theirs"] is None
+    with table.alone():
+        assert table["theirs"] == Entry(None, None, 2.0)
+    assert other.wait() == 0
+    other.stdout.close()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[1]",
-        json.dumps({"a": {"kind": "Other"}}),
-        json.dumps({"a": {"kind": "PatchTile", "unknown": 1}}),
-        '{"a":1}',
-    ],
-)
-def test_a_file_that_is_no_table_is_named_and_written_anew(tmp_path, text):
-    path = tmp_path / "tiles.json"
-    path.write_text(text)
-    with pytest.warns(UserWarning, match="is no table of tiles"):
-        table = Table(path)
-    with pytest.warns(UserWarning, match="is no table of tiles"):
-        Device({SHIPPED: 1.0}).ask(table, tiles=(SHIPPED,))
-    assert Table(path)[KIND] == SHIPPED
+def test_a_process_that_hangs_with_the_lock_holds_nobody_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_tune, "_LOCK_S", 0.05)
+    path = tmp_path / "ways.json"
+    with Table(path).alone(), Table(path).alone():
+        pass
 
 
 def test_a_table_that_cannot_be_written_costs_a_warning_and_no_call(tmp_path):
     (tmp_path / "file").write_text("")
-    table = Table(tmp_path / "file" / "tiles.json")
-    with pytest.warns(UserWarning, match="tiles are timed again in the next process"):
-        assert Device({SHIPPED: 1.0}).ask(table, tiles=(SHIPPED,)) == SHIPPED
-    assert table[KIND] == SHIPPED
-
-
-def test_while_a_graph_is_recorded_nothing_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    device = Device({SHIPPED: 1.0})
-    table = Table(tmp_path / "tiles.json")
-    assert table.tile(KIND, SHIPPED, lambda: (OTHER,), device.run) == SHIPPED
-    assert device.tried == []
-    # nor remembered
-    assert table[KIND] is None
+    table = Table(tmp_path / "file" / "ways.json")
+    with table.alone(), pytest.warns(UserWarning, match="timed again in the next process"):
+        table.put(KIND, Entry(SHIPPED, 1.0, 2.0))
+    assert table[KIND] == Entry(SHIPPED, 1.0, 2.0)
 
 
 def test_batches_of_about_the_same_size_are_of_one_kind():
-    def kind(n):
-        return kind_of("forward", (n, 3, 8, 9), (7, 5), torch.float16, False, True)
+    def kind(n, **changes):
+        fields = {"shape": (n, 3, 8, 9), "kernel": (7, 5), "dtype": torch.float16, "device": 0, "channels_last": True}
+        return kind_of("forward", Work(**{**fields, **changes}))
 
     assert kind(1) == "forward 1,3,8,9 7x5 float16 nhwc"
     assert kind(32) == kind(63)
     assert kind(64) == kind(1000)
     assert len({kind(n) for n in (1, 2, 4, 8, 16, 32, 64)}) == 7
-    tf32, ieee = (kind_of("forward", (1, 3, 8, 9), (7, 5), torch.float32, tf32, False) for tf32 in (True, False))
+    tf32, ieee = (kind(1, dtype=torch.float32, tf32=tf32, channels_last=False) for tf32 in (True, False))
     assert (tf32, ieee) == ("forward 1,3,8,9 7x5 tf32 nchw", "forward 1,3,8,9 7x5 float32 nchw")
 
 
@@ -151,13 +213,21 @@ def test_the_variable_is_0_or_1(monkeypatch):
         autotuned.cache_clear()
 
 
-def test_a_table_is_of_a_device_and_a_triton(monkeypatch, tmp_path):
+def test_a_table_is_of_a_device_a_triton_and_a_torch(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    # of an earlier version, which knew no torch
+    old = tmp_path / "replknet" / "tiles_nvidia-h100-80gb-hbm3_triton-3.8.0.json"
+    old.parent.mkdir()
+    old.write_text(json.dumps({KIND: {"kind": "PatchTile", "samples": 64}}))
     triton_tune.table_of.cache_clear()
     try:
-        Device({SHIPPED: 1.0}).ask(triton_tune.table_of(0), tiles=(SHIPPED,))
+        table = triton_tune.table_of(0)
+        assert table[KIND] is None
+        table.put(KIND, Entry(SHIPPED, 1.0, 2.0))
     finally:
         triton_tune.table_of.cache_clear()
-    [file] = (tmp_path / "replknet").iterdir()
-    assert file.name.startswith("tiles_nvidia-h100-80gb-hbm3_triton-3.")
+    [file] = (tmp_path / "replknet").glob("ways*")
+    assert file.name.startswith("ways_nvidia-h100-80gb-hbm3_triton-3.")
+    assert f"_torch-{torch.__version__}".replace("+", "-") in file.name
+    assert old.exists()

@@ -1,4 +1,4 @@
-"""What a GPU has to do for a depthwise layer: bytes, useful operations, and those of the patch kernels.
+"""What a GPU has to do for a depthwise layer: bytes, useful operations, and those of the kernels on tensor cores.
 
 Counts, no times: the floors take the rates of an NVIDIA H100 as they are published or were measured by others.
 """
@@ -6,7 +6,7 @@ Counts, no times: the floors take the rates of an NVIDIA H100 as they are publis
 from dataclasses import dataclass
 
 from replknet.bench.cases import Case
-from replknet.kernels.triton_plan import PatchTile, Tile, geometry
+from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Tile, geometry, plane_geometry
 
 # bytes a second from memory
 H100_BYTES = 3.0e12
@@ -25,6 +25,7 @@ class Counts:
     useful_flops: int  # products that meet the image, and their sums
     done_flops: int  # of the kernel: the zeros of Toeplitz matrices and padding included
     flops_per_s: float  # at which they could be done
+    strip_bytes: int = 0  # Toeplitz matrices, written and then read: mostly in the second-level cache, in no floor here
 
     @property
     def redundancy(self) -> float:
@@ -45,19 +46,36 @@ class Counts:
 
 
 def counts(case: Case, tile: Tile) -> Counts:
-    """What a layer takes with a tile; the loops are those of `triton_patch._forward`."""
+    """What a layer takes with a tile; the loops are those of `triton_patch._forward` and of `triton_plane`."""
     n, c, h, w = case.shape
     moved = 2 * 2 * n * c * h * w
-    if not isinstance(tile, PatchTile):
+    if isinstance(tile, DirectTile):
         return Counts(moved, case.useful_flops, case.useful_flops, H100_FLOPS_SUMS)
-    side = min(case.kernel, 2 * w - 1, 2 * h - 1)
-    g = geometry(h, w, side, side, tile)
-    reach = side // 2
+    kernel = min(case.kernel, 2 * h - 1), min(case.kernel, 2 * w - 1)
+    if isinstance(tile, PatchTile):
+        products, strips = _patch_products(case, kernel, tile)
+    else:
+        products, strips = _plane_products(case, kernel, tile)
+    patch = 16 * (tile.rows or 4)
+    return Counts(
+        bytes=moved,
+        useful_flops=case.useful_flops,
+        done_flops=c * products * 2 * tile.samples * patch * patch,
+        flops_per_s=H100_FLOPS if tile.samples >= 64 else H100_FLOPS_FEW_ROWS,
+        strip_bytes=2 * c * strips,
+    )
+
+
+def _patch_products(case: Case, kernel: tuple[int, int], tile: PatchTile) -> tuple[int, int]:
+    """Products of a matrix of samples with a Toeplitz matrix, and elements of strips, of a channel."""
+    n, _, h, w = case.shape
+    g = geometry(h, w, *kernel, tile)
+    reach = kernel[0] // 2
     whole = g.tiles == 1 and g.groups == 1
     products = sum(
         1
         for j in range(g.patches + g.blocks - 1)
-        if not whole or -16 < g.left + 16 * j < w
+        if not whole or -16 < g.left + 16 * j < 16 * g.patches
         for d in range(g.blocks)
         if 0 <= j - d < g.patches
     )
@@ -71,7 +89,16 @@ def counts(case: Case, tile: Tile) -> Counts:
     else:
         steps = g.depth
         programs = -(-n * g.row_blocks // tile.samples)
-    patch = 16 * tile.rows
-    matrix = 2 * tile.samples * patch * patch
-    done = c * programs * g.tiles * steps * g.groups * products * matrix
-    return Counts(moved, case.useful_flops, done, H100_FLOPS if tile.samples >= 64 else H100_FLOPS_FEW_ROWS)
+    return programs * g.tiles * steps * g.groups * products, g.strip_elements
+
+
+def _plane_products(case: Case, kernel: tuple[int, int], tile: PlaneTile) -> tuple[int, int]:
+    """As `_patch_products`; a flat map is one patch, which needs no strips."""
+    n, _, h, w = case.shape
+    blocks = -(-n // tile.samples)
+    if tile.rows == 0:
+        return blocks, 0
+    g = plane_geometry(h, w, *kernel)
+    farthest = min(g.row_blocks - 1, -(-(kernel[0] // 2) // tile.rows))
+    products = sum(g.row_blocks - abs(distance) for distance in range(-farthest, farthest + 1))
+    return blocks * products, g.strip_elements

@@ -1,10 +1,12 @@
 """The operator's layers on a CUDA device: every way is compared with float64, then timed.
 
-The ways are every backend that takes a call, by name, and torch's own convolution, in both layouts and in its benchmark
-mode, for some layers also under `torch.compile`.
+The ways are torch's own convolution and every backend that takes a call, by name, in both layouts. Times are of the
+device alone; for one image also with the launches from Python.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,31 +22,47 @@ from replknet.kernels import BACKENDS, Call, reference
 from replknet.kernels.triton_plan import forward_tile
 
 _LAYERS = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
-# the most telling first: what comes after the time limit is left out, and named
+_SIDES = (16, 32, 64)
+# what is measured unless other cases are asked for, the most telling first: the time limit leaves out the last
+FIRST: tuple[Case, ...] = (
+    *(Case(f"31b.{h}.n{n}", (n, c, h, h), k) for n in (1, 32, 64) for c, h, k in _LAYERS),
+    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (31, 3, 13, 7, 21, 5) for r in _SIDES),
+)
 CASES: tuple[Case, ...] = (
-    *(Case(f"31b.{h}.n64", (64, c, h, h), k) for c, h, k in _LAYERS),
-    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (31, 3) for r in (16, 32, 64)),
-    *(Case(f"31b.{h}.n1", (1, c, h, h), k) for c, h, k in _LAYERS),
-    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (7, 13) for r in (16, 32, 64)),
-    *(Case(f"table1.r{r}.n1.k7", (1, 384, r, r), 7) for r in (16, 32, 64)),
+    *FIRST,
+    *(Case(f"table1.r{r}.n1.k7", (1, 384, r, r), 7) for r in _SIDES),
     *(Case(f"31b.{h}.512px.n4", (4, c, h, h), k) for c, h, k in ((128, 128, 31), (256, 64, 29), (512, 32, 27))),
     *(Case(f"convnext.{h}.n64", (64, c, h, h), 7) for c, h in ((96, 56), (192, 28), (384, 14), (768, 7))),
     # UniRepLKNet-S, Ding et al. 2024, arXiv:2311.15599
     *(Case(f"unireplknet.{h}.n64", (64, c, h, h), 13) for c, h in ((192, 28), (384, 14), (768, 7))),
-    *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (5, 21) for r in (16, 32, 64)),
 )
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# the cases that are measured in float32 and float16, too
+IN_EVERY_DTYPE = ("31b.56.n64", "31b.14.n64", "table1.r32.k31")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # of the channel's rms: rounding of the result to the dtype, with room for TF32-free float32 sums
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # what a way may take of the device, and how many times it is called at least
 _WAY_S = 0.1
 _LEAST_CALLS = 3
-# a call that takes longer is timed as it is: its launch does not matter
+# a call that takes longer is timed once, as it is: its launch does not matter
 _LONG_MS = 50.0
+_EAGER_ROUNDS = 10
+_EAGER_CALLS = 20
+# on larger kernels cuDNN's trial of all its algorithms takes from seconds to minutes
+_LARGEST_TRIAL = 7
 
 # dy, x, weight -> y, dx, dw
 Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
 Timer = Callable[[Callable[[], Any]], Timing]
+
+
+@dataclass(frozen=True)
+class Timers:
+    """What times a call of a backend, a call of torch's convolution, and either with its launches."""
+
+    backend: Timer
+    torch: Timer
+    eager: Timer
 
 
 @dataclass(frozen=True)
@@ -55,15 +73,18 @@ class Wrong:
     error: float
 
 
-def device_time(call: Callable[[], Any]) -> Timing:
-    """Quantiles of the time on the device, from replays of a CUDA graph: launches from Python cost nothing."""
+def device_time(call: Callable[[], Any], limit_ms: float = _LONG_MS) -> Timing:
+    """Quantiles of the time on the device, from replays of a CUDA graph: launches from Python cost nothing.
+
+    A call that takes longer than `limit_ms` is timed once, without a graph.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # compiles, and lets cuDNN choose
-        again = _device_ms(call)
-        if again > _LONG_MS:
-            return quantiles_of([again, _device_ms(call)])
+        first = _device_ms(call)
+        if first > limit_ms:
+            return Timing(first, first, first, runs=1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -72,6 +93,37 @@ def device_time(call: Callable[[], Any]) -> Timing:
     while len(times) < _LEAST_CALLS or (sum(times) < 1e3 * _WAY_S and len(times) < 100):
         times.append(_device_ms(graph.replay))
     return quantiles_of(times)
+
+
+def eager_time(call: Callable[[], Any]) -> Timing:
+    """Quantiles of the wall time of one of several calls that follow each other without a wait."""
+    call()
+    times: list[float] = []
+    for _ in range(_EAGER_ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_EAGER_CALLS):
+            call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start) / _EAGER_CALLS)
+    return quantiles_of(times)
+
+
+def once(call: Callable[[], Any]) -> Timing:
+    """No time: a timer that only makes the call, so that its kernels are compiled."""
+    call()
+    return Timing(0.0, 0.0, 0.0, runs=1)
+
+
+@contextmanager
+def cudnn_trials(kernel: int) -> Iterator[None]:
+    """While it lasts, cuDNN tries its algorithms for kernels of that side, unless it is a large one."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = kernel <= _LARGEST_TRIAL
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _device_ms(call: Callable[[], Any]) -> float:
@@ -83,7 +135,7 @@ def _device_ms(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def measure(case: Case, dtype: torch.dtype, device: str, timer: Timer) -> Iterator[Record | Wrong]:
+def measure(case: Case, dtype: torch.dtype, device: str, timers: Timers) -> Iterator[Record | Wrong]:
     """Every way of one case: its times forward, and forward and backward, or what is wrong with it."""
     x, dy, weight = tensors(case, dtype, device)
     truth = truth_of(dy, x, weight)
@@ -92,11 +144,18 @@ def measure(case: Case, dtype: torch.dtype, device: str, timer: Timer) -> Iterat
         dy_here, x_here = dy.contiguous(memory_format=form), x.contiguous(memory_format=form)
         for name, (forward, both) in _ways(case, dtype, device, layout == "nhwc").items():
             way = f"{name} {layout}"
-            error = error_of(both(dy_here, x_here, weight), truth)
-            if not error <= _BOUNDS[dtype]:
+            with cudnn_trials(case.kernel):
+                error = error_of(both(dy_here, x_here, weight), truth)
+                right = error <= _BOUNDS[dtype]
+                calls = {
+                    what: partial(run, dy_here, x_here, weight) for what, run in (("forward", forward), ("step", both))
+                }
+                timer = timers.torch if name == "torch" else timers.backend
+                times = _times(calls, timer, timers.eager if case.shape[0] == 1 else None) if right else {}
+            if not right:
                 yield Wrong(way, error)
-                continue
-            for what, run in (("forward", forward), ("step", both)):
+            for what, timing in times.items():
+                products = 3 if what.startswith("step") else 1
                 yield Record(
                     suite=f"gpu.{name_of(dtype)}",
                     case=case.name,
@@ -105,64 +164,79 @@ def measure(case: Case, dtype: torch.dtype, device: str, timer: Timer) -> Iterat
                     what=what,
                     way=way,
                     backend=name,
-                    timing=timer(partial(run, dy_here, x_here, weight)),
+                    timing=timing,
                     excess=round(error / _BOUNDS[dtype], 3),
-                    flops=case.flops * (3 if what == "step" else 1),
-                    useful_flops=case.useful_flops * (3 if what == "step" else 1),
+                    flops=case.flops * products,
+                    useful_flops=case.useful_flops * products,
                 )
+
+
+def _times(calls: Mapping[str, Callable[[], Any]], timer: Timer, eager: Timer | None) -> dict[str, Timing]:
+    """The time of each call by its name, and by `NAME, eager` the one with its launches."""
+    found: dict[str, Timing] = {}
+    for what, call in calls.items():
+        found[what] = timer(call)
+        # launches do not matter to a call so long that it is timed once
+        if eager is not None and found[what].runs > 1:
+            found[f"{what}, eager"] = eager(call)
+    return found
 
 
 def compile_case(case: Case, dtype: torch.dtype, device: str = "cuda") -> None:
     """Call our kernels once in every way that `measure` does."""
-    dy, x, weight = tensors(case, dtype, device)
+    x, dy, weight = tensors(case, dtype, device)
     for form in (torch.contiguous_format, torch.channels_last):
         for name, (_, both) in _ways(case, dtype, device, form is torch.channels_last).items():
-            if name not in ("torch", "compile"):
+            if name != "torch":
                 both(dy.contiguous(memory_format=form), x.contiguous(memory_format=form), weight)
 
 
 def rows(case: Case, dtype: torch.dtype, found: list[Record | Wrong]) -> list[str]:
-    """The table of one case; the floor is that of the forward pass in 16 bits."""
+    """The table of one case; the memory's share is of the forward pass in 16 bits on an H100."""
     side = min(case.kernel, 2 * case.shape[2] - 1)
-    floor = counts(case, forward_tile(case.shape, (side, side), torch.bfloat16, False, False, "sm_90")).floor_us
+    memory = counts(case, forward_tile(case.shape, (side, side), torch.bfloat16, False, False, "sm_90")).memory_us
     lines = [
-        f"{case.name} {name_of(dtype)}, {list(case.shape)} {case.kernel}x{case.kernel}, floor {floor:.0f} us in 16 bits"
+        f"{case.name} {name_of(dtype)}, {list(case.shape)} {case.kernel}x{case.kernel}, "
+        f"memory alone {memory:.0f} us in 16 bits"
     ]
-    best = {
-        what: min(
-            (r.timing.p50_ms for r in found if isinstance(r, Record) and r.what == what and r.backend == "torch"),
-            default=None,
-        )
-        for what in ("forward", "step")
-    }
+    best: dict[str, float] = {}
+    for one in found:
+        if isinstance(one, Record) and one.backend == "torch":
+            best[one.what] = min(best.get(one.what, float("inf")), one.timing.p50_ms)
     for one in found:
         if isinstance(one, Wrong):
             lines.append(f"  {one.way:14} WRONG by {one.error:.1e}, not timed")
             continue
-        torch_ms = best[one.what]
-        times = "" if torch_ms is None else f"{torch_ms / one.timing.p50_ms:8.2f} x torch's better layout"
-        part = f", {floor / 1e3 / one.timing.p50_ms:.0%} of the floor" if one.what == "forward" else ""
-        lines.append(f"  {one.way:14} {one.what:8} {1e3 * one.timing.p50_ms:10.1f} us {times}{part}")
+        p50_ms = one.timing.p50_ms
+        times = f"{best[one.what] / p50_ms:8.2f} x torch's better layout" if one.what in best else ""
+        part = f", {memory / 1e3 / p50_ms:.0%} of the memory's rate" if one.what == "forward" else ""
+        calls = ", one call" if one.timing.runs == 1 else ""
+        lines.append(f"  {one.way:14} {one.what:14} {1e3 * p50_ms:10.1f} us {times}{part}{calls}")
     return lines
 
 
 def summary(records: list[Record]) -> list[str]:
-    """A line a case and dtype: the fastest Triton way and the fastest of torch's, us, forward and with gradients."""
+    """A line a case and dtype: the fastest Triton way and the fastest of torch's, us, forward and with gradients.
+
+    Eager times have a line of their own.
+    """
     fastest: dict[tuple[str, str, str, str], float] = {}
     for one in records:
         who = "triton" if one.backend == "triton" else "torch"
         key = one.case, one.suite, one.what, who
         fastest[key] = min(fastest.get(key, float("inf")), 1e3 * one.timing.p50_ms)
     lines = [
-        f"{'case':<22} {'dtype':<9}" + "".join(f"{what:>12} {'torch':>10} {'x':>6}" for what in ("forward", "step"))
+        f"{'case':<22} {'dtype':<15}" + "".join(f"{what:>12} {'torch':>10} {'x':>6}" for what in ("forward", "step"))
     ]
-    for case, suite in dict.fromkeys((one.case, one.suite) for one in records):
+    modes = [one.what.removeprefix("forward").removeprefix("step") for one in records]
+    kinds = dict.fromkeys((one.case, one.suite, mode) for one, mode in zip(records, modes, strict=True))
+    for case, suite, mode in kinds:
         cells = ""
         for what in ("forward", "step"):
-            ours, torchs = (fastest.get((case, suite, what, who)) for who in ("triton", "torch"))
+            ours, torchs = (fastest.get((case, suite, what + mode, who)) for who in ("triton", "torch"))
             ratio = f"{torchs / ours:>6.2f}" if ours is not None and torchs is not None else f"{'-':>6}"
             cells += f"{_us(ours):>12} {_us(torchs):>10} {ratio}"
-        lines.append(f"{case:<22} {suite.removeprefix('gpu.'):<9}{cells}")
+        lines.append(f"{case:<22} {suite.removeprefix('gpu.') + mode:<15}{cells}")
     return lines
 
 
@@ -203,13 +277,9 @@ def _ways(case: Case, dtype: torch.dtype, device: str, channels_last: bool) -> d
         shape=case.shape, kernel=(case.kernel, case.kernel), dtype=dtype, device=device, channels_last=channels_last
     )
     found: dict[str, tuple[Way, Way]] = {"torch": (partial(_torch, case, False), partial(_torch, case, True))}
-    # it compiles for seconds a call
-    if device == "cuda" and dtype == torch.bfloat16 and case in CASES[: len(_LAYERS)] and not channels_last:
-        forward, both = (torch.compile(partial(_torch, case, gradients), dynamic=False) for gradients in (False, True))
-        found["compile"] = forward, both
     for backend in BACKENDS:
-        # aten is torch's own on a GPU
-        if backend.name in ("aten", reference.BACKEND.name) or backend.refusal(call) is not None:
+        # aten is torch's own on a GPU, and measured takes the fastest of the others
+        if backend.name in ("aten", "measured", reference.BACKEND.name) or backend.refusal(call) is not None:
             continue
 
         def run(gradients: bool, dy: Tensor, x: Tensor, weight: Tensor, backend: Any = backend) -> Any:
@@ -247,17 +317,26 @@ def truth_of(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[list[int], tuple[Te
 
 
 def error_of(found: tuple[Tensor | None, ...], truth: tuple[list[int], tuple[Tensor | None, ...]]) -> float:
-    """The largest relative error of a chosen channel, in the norm."""
+    """The largest relative error of y, dx and dw in a chosen channel, in the norm."""
     chosen, expected = truth
-    worst = 0.0
+    errors = []
     for i, (got, want) in enumerate(zip(found, expected, strict=True)):
         assert got is not None
         assert want is not None
-        axes = (0, 2, 3) if i < 2 else (1, 2, 3)
-        part = got[:, chosen] if i < 2 else got[chosen]
-        norms = (torch.linalg.vector_norm(t, dim=axes) for t in (part.double() - want, want))
-        errors = next(norms) / next(norms)
-        if not errors.isfinite().all():
-            return float("inf")
-        worst = max(worst, errors.max().item())
-    return worst
+        errors.append(image_error(got, chosen, want) if i < 2 else weight_error(got, chosen, want))
+    return max(errors)
+
+
+def image_error(got: Tensor, chosen: list[int], want: Tensor) -> float:
+    """Of y or dx `[N,C,H,W]`; `want` has the chosen channels."""
+    return _largest_error(got[:, chosen], want, (0, 2, 3))
+
+
+def weight_error(got: Tensor, chosen: list[int], want: Tensor) -> float:
+    """Of dw `[C,1,Kh,Kw]`; `want` has the chosen channels."""
+    return _largest_error(got[chosen], want, (1, 2, 3))
+
+
+def _largest_error(got: Tensor, want: Tensor, axes: tuple[int, ...]) -> float:
+    errors = torch.linalg.vector_norm(got.double() - want, dim=axes) / torch.linalg.vector_norm(want, dim=axes)
+    return errors.max().item() if errors.isfinite().all() else float("inf")

@@ -1,7 +1,6 @@
-"""RepLKNet-31B as a whole on a CUDA device, with the Triton kernels and on torch's own convolution."""
+"""RepLKNet-31B as a whole on a CUDA device, by backend, and two networks of its size without large kernels."""
 
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,71 +9,83 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from replknet.bench.gpu_layers import Timer, Wrong
+from replknet.bench.gpu_layers import Timer, Wrong, cudnn_trials, once
 from replknet.bench.harness import Record, Timing, quantiles_of
 from replknet.kernels import use_backend
 from replknet.nn import merge
 
+# by registered name: the ways of running it. "default" leaves the choice of the backend free; "torch" stands for a
+# network without our operator
+NETWORKS: dict[str, tuple[str, ...]] = {
+    "replknet_31b": ("default", "triton", "aten"),
+    "swin_base_patch4_window7_224": ("torch",),
+    "convnext_base": ("torch",),
+}
+# of a batch
+IMAGES = (64, 32)
 # of the logits in bfloat16, relative L2
 _BOUND = 5e-2
-_INFERENCE_IMAGES = 64
-_TRAINING_IMAGES = 32
 _ROUNDS = 3
 _CALLS = 4
+_CHOICE_LEFT_FREE = ("default", "torch")
 
 
 def measure(
+    model: str,
+    ways: Sequence[str],
+    images: Sequence[int],
     device: str,
     timer: Timer,
-    model: str = "replknet_31b",
     size: int = 224,
-    images: tuple[int, int] = (_INFERENCE_IMAGES, _TRAINING_IMAGES),
-    backends: tuple[str, ...] = ("triton", "aten"),
+    **options: Any,
 ) -> Iterator[Record | Wrong]:
-    """Inference of the merged network in bfloat16, and training steps under autocast, by backend and layout.
+    """Inference of the merged network in bfloat16, and training steps under autocast, in channels_last.
 
     Args:
+        model: registered name.
+        ways: "default", "torch", or a backend to force; aten is cuDNN or torch's own kernel on a GPU.
+        images: of a batch; inference and training are timed with each number.
         device: "cuda".
         timer: of a call.
-        model: registered name.
         size: side of the images in pixels.
-        images: of a batch, for inference and for training.
-        backends: what to compare; aten is cuDNN or torch's own kernel on a GPU.
+        options: of the model.
     """
-    trained = timm.create_model(model, num_classes=1000).to(device)
-    merged = merge(deepcopy(trained).eval()).bfloat16()
-    x = torch.randn(max(images), 3, size, size, device=device)
-    with torch.inference_mode(), use_backend("aten"):
-        truth = merged(x[: images[0]].bfloat16()).float()
-    for layout, form in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
-        merged, trained = merged.to(memory_format=form), trained.to(memory_format=form)
-        few = x[: images[0]].bfloat16().contiguous(memory_format=form)
-        batch = x[: images[1]].contiguous(memory_format=form)
-        labels = torch.arange(images[1], device=device) % 1000
-        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6)
-        for backend in backends:
-            with use_backend(backend), torch.inference_mode():
-                found = merged(few).float()
-            error = ((found - truth).norm() / truth.norm()).item()
-            if not error <= _BOUND:
-                yield Wrong(f"{model} {backend} {layout}", error)
-                continue
-            calls: dict[str, tuple[Callable[[], Any], int]] = {
-                "inference": (partial(_infer, backend, merged, few), images[0]),
-                "training step": (partial(_step, backend, trained, batch, labels, optimizer), images[1]),
+    form = torch.channels_last
+    trained = timm.create_model(model, num_classes=1000, **options).to(device).to(memory_format=form)
+    merged = merge(trained.eval()).bfloat16().to(memory_format=form)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6)
+    for count in images:
+        x = torch.randn(count, 3, size, size, device=device).contiguous(memory_format=form)
+        labels = torch.arange(count, device=device) % 1000
+        truth = _logits("aten", merged, x.bfloat16())
+        for way in ways:
+            calls: dict[str, Callable[[], Any]] = {
+                "inference": partial(_logits, way, merged, x.bfloat16()),
+                "training step": partial(_step, way, trained, x, labels, optimizer),
             }
-            for what, (call, count) in calls.items():
+            with cudnn_trials(_largest_kernel(trained)):
+                found = calls["inference"]()
+                error = ((found - truth).norm() / truth.norm()).item()
+                times = {what: timer(call) for what, call in calls.items()} if error <= _BOUND else {}
+            if not error <= _BOUND:
+                yield Wrong(f"{model} {way} nhwc", error)
+            for what, timing in times.items():
                 yield Record(
                     suite="gpu.networks",
                     case=model,
-                    shape=(count, 3, size, size),
+                    shape=tuple(x.shape),
                     kernel=None,
                     what=what,
-                    way=f"{backend} {layout}",
-                    backend=backend,
-                    timing=timer(call),
+                    way=f"{way} nhwc",
+                    backend=way,
+                    timing=timing,
                     excess=round(error / _BOUND, 3),
                 )
+
+
+def compile_network(model: str, images: int, way: str = "triton", device: str = "cuda", size: int = 224) -> None:
+    """Call the kernels of a RepLKNet once, in a copy with one block a stage: the other blocks need no others."""
+    list(measure(model, (way,), (images,), device, once, size, depths=(1, 1, 1, 1)))
 
 
 def steady_time(call: Callable[[], Any]) -> Timing:
@@ -94,26 +105,35 @@ def steady_time(call: Callable[[], Any]) -> Timing:
 
 
 def rows(found: list[Record | Wrong]) -> list[str]:
-    """A line a way, with images a second and the ratio to the fastest of the other backends."""
+    """A line a way, with images a second and the ratio to the same network on torch's own convolution."""
     records = [one for one in found if isinstance(one, Record)]
     lines = [f"{one.way} WRONG by {one.error:.1e}, not timed" for one in found if isinstance(one, Wrong)]
+    torchs = {(r.case, r.shape, r.what): r.timing.p50_ms for r in records if r.backend in ("aten", "torch")}
     for one in records:
-        others = [r.timing.p50_ms for r in records if r.what == one.what and r.backend != one.backend]
-        ratio = f"{min(others) / one.timing.p50_ms:6.2f} x the fastest of the other" if others else ""
+        torch_ms = torchs.get((one.case, one.shape, one.what))
+        ratio = "" if torch_ms is None else f"{torch_ms / one.timing.p50_ms:6.2f} x torch's convolution"
         assert one.shape is not None
         rate = 1e3 * one.shape[0] / one.timing.p50_ms
-        lines.append(f"{one.case} {one.what:14} {one.way:12} {one.timing.p50_ms:9.2f} ms {rate:9.1f} images/s {ratio}")
+        lines.append(
+            f"{one.case} {one.what:14} N={one.shape[0]:<3} {one.way:12} {one.timing.p50_ms:9.2f} ms "
+            f"{rate:9.1f} images/s {ratio}"
+        )
     return lines
 
 
-def _infer(backend: str, model: nn.Module, x: Tensor) -> None:
-    with use_backend(backend), torch.inference_mode():
-        model(x)
+def _largest_kernel(model: nn.Module) -> int:
+    return max(max(module.kernel_size) for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
-def _step(backend: str, model: nn.Module, x: Tensor, labels: Tensor, optimizer: torch.optim.SGD) -> None:
+def _logits(way: str, model: nn.Module, x: Tensor) -> Tensor:
+    with use_backend(None if way in _CHOICE_LEFT_FREE else way), torch.inference_mode():
+        y: Tensor = model(x)
+        return y.float()
+
+
+def _step(way: str, model: nn.Module, x: Tensor, labels: Tensor, optimizer: torch.optim.SGD) -> None:
     model.train()
-    with use_backend(backend):
+    with use_backend(None if way in _CHOICE_LEFT_FREE else way):
         optimizer.zero_grad()
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             loss = cross_entropy(model(x), labels)

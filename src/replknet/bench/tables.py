@@ -6,7 +6,7 @@ from replknet.bench import runtimes
 from replknet.bench.cases import SUITES, Case, Stack, Target
 from replknet.bench.harness import Record, Timing
 from replknet.bench.ops import Found, Wrong
-from replknet.bench.overhead import TARGET_US
+from replknet.bench.overhead import GPU_TARGETS_US, TARGET_US
 from replknet.bench.plans import TARGET as TARGET_PLANS
 
 HEADER = (
@@ -132,7 +132,7 @@ def worst_of_grid(records: Iterable[Record], shown: int = 10) -> list[str]:
 
 
 def overhead_rows(found: Iterable[Found]) -> list[str]:
-    """Microseconds a call, and how many of them the operator adds to torch's own in the same layout."""
+    """Microseconds a call, and how many of them the operator adds to torch's own, or to torch's casts, in a layout."""
     records = [record for record in found if isinstance(record, Record)]
     times = {record.way: 1e3 * record.timing.p50_ms for record in records}
     lines = []
@@ -142,12 +142,19 @@ def overhead_rows(found: Iterable[Found]) -> list[str]:
         beyond = verdict = ""
         if who == "operator":
             extra = us - times[f"torch {layout}"]
-            beyond, verdict = f"{extra:.1f}", f"under {TARGET_US:g}: {'met' if extra < TARGET_US else 'missed'}"
+            beyond, verdict = f"{extra:.1f}", _under(extra, TARGET_US)
+        elif who == "host":
+            extra = us - times.get(f"casts {layout}", 0.0)
+            beyond, verdict = f"{extra:.1f}", _under(extra, GPU_TARGETS_US[record.what])
         lines.append(
             f"{record.case:<12} {record.what:<17} {record.way:<14} {record.backend:<11} {us:>8.1f} {beyond:>13}  "
             f"{verdict}".rstrip()
         )
     return lines
+
+
+def _under(us: float, target: float) -> str:
+    return f"under {target:g}: {'met' if us < target else 'missed'}"
 
 
 def plan_rows(found: Iterable[Found]) -> list[str]:

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--kernel", type=str, metavar="KH[,KW]", help="with --shape: sides of the kernel in pixels, odd")
     p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="with --shape: dtype of the call")
     p.add_argument("--channels-last", action="store_true", help="with --shape: layout of the images")
+    p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: cpu, cuda or cuda:1 and so on")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     args = p.parse_args(argv)
     if (args.shape is None) != (args.kernel is None):
@@ -34,6 +35,6 @@ def main(argv: list[str]) -> int:
     else:
         n, c, h, w = _numbers(args.shape, "--shape", "N,C,H,W, such as 1,128,56,56", (4,))
         sides = _numbers(args.kernel, "--kernel", "KH or KH,KW, such as 31 or 51,5", (1, 2))
-        report = explain((n, c, h, w), (sides[0], sides[-1]), _DTYPES[args.dtype], args.channels_last)
+        report = explain((n, c, h, w), (sides[0], sides[-1]), _DTYPES[args.dtype], args.channels_last, args.device)
     print(json.dumps(report.asdict(), indent=1) if args.json else report)
     return 0

@@ -7,11 +7,17 @@ import os
 from functools import cache, lru_cache
 from types import TracebackType
 
-from replknet.kernels import aten, native, reference, triton
+from replknet.kernels import aten, measured, native, reference, triton
 from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
 
 # in the order in which they are asked; the first that neither refuses a call nor declines it takes it
-BACKENDS: tuple[Backend, ...] = (native.BACKEND, triton.BACKEND, aten.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (
+    native.BACKEND,
+    measured.BACKEND,
+    triton.BACKEND,
+    aten.BACKEND,
+    reference.BACKEND,
+)
 
 VARIABLE = "REPLKNET_BACKEND"
 _forced: str | None = None

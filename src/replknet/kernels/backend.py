@@ -19,13 +19,15 @@ class Call:
     kernel: tuple[int, int]  # height and width, both odd
     dtype: torch.dtype
     device: str  # torch.device.type
+    index: int = 0  # of the device among those of its type
     channels_last: bool = False  # layout of x and of the result
     algorithm: str = "auto"  # one of ALGORITHMS
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
+        device = self.device if self.index == 0 else f"{self.device}:{self.index}"
         return (
-            f"x {list(self.shape)} {str(self.dtype).removeprefix('torch.')} {layout} on {self.device}, "
+            f"x {list(self.shape)} {str(self.dtype).removeprefix('torch.')} {layout} on {device}, "
             f"kernel {self.kernel[0]}x{self.kernel[1]}, algorithm={self.algorithm}"
         )
 

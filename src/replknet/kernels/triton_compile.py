@@ -17,6 +17,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from replknet.kernels.triton_launch import compiling
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)", re.MULTILINE)
+_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
 # tensor memory of Blackwell, columns
 _TENSOR_COLUMNS = 512
 
@@ -46,6 +50,8 @@ class Code:
     stack_bytes: int
     shared_bytes: int
     tensor_columns: int
+    # of the smallest loop with the most products of matrices: what a step of a sum takes
+    loop_instructions: int
     instructions: Counter[str] = field(repr=False)
 
     def faults(self, device: Limits, instruction: str | None = None) -> list[str]:
@@ -80,28 +86,20 @@ class _Absent:
 
 
 @contextmanager
-def _compiling(device: Limits) -> Iterator[list[Any]]:
-    """Kernels that are started inside are compiled for a device instead, and kept in the list."""
-    found: list[Any] = []
-    plain = triton.runtime.JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append(plain(self, *args, grid=grid, warmup=True, **options))
-
+def standing_in(device: Limits) -> Iterator[None]:
+    """Triton compiles for a device that is not here."""
     driver = triton.runtime.driver
     before = driver._active  # None if nothing asked for it yet
     driver.set_active(_Absent(device.capability))
-    triton.runtime.JITFunction.run = run
     try:
-        yield found
+        yield
     finally:
-        triton.runtime.JITFunction.run = plain
         driver.set_active(before)
 
 
 def compiled(device: Limits, call: Callable[[], object]) -> list[Code]:
     """The kernels that a call would start, compiled for a device. Its tensors may be on the meta device."""
-    with _compiling(device) as kernels:
+    with standing_in(device), compiling() as kernels:
         call()
     return [_code(kernel) for kernel in kernels]
 
@@ -113,15 +111,32 @@ def _code(kernel: Any) -> Code:
         file.flush()
         usage = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
         text = _output(str(tools / "nvdisasm"), "-c", file.name)
-    mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
+    mnemonics = _INSTRUCTION.findall(text)
     return Code(
         kernel=kernel.metadata.name,
         registers=_number(r"REG:(\d+)", usage),
         stack_bytes=_number(r"STACK:(\d+)", usage),
         shared_bytes=kernel.metadata.shared,
         tensor_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
+        loop_instructions=_loop_instructions(text),
         instructions=Counter(mnemonics),
     )
+
+
+def _loop_instructions(text: str) -> int:
+    """Of the loop that does the products; 0 if there are none."""
+    lines = text.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\.L_\w+):", line))}
+    best = 0, 0
+    for end, line in enumerate(lines):
+        found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if found is None or labels.get(found[1], end) >= end:
+            continue
+        inside = _INSTRUCTION.findall("\n".join(lines[labels[found[1]] : end + 1]))
+        products = sum(name in _PRODUCTS for name in inside)
+        # of two loops with the same products the inner one is shorter
+        best = max(best, (products, -len(inside)))
+    return -best[1]
 
 
 def _number(pattern: str, text: str) -> int:

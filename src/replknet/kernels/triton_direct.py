@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from replknet.kernels.triton_plan import DirectTile
+from replknet.kernels.triton_launch import Launch, Number, known
+from replknet.kernels.triton_plan import SMALL_MAP, DirectTile, Run, RunGradient, Work
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "programs", "height", "width"])
 def _forward(
     x,
     taps,  # [C, KH, KW], or [KH, KW, C] for channels_last
@@ -25,10 +26,8 @@ def _forward(
     images,
     channels,
     programs,  # of a block of channels
-    tap_channel,  # elements from a tap to that of the next channel, and to the next tap of a channel
-    tap_next,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    height,
+    width,
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -38,41 +37,49 @@ def _forward(
     ROTATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,  # an image has 2^31 elements or more
+    LONG: tl.constexpr,  # the batch has 2^31 elements or more
+    WIDE: tl.constexpr,  # an image has
 ):
-    ROW_BLOCKS: tl.constexpr = (H + ROWS - 1) // ROWS
+    row_blocks = (height + ROWS - 1) // ROWS
     block = tl.program_id(0) // programs
     part = tl.program_id(0) % programs
-    top = part % ROW_BLOCKS * ROWS
-    position = part // ROW_BLOCKS * SAMPLES + tl.arange(0, SAMPLES)[:, None]
-    image, column = (position // W).to(tl.int64), position % W
+    top = part % row_blocks * ROWS
+    position = part // row_blocks * SAMPLES + tl.arange(0, SAMPLES)[:, None]
+    image, column = position // width, position % width
+    if LONG:
+        image = image.to(tl.int64)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     exists = (image < images) & (channel < channels)
     if WIDE:
         column, channel, top = column.to(tl.int64), channel.to(tl.int64), top.to(tl.int64)
     if LAST:
-        start = image * H * W * channels + channel
+        start = image * height * width * channels + channel
         pixel = channels
+        tap = taps + channel
+        next_tap = channels
     else:
-        start = (image * channels + channel) * H * W
+        start = (image * channels + channel) * height * width
         pixel = 1
+        tap = taps + channel * (KH * KW)
+        next_tap = 1
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((SAMPLES, CHANNELS), tl.float32),)
-    tap = taps + channel * tap_channel
     # rows of the image, relative to the first that the kernel reaches
     first = tl.maximum(0, KH // 2 - top)
-    last = tl.minimum(ROWS + KH - 1, H + KH // 2 - top)
-    for j in tl.range(max(0, KW // 2 - W + 1), min(KW, W + KW // 2)):
+    last = tl.minimum(ROWS + KH - 1, height + KH // 2 - top)
+    for j in tl.range(tl.maximum(0, KW // 2 - width + 1), tl.minimum(KW, width + KW // 2)):
         w = column + (j - KW // 2)
-        inside = exists & (w >= 0) & (w < W)
+        inside = exists & (w >= 0) & (w < width)
         for i in tl.range(first, last):
-            pixels = tl.load(x + start + ((top + i - KH // 2) * W + w) * pixel, mask=inside, other=0.0).to(tl.float32)
+            pixels = tl.load(x + start + ((top + i - KH // 2) * width + w) * pixel, mask=inside, other=0.0).to(
+                tl.float32
+            )
             for r in tl.static_range(ROWS):
                 row = i - r
                 at = (KH - 1 - row) * KW + KW - 1 - j if ROTATED else row * KW + j
                 has_tap = (channel < channels) & (row >= 0) & (row < KH)
-                factor = tl.load(tap + at * tap_next, mask=has_tap, other=0.0).to(tl.float32)
+                factor = tl.load(tap + at * next_tap, mask=has_tap, other=0.0).to(tl.float32)
                 sums = sums[:r] + (sums[r] + pixels * factor,) + sums[r + 1 :]
     for r in tl.static_range(ROWS):
         result = sums[r]
@@ -80,11 +87,11 @@ def _forward(
             result += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
         if RELU:
             result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        to = y + start + ((top + r) * W + column) * pixel
-        tl.store(to, result.to(y.dtype.element_ty), mask=exists & (top + r < H))
+        to = y + start + ((top + r) * width + column) * pixel
+        tl.store(to, result.to(y.dtype.element_ty), mask=exists & (top + r < height))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "splits", "height", "width"])
 def _products(
     x,
     dy,
@@ -92,8 +99,8 @@ def _products(
     images,
     channels,
     splits,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    height,
+    width,
     KH: tl.constexpr,
     KW: tl.constexpr,
     BLOCK_H: tl.constexpr,  # taps
@@ -110,92 +117,97 @@ def _products(
     j = block % BLOCKS_W * BLOCK_W + tl.arange(0, BLOCK_W)
     p = tl.arange(0, PIXELS)
     total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-    for step in tl.range(split, images * H, splits):
-        plane = (step // H * channels + channel) * H * W
-        row = step % H
-        start = plane + tl.full((), row, tl.int64) * W
+    for step in tl.range(split, images * height, splits):
+        plane = (step // height * channels + channel) * height * width
+        row = step % height
+        start = plane + tl.full((), row, tl.int64) * width
         # the row of dy whose products with this row of x belong to the taps' row i
         h = row - i + KH // 2
         if WIDE:
             h = h.to(tl.int64)
-        for left in tl.range(0, W, PIXELS):
+        for left in tl.range(0, width, PIXELS):
             w = left + p
-            is_row = (h >= 0) & (h < H) & (i < KH)
-            g = tl.load(dy + plane + (h * W)[:, None] + w[None, :], mask=is_row[:, None] & (w < W)[None, :], other=0.0)
+            is_row = (h >= 0) & (h < height) & (i < KH)
+            g = tl.load(
+                dy + plane + (h * width)[:, None] + w[None, :], mask=is_row[:, None] & (w < width)[None, :], other=0.0
+            )
             v = w[:, None] + j[None, :] - KW // 2
-            pixels = tl.load(x + start + v, mask=(v >= 0) & (v < W) & (j < KW)[None, :], other=0.0)
+            pixels = tl.load(x + start + v, mask=(v >= 0) & (v < width) & (j < KW)[None, :], other=0.0)
             total = tl.dot(g.to(tl.float32), pixels.to(tl.float32), total, input_precision="ieee")
     at = ((channel * splits + split) * KH + i[:, None]) * KW + j[None, :]
     tl.store(products + at, total, mask=(i < KH)[:, None] & (j < KW)[None, :])
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, tile: DirectTile, rotated: bool = False
-) -> Tensor:
+def forward(call: Work, tile: DirectTile) -> Run:
     """The convolution of images in either layout; with the kernel rotated it is the gradient for x.
 
     Args:
-        x: `[N,C,H,W]`, contiguous or channels_last, float16, bfloat16 or float32.
-        weight: `[C,1,Kh,Kw]`, dtype of `x`.
-        bias: `[C]` or None.
+        call: its dtype is float16, bfloat16 or float32.
+        tile: how the work is cut.
     """
-    n, c, h, w = x.shape
-    kh, kw = weight.shape[2:]
-    last = not x.is_contiguous()
-    # neighbouring channels are read together, so their taps must be neighbours, too
-    taps = weight.reshape(c, kh * kw).t().contiguous() if last else weight
-    y = torch.empty_like(x)
+    (n, c, h, w), (kh, kw), last = call.shape, call.kernel, call.channels_last
     programs = triton.cdiv(h, tile.rows) * triton.cdiv(n * w, tile.samples)
-    _forward[(programs * triton.cdiv(c, tile.channels),)](
-        x,
-        taps,
-        taps if bias is None else bias,
-        y,
-        n,
-        c,
-        programs,
-        1 if last else kh * kw,
-        c if last else 1,
-        H=h,
-        W=w,
-        KH=kh,
-        KW=kw,
-        ROWS=tile.rows,
-        SAMPLES=tile.samples,
-        CHANNELS=tile.channels,
-        LAST=last,
-        ROTATED=rotated,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        WIDE=h * w * (c if last else 1) >= 2**31,
+    launch = Launch(
+        _forward,
+        programs * triton.cdiv(c, tile.channels),
+        (n, c, programs, *_size(h, w, tile)),
+        {
+            "KH": kh,
+            "KW": kw,
+            "ROWS": tile.rows,
+            "SAMPLES": tile.samples,
+            "CHANNELS": tile.channels,
+            "LAST": last,
+            "ROTATED": call.rotated,
+            "HAS_BIAS": call.bias,
+            "RELU": call.relu,
+            "LONG": n * c * h * w >= 2**31,
+            "WIDE": h * w * (c if last else 1) >= 2**31,
+        },
         num_warps=tile.warps,
     )
-    return y
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # neighbouring channels are read together, so their taps must be neighbours, too
+        taps = weight.reshape(c, kh * kw).t().contiguous() if last else weight
+        y = torch.empty_like(x)
+        launch(x, taps, taps if bias is None else bias, y)
+        return y
+
+    return run
 
 
-def weight_gradient(dy: Tensor, x: Tensor, kh: int, kw: int, tile: DirectTile) -> Tensor:
+def weight_gradient(call: Work, tile: DirectTile) -> RunGradient:
     """dw `[C,1,Kh,Kw]` of contiguous images `[N,C,H,W]`; the order of its sums is fixed."""
-    n, c, h, w = x.shape
+    (n, c, h, w), (kh, kw), dtype = call.shape, call.kernel, call.dtype
+    columns = 64 if tile.any_size else w
     block_h, block_w, pixels = (
-        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((kh, 32), (kw, 32), (w, 64))
+        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((kh, 32), (kw, 32), (columns, 64))
     )
-    products = torch.empty((c, tile.splits, kh, kw), dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(kh, block_h) * triton.cdiv(kw, block_w)
-    _products[(c * tile.splits * blocks,)](
-        x,
-        dy,
-        products,
-        n,
-        c,
-        tile.splits,
-        H=h,
-        W=w,
-        KH=kh,
-        KW=kw,
-        BLOCK_H=block_h,
-        BLOCK_W=block_w,
-        PIXELS=pixels,
-        WIDE=h * w >= 2**31,
+    launch = Launch(
+        _products,
+        c * tile.splits * blocks,
+        (n, c, tile.splits, *_size(h, w, tile)),
+        {
+            "KH": kh,
+            "KW": kw,
+            "BLOCK_H": block_h,
+            "BLOCK_W": block_w,
+            "PIXELS": pixels,
+            "WIDE": h * w >= 2**31,
+        },
         num_warps=tile.warps,
     )
-    return products.sum(1).to(x.dtype)[:, None]
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        products = x.new_empty((c, tile.splits, kh, kw), dtype=torch.float32)
+        launch(x, dy, products)
+        return products.sum(1).to(dtype)[:, None]
+
+    return run
+
+
+def _size(h: int, w: int, tile: DirectTile) -> tuple[Number, Number]:
+    """Of a map; the compiler knows that of a small one."""
+    return (known(h), known(w)) if max(h, w) <= SMALL_MAP and not tile.any_size else (h, w)

@@ -4,72 +4,94 @@ A copy goes through tiles of pixels and channels, so that both sides are read an
 turns a tile in shared memory.
 """
 
-import torch
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from replknet.kernels.triton_launch import Launch
 
 _PIXELS = 64
 _CHANNELS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixel_blocks", "height", "units_from", "units_to"])
 def _copy(
-    x,  # [N, C, H, FROM], or [N, H, FROM, C] for LAST_FROM
-    y,  # [N, C, H, TO], or [N, H, TO, C] for LAST_TO; zeros from FROM on
+    x,  # [N, C, height, from], or [N, height, from, C] for LAST_FROM
+    y,  # [N, C, height, to], or [N, height, to, C] for LAST_TO; zeros from `from` on
     channels,
     pixel_blocks,
-    H: tl.constexpr,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
+    channel_blocks,
+    height,
+    units_from,  # of a row
+    units_to,
+    UNIT_FROM: tl.constexpr,  # pixels
+    UNIT_TO: tl.constexpr,
+    SAME: tl.constexpr,  # the widths are equal
     LAST_FROM: tl.constexpr,  # channels_last
     LAST_TO: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,  # an image has 2^31 elements or more
 ):
-    image = (tl.program_id(0) // pixel_blocks).to(tl.int64)
-    p = (tl.program_id(0) % pixel_blocks * PIXELS + tl.arange(0, PIXELS))[:, None]
-    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    width_from, width_to = units_from * UNIT_FROM, units_to * UNIT_TO
+    block = tl.program_id(0) // channel_blocks
+    image = (block // pixel_blocks).to(tl.int64)
+    p = (block % pixel_blocks * PIXELS + tl.arange(0, PIXELS))[:, None]
+    c = (tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     if WIDE:
         p, c = p.to(tl.int64), c.to(tl.int64)
-    exists = (p < H * TO) & (c < channels)
-    q = p // TO * FROM + p % TO
-    from_ = q * channels + c if LAST_FROM else c * (H * FROM) + q
-    to = p * channels + c if LAST_TO else c * (H * TO) + p
-    pixels = tl.load(x + image * channels * H * FROM + from_, mask=exists & (p % TO < FROM), other=0.0)
-    tl.store(y + image * channels * H * TO + to, pixels, mask=exists)
+    exists = (p < height * width_to) & (c < channels)
+    if SAME:
+        q = p
+        there = exists
+    else:
+        q = p // width_to * width_from + p % width_to
+        there = exists & (p % width_to < width_from)
+    from_ = q * channels + c if LAST_FROM else c * (height * width_from) + q
+    to = p * channels + c if LAST_TO else c * (height * width_to) + p
+    pixels = tl.load(x + image * channels * height * width_from + from_, mask=there, other=0.0)
+    tl.store(y + image * channels * height * width_to + to, pixels, mask=exists)
 
 
-def copied(x: Tensor, width: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Images of either layout in another layout and width.
+def copy(shape: tuple[int, int, int, int], width: int, last_from: bool, last_to: bool) -> Callable[[Tensor], Tensor]:
+    """Of images in one layout to another layout and width.
 
     Args:
-        x: `[N,C,H,W]`, contiguous or channels_last, any dtype.
+        shape: of the images, `[N,C,H,W]`.
         width: columns of the result; those from W on are zeros, and fewer than W leave the last ones out.
-        layout: contiguous or channels_last.
+        last_from: whether the images are channels_last, else they are contiguous.
+        last_to: whether the result is.
 
     Returns:
-        `[N,C,H,width]`, dtype of `x`.
+        What takes images of any dtype and returns `[N,C,H,width]`.
     """
-    n, c, h, w = x.shape
-    y = torch.empty((n, c, h, width), dtype=x.dtype, device=x.device, memory_format=layout)
-    pixels = min(_PIXELS, triton.next_power_of_2(h * width))
-    channels = min(_CHANNELS, triton.next_power_of_2(c))
-    pixel_blocks = triton.cdiv(h * width, pixels)
-    _copy[(n * pixel_blocks, triton.cdiv(c, channels))](
-        x,
-        y,
-        c,
-        pixel_blocks,
-        H=h,
-        FROM=w,
-        TO=width,
-        LAST_FROM=not x.is_contiguous(),
-        LAST_TO=not y.is_contiguous(),
-        PIXELS=pixels,
-        CHANNELS=channels,
-        WIDE=h * max(w, width) * c >= 2**31,
+    n, c, h, w = shape
+    pixel_blocks, channel_blocks = triton.cdiv(h * width, _PIXELS), triton.cdiv(c, _CHANNELS)
+    unit_from, unit_to = (8 if columns % 8 == 0 else 1 for columns in (w, width))
+    launch = Launch(
+        _copy,
+        n * pixel_blocks * channel_blocks,
+        (c, pixel_blocks, channel_blocks, h, w // unit_from, width // unit_to),
+        {
+            "UNIT_FROM": unit_from,
+            "UNIT_TO": unit_to,
+            "SAME": w == width,
+            "LAST_FROM": last_from,
+            "LAST_TO": last_to,
+            "PIXELS": _PIXELS,
+            "CHANNELS": _CHANNELS,
+            "WIDE": h * max(w, width) * c >= 2**31,
+        },
         num_warps=4,
     )
-    return y
+    result = n, c, h, width
+    strides = (h * width * c, 1, width * c, c) if last_to else (c * h * width, h * width, width, 1)
+
+    def run(x: Tensor) -> Tensor:
+        y = x.new_empty_strided(result, strides)
+        launch(x, y)
+        return y
+
+    return run

@@ -7,7 +7,7 @@ dimension for the output, a patch of it is a sum over the row blocks D and the c
 
 T[D, d] is a two-level Toeplitz matrix: its element ((a, k), (b, n)) is the tap in row ROWS * D + a - b and column
 16 * d + k - n. It is never stored as a whole. A first kernel writes the 16 x 16 Toeplitz matrix of each kernel row and
-column block (the strips, zero outside of the kernel), from which T is a load with linear addresses. The gradient for x
+column block (`triton_strips`), from which T is a load with linear addresses. The gradient for x
 is the same with the rotated kernel. The gradient for the weights sums x[images, patch]^T @ dy[images, patch] into
 matrices of the form of T, and then along their diagonals, in a fixed order.
 
@@ -19,53 +19,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from replknet.kernels.triton_plan import PatchTile, geometry
+from replknet.kernels.triton_launch import Launch, Number, known, one
+from replknet.kernels.triton_plan import (
+    SMALL_MAP,
+    Geometry,
+    PatchTile,
+    Run,
+    RunGradient,
+    Work,
+    geometry,
+)
+from replknet.kernels.triton_strips import Strips
 
 _COLUMNS: tl.constexpr = tl.constexpr(16)  # pixels of a patch along a row
 _FLAT = 1024  # elements that a program of a flat kernel works on
 
 
-@triton.jit
-def _strips(
-    weight,  # [C, KH, KW]
-    strips,  # [C, strip rows, blocks, 16, 16]
-    elements,  # of strips, a channel
-    programs,  # of a channel
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LEFT: tl.constexpr,
-    ROTATED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    FLAT: tl.constexpr,
-):
-    channel = (tl.program_id(0) // programs).to(tl.int64)
-    e = tl.program_id(0) % programs * FLAT + tl.arange(0, FLAT)
-    n, k = e % _COLUMNS, e // _COLUMNS % _COLUMNS
-    if TRANSPOSED:
-        n, k = k, n
-    row = e // (_COLUMNS * _COLUMNS * BLOCKS) - (ROWS - 1)
-    column = LEFT + e // (_COLUMNS * _COLUMNS) % BLOCKS * _COLUMNS + k - n + KW // 2
-    inside = (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
-    if ROTATED:
-        row, column = KH - 1 - row, KW - 1 - column
-    tap = tl.load(weight + channel * (KH * KW) + row * KW + column, mask=inside, other=0.0)
-    tl.store(strips + channel * elements + e, tap, mask=e < elements)
-
-
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["image_units", "programs", "tiles", "height", "units", "has_bias", "zero"])
 def _forward(
     x,
     strips,
     bias,
     y,
-    images,
+    image_units,
     channels,
     programs,  # of a channel
+    tiles,  # along a row
+    height,
+    units,  # of a row
+    has_bias,
     zero,  # 0, of which nothing is known when this is compiled
-    H: tl.constexpr,
-    W: tl.constexpr,
+    IMAGE_UNIT: tl.constexpr,  # images
+    UNIT: tl.constexpr,  # pixels
     KH: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -73,46 +58,51 @@ def _forward(
     BLOCKS: tl.constexpr,
     LEFT: tl.constexpr,
     PATCHES: tl.constexpr,
-    TILES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     SAMPLES: tl.constexpr,
     HEIGHTS: tl.constexpr,
     BY_IMAGE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     NEAR: tl.constexpr,
+    LONG: tl.constexpr,  # offsets of images take 64 bits
     WIDE: tl.constexpr,  # a plane has 2^31 elements or more
     AS_FLOAT: tl.constexpr,  # products of float32 copies: the interpreter's bfloat16 products are wrong
 ):
     REACH: tl.constexpr = KH // 2
     PATCH: tl.constexpr = ROWS * _COLUMNS
-    ROW_BLOCKS: tl.constexpr = (H + ROWS - 1) // ROWS
+    images = image_units * IMAGE_UNIT
+    width = units * UNIT
+    row_blocks = (height + ROWS - 1) // ROWS
     STRIP_ROW: tl.constexpr = GROUPS * BLOCKS * _COLUMNS * _COLUMNS
     STRIP_ROWS: tl.constexpr = (DEPTH + 1) * ROWS - 1
     channel = tl.program_id(0) // programs
-    tile = tl.program_id(0) % programs % TILES
-    part = tl.program_id(0) % programs // TILES
+    part = tl.program_id(0) % programs
+    left = 0
+    if not ONE_TILE:
+        left = part % tiles * (PATCHES * _COLUMNS)
+        part = part // tiles
     s = tl.arange(0, SAMPLES)
     if BY_IMAGE:
         # neighbouring row blocks of some images; the kernel's row blocks that only see padding are left out
-        STEPS: tl.constexpr = (ROW_BLOCKS + HEIGHTS - 1) // HEIGHTS
+        steps = (row_blocks + HEIGHTS - 1) // HEIGHTS
         AT_ONCE: tl.constexpr = SAMPLES // HEIGHTS
-        image = part // STEPS * AT_ONCE + s % AT_ONCE
-        start = part % STEPS * (ROWS * HEIGHTS)
+        image = part // steps * AT_ONCE + s % AT_ONCE
+        start = part % steps * (ROWS * HEIGHTS)
         top = start + s // AT_ONCE * ROWS
         first = tl.maximum(0, (REACH - start - (HEIGHTS - 1) * ROWS) // ROWS)
-        last = tl.minimum(DEPTH, (H + REACH - start + ROWS - 1) // ROWS)
+        last = tl.minimum(DEPTH, (height + REACH - start + ROWS - 1) // ROWS)
     else:
         pair = part * SAMPLES + s
-        image = pair // ROW_BLOCKS
-        top = pair % ROW_BLOCKS * ROWS
+        image = pair // row_blocks
+        top = pair % row_blocks * ROWS
         first = 0
         last = DEPTH
     exists = (image < images)[:, None]
     p = tl.arange(0, PATCH)
     row, column = p // _COLUMNS, p % _COLUMNS
-    left = tile * (PATCHES * _COLUMNS)
-    plane = ((image.to(tl.int64) * channels + channel) * H * W)[:, None]
+    size = tl.full((), width, tl.int64 if LONG else tl.int32) * height
+    plane = (image * (size * channels) + channel * size)[:, None]
     strip = strips + channel.to(tl.int64) * (STRIP_ROWS * STRIP_ROW)
     if NEAR:
         # only copies of up to 8 bytes go through the first-level cache, so no larger alignment is to be provable
@@ -140,10 +130,14 @@ def _forward(
             h = h.to(tl.int64)
         for j in tl.static_range(PATCHES + BLOCKS - 1):
             # a map of one tile: what lies outside of it is known when this is compiled
-            if TILES > 1 or GROUPS > 1 or (LEFT + _COLUMNS * j > -_COLUMNS and LEFT + _COLUMNS * j < W):
+            if (
+                not ONE_TILE
+                or GROUPS > 1
+                or (LEFT + _COLUMNS * j > -_COLUMNS and LEFT + _COLUMNS * j < _COLUMNS * PATCHES)
+            ):
                 w = left + LEFT + (block + j) * _COLUMNS + column[None, :]
-                inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                pixels = tl.load(x + plane + h * W + w, mask=inside, other=0.0)
+                inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+                pixels = tl.load(x + plane + h * width + w, mask=inside, other=0.0)
                 if AS_FLOAT:
                     pixels = pixels.to(tl.float32)
                 for d in tl.static_range(BLOCKS):
@@ -153,26 +147,33 @@ def _forward(
     h = top[:, None] + row[None, :]
     if WIDE:
         h = h.to(tl.int64)
+    shift = tl.load(bias + channel, mask=has_bias != 0, other=0.0).to(tl.float32)
     for j in tl.static_range(PATCHES):
         w = left + j * _COLUMNS + column[None, :]
-        result = sums[j]
-        if HAS_BIAS:
-            result += tl.load(bias + channel).to(tl.float32)
+        result = sums[j] + shift
         if RELU:
             result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(y + plane + h * W + w, result.to(y.dtype.element_ty), mask=exists & (h < H) & (w < W))
+        tl.store(y + plane + h * width + w, result.to(y.dtype.element_ty), mask=exists & (h < height) & (w < width))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["image_units", "splits", "tiles", "height", "units", "parts", "inverse", "tiles_inverse"]
+)
 def _products(
     x,
     dy,
     products,  # [C, DEPTH, splits, all blocks, ROWS * ROWS, 32]: sums along the diagonals of 16 x 16 matrices
-    images,
+    image_units,
     channels,
     splits,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    tiles,
+    height,
+    units,
+    parts,  # of a batch, for BY_IMAGE
+    inverse,  # of row_blocks, and of tiles: `_inverse`
+    tiles_inverse,
+    IMAGE_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
     KH: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -180,15 +181,20 @@ def _products(
     BLOCKS: tl.constexpr,
     LEFT: tl.constexpr,
     PATCHES: tl.constexpr,
-    TILES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     SAMPLES: tl.constexpr,
     BY_IMAGE: tl.constexpr,
+    LONG: tl.constexpr,  # as of _forward
     WIDE: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
     REACH: tl.constexpr = KH // 2
     PATCH: tl.constexpr = ROWS * _COLUMNS
-    ROW_BLOCKS: tl.constexpr = (H + ROWS - 1) // ROWS
+    images = image_units * IMAGE_UNIT
+    width = units * UNIT
+    if ONE_TILE:
+        tiles = 1
+    row_blocks = (height + ROWS - 1) // ROWS
     depth = tl.program_id(0) % DEPTH
     group = tl.program_id(0) // DEPTH % GROUPS
     split = tl.program_id(0) // (DEPTH * GROUPS) % splits
@@ -196,31 +202,35 @@ def _products(
     p = tl.arange(0, PATCH)
     row, column = (p // _COLUMNS)[None, :], (p % _COLUMNS)[None, :]
     s = tl.arange(0, SAMPLES)
+    size = tl.full((), width, tl.int64 if LONG else tl.int32) * height
+    image_size = size * channels
+    x += channel * size
+    dy += channel * size
     first = 0
     if BY_IMAGE:
         # row blocks whose products with the shifted image are not all padding
         first = tl.maximum(0, (REACH - depth * ROWS) // ROWS)
-        last = tl.minimum(ROW_BLOCKS, (H + REACH - depth * ROWS + ROWS - 1) // ROWS)
-        parts = (images + SAMPLES - 1) // SAMPLES
-        steps = tl.maximum(last - first, 0) * parts * TILES
+        last = tl.minimum(row_blocks, (height + REACH - depth * ROWS + ROWS - 1) // ROWS)
+        steps = tl.maximum(last - first, 0) * parts * tiles
     else:
-        parts = 1
-        steps = (images * ROW_BLOCKS + SAMPLES - 1) // SAMPLES * TILES
+        steps = (images * row_blocks + SAMPLES - 1) // SAMPLES * tiles
     sums = ()
     for _ in tl.static_range(BLOCKS):
         sums = sums + (tl.zeros((PATCH, PATCH), tl.float32),)
     for step in tl.range(split, steps, splits):
-        left = step % TILES * (PATCHES * _COLUMNS)
-        part = step // TILES
+        left = 0
+        part = step
+        if not ONE_TILE:
+            part, tile = _divided(step, tiles, tiles_inverse)
+            left = tile * (PATCHES * _COLUMNS)
         if BY_IMAGE:
             image = part % parts * SAMPLES + s
             top = (first + part // parts) * ROWS + row
         else:
-            pair = part * SAMPLES + s
-            image = pair // ROW_BLOCKS
-            top = (pair % ROW_BLOCKS * ROWS)[:, None] + row
+            image, block = _divided(part * SAMPLES + s, row_blocks, inverse)
+            top = (block * ROWS)[:, None] + row
         exists = (image < images)[:, None]
-        plane = ((image.to(tl.int64) * channels + channel) * H * W)[:, None]
+        plane = (image * image_size)[:, None]
         h = top + (depth * ROWS - REACH)
         if WIDE:
             top = top.to(tl.int64)
@@ -228,15 +238,19 @@ def _products(
         gradients = ()
         for j in tl.static_range(PATCHES):
             w = left + j * _COLUMNS + column
-            g = tl.load(dy + plane + top * W + w, mask=exists & (top < H) & (w < W), other=0.0)
+            g = tl.load(dy + plane + top * width + w, mask=exists & (top < height) & (w < width), other=0.0)
             if AS_FLOAT:
                 g = g.to(tl.float32)
             gradients = gradients + (g,)
         for j in tl.static_range(PATCHES + BLOCKS - 1):
-            if TILES > 1 or GROUPS > 1 or (LEFT + _COLUMNS * j > -_COLUMNS and LEFT + _COLUMNS * j < W):
+            if (
+                not ONE_TILE
+                or GROUPS > 1
+                or (LEFT + _COLUMNS * j > -_COLUMNS and LEFT + _COLUMNS * j < _COLUMNS * PATCHES)
+            ):
                 w = left + LEFT + (group * BLOCKS + j) * _COLUMNS + column
-                inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                pixels = tl.load(x + plane + h * W + w, mask=inside, other=0.0)
+                inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+                pixels = tl.load(x + plane + h * width + w, mask=inside, other=0.0)
                 if AS_FLOAT:
                     pixels = pixels.to(tl.float32)
                 for d in tl.static_range(BLOCKS):
@@ -260,6 +274,16 @@ def _products(
 
 
 @triton.jit
+def _divided(a, b, inverse):
+    """Quotient and remainder for 0 <= a < 2^31, by a product: a division in a loop takes 20 instructions."""
+    quotient = tl.umulhi(tl.cast(a, tl.uint32), tl.cast(inverse, tl.uint32, bitcast=True)).to(tl.int32)
+    rest = a - quotient * b
+    # it may be one too small
+    more = rest >= b
+    return tl.where(more, quotient + 1, quotient), tl.where(more, rest - b, rest)
+
+
+@triton.jit(do_not_specialize=["splits", "programs"])
 def _taps(
     products,  # as _products writes them
     dw,  # [C, KH, KW]
@@ -297,125 +321,139 @@ def interpreting() -> bool:
     return not isinstance(_forward, triton.runtime.JITFunction)
 
 
-def _as_float(x: Tensor) -> bool:
-    return interpreting() and x.dtype == torch.bfloat16
+def _as_float(dtype: torch.dtype) -> bool:
+    return interpreting() and dtype == torch.bfloat16
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, tile: PatchTile, rotated: bool = False
-) -> Tensor:
+def forward(call: Work, tile: PatchTile) -> Run:
     """The convolution of contiguous images; with the kernel rotated it is the gradient for x.
 
     Args:
-        x: `[N,C,H,W]`, float16, bfloat16, or float32 for TF32 products.
-        weight: `[C,1,Kh,Kw]`, dtype of `x`, no tap of which only ever meets padding.
-        bias: `[C]` or None.
+        call: its dtype is float16, bfloat16, or float32 for TF32 products; no tap only ever meets padding.
+        tile: how the work is cut.
     """
-    n, c, h, w = x.shape
-    kh, kw = weight.shape[2:]
+    (n, c, h, w), (kh, kw) = call.shape, call.kernel
     g = geometry(h, w, kh, kw, tile)
-    transposed = x.dtype == torch.float32
-    strips = torch.empty(c * g.strip_elements, dtype=x.dtype, device=x.device)
-    flat_programs = triton.cdiv(g.strip_elements, _FLAT)
-    _strips[(flat_programs * c,)](
-        weight,
-        strips,
-        g.strip_elements,
-        flat_programs,
-        KH=kh,
-        KW=kw,
-        ROWS=tile.rows,
-        BLOCKS=g.groups * g.blocks,
-        LEFT=g.left,
-        ROTATED=rotated,
-        TRANSPOSED=transposed,
-        FLAT=_FLAT,
-    )
-    y = torch.empty_like(x)
+    strips = Strips(call, tile, g)
     if tile.by_image:
         programs = g.tiles * triton.cdiv(g.row_blocks, tile.heights) * triton.cdiv(n, tile.samples // tile.heights)
     else:
         programs = g.tiles * triton.cdiv(n * g.row_blocks, tile.samples)
-    _forward[(programs * c,)](
-        x,
-        strips,
-        strips if bias is None else bias,
-        y,
-        n,
-        c,
-        programs,
-        0,
-        H=h,
-        W=w,
-        KH=kh,
-        ROWS=tile.rows,
-        DEPTH=g.depth,
-        GROUPS=g.groups,
-        BLOCKS=g.blocks,
-        LEFT=g.left,
-        PATCHES=g.patches,
-        TILES=g.tiles,
-        SAMPLES=tile.samples,
-        HEIGHTS=tile.heights,
-        BY_IMAGE=tile.by_image,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        TRANSPOSED=transposed,
-        NEAR=tile.near,
-        WIDE=h * w >= 2**31,
-        AS_FLOAT=_as_float(x),
+    (image_units, *numbers), constants = _sizes(call, tile, g)
+    launch = Launch(
+        _forward,
+        programs * c,
+        (image_units, c, programs if tile.any_size else one(programs), *numbers, int(call.bias), 0),
+        {
+            **constants,
+            "KH": kh,
+            "ROWS": tile.rows,
+            "DEPTH": g.depth,
+            "GROUPS": g.groups,
+            "BLOCKS": g.blocks,
+            "LEFT": g.left,
+            "PATCHES": g.patches,
+            "SAMPLES": tile.samples,
+            "HEIGHTS": tile.heights,
+            "BY_IMAGE": tile.by_image,
+            "RELU": call.relu,
+            "TRANSPOSED": call.dtype == torch.float32,
+            "NEAR": tile.near,
+            "AS_FLOAT": _as_float(call.dtype),
+        },
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
-    return y
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made = strips.of(weight)
+        y = torch.empty_like(x)
+        launch(x, made, made if bias is None else bias, y)
+        return y
+
+    return run
 
 
-def weight_gradient(dy: Tensor, x: Tensor, kh: int, kw: int, tile: PatchTile) -> Tensor:
-    """dw `[C,1,Kh,Kw]` of contiguous images `[N,C,H,W]`; the order of its sums is fixed."""
-    n, c, h, w = x.shape
+def weight_gradient(call: Work, tile: PatchTile) -> RunGradient:
+    """dw `[C,1,Kh,Kw]` of contiguous images; the order of its sums is fixed."""
+    (n, c, h, w), (kh, kw), dtype = call.shape, call.kernel, call.dtype
     g = geometry(h, w, kh, kw, tile)
     blocks = g.groups * g.blocks
-    products = torch.empty((c, g.depth, tile.splits, blocks, tile.rows**2, 32), dtype=torch.float32, device=x.device)
-    _products[(c * tile.splits * g.depth * g.groups,)](
-        x,
-        dy,
-        products,
-        n,
-        c,
-        tile.splits,
-        H=h,
-        W=w,
-        KH=kh,
-        ROWS=tile.rows,
-        DEPTH=g.depth,
-        GROUPS=g.groups,
-        BLOCKS=g.blocks,
-        LEFT=g.left,
-        PATCHES=g.patches,
-        TILES=g.tiles,
-        SAMPLES=tile.samples,
-        BY_IMAGE=tile.by_image,
-        WIDE=h * w >= 2**31,
-        AS_FLOAT=_as_float(x),
+    (image_units, *numbers), constants = _sizes(call, tile, g)
+    form = {"KH": kh, "ROWS": tile.rows, "DEPTH": g.depth, "LEFT": g.left}
+    multiply = Launch(
+        _products,
+        c * tile.splits * g.depth * g.groups,
+        (
+            image_units,
+            c,
+            one(tile.splits),
+            *numbers,
+            _parts(n, tile),
+            _inverse(g.row_blocks),
+            _inverse(g.tiles),
+        ),
+        {
+            **constants,
+            **form,
+            "GROUPS": g.groups,
+            "BLOCKS": g.blocks,
+            "PATCHES": g.patches,
+            "SAMPLES": tile.samples,
+            "BY_IMAGE": tile.by_image,
+            "AS_FLOAT": _as_float(dtype),
+        },
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
-    dw = torch.empty((c, 1, kh, kw), dtype=x.dtype, device=x.device)
     flat = min(_FLAT, triton.next_power_of_2(kh * kw))
-    flat_programs = triton.cdiv(kh * kw, flat)
-    _taps[(flat_programs * c,)](
-        products,
-        dw,
-        tile.splits,
-        flat_programs,
-        KH=kh,
-        KW=kw,
-        ROWS=tile.rows,
-        DEPTH=g.depth,
-        BLOCKS=blocks,
-        LEFT=g.left,
-        FLAT=flat,
-    )
-    return dw
+    programs = triton.cdiv(kh * kw, flat)
+    add = Launch(_taps, programs * c, (tile.splits, programs), {**form, "KW": kw, "BLOCKS": blocks, "FLAT": flat})
+    elements = c * g.depth * tile.splits * blocks * tile.rows**2 * 32
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        products = x.new_empty(elements, dtype=torch.float32)
+        multiply(x, dy, products)
+        dw = x.new_empty((c, 1, kh, kw))
+        add(products, dw)
+        return dw
+
+    return run
+
+
+def _parts(n: int, tile: PatchTile) -> Number:
+    """Of a batch, each with as many images as a product has rows."""
+    if not tile.by_image:
+        return known(1)
+    parts = triton.cdiv(n, tile.samples)
+    return parts if tile.any_size else one(parts)
+
+
+def _inverse(number: int) -> int:
+    """2^32 over a number, at most 2^32 - 1, in the 32 bits of a signed number, for `_divided`."""
+    found = min((1 << 32) // number, (1 << 32) - 1)
+    return found - (1 << 32) if found >= 1 << 31 else found
+
+
+def _sizes(call: Work, tile: PatchTile, g: Geometry) -> tuple[tuple[Number, ...], dict[str, object]]:
+    """The sizes of a batch as numbers and as constants of a kernel.
+
+    A small map is known to the compiler, whose addresses then are shorter. Of other maps it knows how many patches they
+    have along a row, and what their width is a multiple of, so that one compiled kernel serves many sizes. Where images
+    are rows of products it knows whether their number is a multiple of 16.
+    """
+    n, c, h, w = call.shape
+    small = max(h, w) <= SMALL_MAP and not tile.any_size
+    unit = next(unit for unit in (8, 4, 2, 1) if w % unit == 0)
+    images = 16 if tile.by_image and n % 16 == 0 else 1
+    sides = tuple(known(number) if small else number for number in (h, w // unit))
+    return (n // images, g.tiles, *sides), {
+        "IMAGE_UNIT": images,
+        "UNIT": unit,
+        "ONE_TILE": g.tiles == 1 and not tile.any_size,
+        # with few images the gradient computes them in every step
+        "LONG": tile.by_image or n * c * h * w >= 2**31,
+        "WIDE": h * w >= 2**31,
+    }

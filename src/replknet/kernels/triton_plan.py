@@ -5,15 +5,19 @@ those that compile without spilled registers and within the shared and tensor me
 (tests/kernels/test_triton.py), chosen among them by the counts of docs/decisions/0004-gpu-kernels.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil
+from math import ceil, gcd
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 # sm_80: products of registers (8.0, 8.6, 8.9, 12.0); sm_90: of shared memory; sm_100: with sums in tensor memory (10.x)
 Family = Literal["sm_80", "sm_90", "sm_100"]
+# maps of at most this side are known to the compiler; others share kernels
+SMALL_MAP = 16
 # programs that fill the largest device: two for each of 132 multiprocessors
 _PROGRAMS = 264
 # kernels up to this side are summed directly: a patch would multiply zeros mostly
@@ -27,6 +31,8 @@ _REGISTERS = 255
 _REGISTERS_OF_8_WARPS = 128
 # images from which rows of products are images alone
 _MANY_IMAGES = 64
+# columns of a map of several tiles, whatever they are
+_WIDE_MAP = 128
 # kernels up to this side may be faster as sums, which the autotuner finds out
 _DOUBTFUL_SIDE = 9
 
@@ -45,6 +51,7 @@ class PatchTile:
     warps: int = 4
     stages: int = 2
     registers: int | None = None  # that a thread may have; None: as many as the compiler likes
+    any_size: bool = False  # one compiled kernel for maps of all sizes; else it knows a little, or all, of the size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +63,41 @@ class DirectTile:
     channels: int = 1  # more than one for channels_last
     splits: int = 1  # parts of the sum over images and rows, for the gradient of the weights
     warps: int = 4
+    any_size: bool = False
 
 
-Tile = PatchTile | DirectTile
+@dataclass(frozen=True, kw_only=True)
+class PlaneTile:
+    """How the work of the plane kernels is cut, which hold whole small maps of some images at once."""
+
+    samples: int = 64  # images
+    rows: int = 4  # of a patch; 0: the map is one row of all its pixels
+    warps: int = 4
+    stages: int = 1
+    registers: int | None = None
+
+
+Tile = PatchTile | DirectTile | PlaneTile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A call as the Triton kernels see it."""
+
+    shape: tuple[int, int, int, int]  # x as [N,C,H,W]
+    kernel: tuple[int, int]  # of which no tap only ever meets padding
+    dtype: torch.dtype
+    device: int  # its index; -1 where there is none
+    channels_last: bool = False
+    tf32: bool = False
+    bias: bool = False
+    relu: bool = False
+    rotated: bool = False  # the kernel, for the gradient for x
+
+
+# x, weight, bias -> y, and dy, x -> dw, of one kind of call
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+RunGradient = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,19 +120,25 @@ class Geometry:
 
 
 def geometry(h: int, w: int, kh: int, kw: int, tile: PatchTile) -> Geometry:
+    """Of a kernel and a map; the kernel has no column that only ever meets padding."""
     reach = kw // 2
     left = -8 * ceil(reach / 8)
     blocks = ceil((16 - left + reach) / 16)
-    groups = ceil(blocks / _BLOCKS_AT_ONCE)
     depth = ceil((tile.rows + kh - 1) / tile.rows)
     patches = ceil(w / 16)
+    if not tile.any_size:
+        # blocks that meet the map from no patch of it are left out
+        first = max(0, (-16 - left) // 16 + 2 - patches)
+        blocks = min(blocks, (w - 1 - left) // 16 + 1) - first
+        left += 16 * first
+    groups = ceil(blocks / _BLOCKS_AT_ONCE)
     return Geometry(
         depth=depth,
         groups=groups,
         blocks=ceil(blocks / groups),
         left=left,
         row_blocks=ceil(h / tile.rows),
-        patches=min(patches, tile.patches),
+        patches=tile.patches if tile.any_size else min(patches, tile.patches),
         tiles=ceil(patches / tile.patches),
         strip_rows=(depth + 1) * tile.rows - 1,
     )
@@ -124,12 +169,30 @@ def forward_tile(
     tf32: bool,
     channels_last: bool,
     device: Family,
+    any_size: bool = False,
 ) -> Tile:
-    """Of the convolution of x `[N,C,H,W]`, and of the gradient for x."""
+    """Of the convolution of x `[N,C,H,W]`, and of the gradient for x.
+
+    Args:
+        shape: of x.
+        kernel: no tap of it only ever meets padding.
+        dtype: of x.
+        tf32: whether float32 may be multiplied in TF32.
+        channels_last: layout of x.
+        device: where it runs.
+        any_size: for a layer whose maps change in size: compiled once for all of them.
+    """
     n, _, h, w = shape
     if not _by_patches(kernel, dtype, tf32):
-        return _sums(channels_last)
+        return replace(_sums(channels_last), any_size=any_size)
     by_image = n >= _MANY_IMAGES
+    if any_size:
+        if dtype == torch.float32:
+            return PatchTile(
+                rows=2, patches=2, samples=32 if device == "sm_80" else 64, by_image=by_image, any_size=True
+            )
+        tile = _few_rows(32 if device == "sm_80" else 64, by_image, _WIDE_MAP, device)
+        return replace(tile, patches=2, any_size=True)
     if dtype == torch.float32:
         samples = _samples(n * ceil(h / 2), 32 if device == "sm_80" else 64, by_image)
         return PatchTile(rows=2, by_image=by_image, patches=2, samples=samples)
@@ -152,16 +215,23 @@ def forward_tiles(
     tf32: bool,
     channels_last: bool,
     device: Family,
+    any_size: bool = False,
 ) -> tuple[Tile, ...]:
-    """`forward_tile`, and what may be faster, for the autotuner."""
-    first = forward_tile(shape, kernel, dtype, tf32, channels_last, device)
-    if isinstance(first, DirectTile):
+    """`forward_tile`, and what may be faster, the likeliest first."""
+    first = forward_tile(shape, kernel, dtype, tf32, channels_last, device, any_size)
+    if not isinstance(first, PatchTile):
         others = (DirectTile(samples=16, channels=64, rows=4), DirectTile(samples=32, channels=32, rows=8))
         if not channels_last:
             others = (DirectTile(samples=256), DirectTile(rows=4, samples=512))
-        return first, *others
-    w = shape[3]
-    found: list[Tile] = [first, replace(first, near=False, registers=first.registers or _REGISTERS)]
+        return first, *(replace(other, any_size=any_size) for other in others)
+    if any_size:
+        fewer = [replace(first, samples=16, warps=8, registers=_REGISTERS_OF_8_WARPS)] if not first.by_image else []
+        sums = [replace(_sums(channels_last), any_size=True)] if max(kernel) <= _DOUBTFUL_SIDE else []
+        return first, *fewer, *sums
+    n, _, _, w = shape
+    found: list[Tile] = [first, *plane_tiles(shape, kernel, dtype, device)]
+    found += [tile for tile in _some_images(n, device) if dtype != torch.float32]
+    found.append(replace(first, near=False, registers=first.registers or _REGISTERS))
     if not first.by_image or first.samples < 64 or dtype == torch.float32:
         if dtype == torch.float32:
             found += [replace(first, samples=s) for s in (16, 32) if s != first.samples]
@@ -179,10 +249,55 @@ def forward_tiles(
     return tuple(found)
 
 
+def _some_images(n: int, device: Family) -> list[PatchTile]:
+    """Of 16 to 63 images: several row blocks of each fill the rows of a product, and padding can be left out."""
+    most = 32 if device == "sm_80" else 64
+    if not 16 <= n < _MANY_IMAGES:
+        return []
+    heights = max(1, most // (32 if n >= 32 else 16))
+    warps = 4 if most == 64 else 8
+    registers = _REGISTERS if warps == 4 else _REGISTERS_OF_8_WARPS
+    return [PatchTile(samples=most, heights=heights, warps=warps, registers=registers)]
+
+
+def plane_tiles(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, device: Family
+) -> tuple[PlaneTile, ...]:
+    """Tiles that hold whole small maps in 16 bits, first the one with the best counts; none for other maps.
+
+    They serve kernels of all sizes and both layouts; `padded_width` may widen a map before they see it.
+    """
+    n, _, h, w = shape
+    if dtype == torch.float32 or max(h, w) > SMALL_MAP:
+        return ()
+    flat = all(in_one_window(h, padded_width(w, copied)) for copied in (False, True))
+    samples = next(s for s in (16, 32, 64) if n <= s or s == 64)
+    if flat or (samples == 64 and device != "sm_80"):
+        cuts = [(samples, 4), (samples, 8), *([(128, 8)] if n > 64 else [])]
+    elif samples == 16:
+        cuts = [(16, 8), (16, 4)]
+    else:  # more samples would spill registers, or there are not more
+        cuts = [(32, 8), (16, 8), (16, 4)]
+    # with fewer registers the compiler may spill some, or have the images wait for the weight
+    tile = PlaneTile(rows=0 if flat else 4, registers=_REGISTERS)
+    return tuple(replace(tile, samples=samples, warps=warps) for samples, warps in cuts)
+
+
+def in_one_window(h: int, w: int) -> bool:
+    """Whether a map fits 64 elements from the last multiple of 8 elements before it, wherever it lies."""
+    return h * w + 8 - gcd(h * w, 8) <= 64
+
+
+def plane_geometry(h: int, w: int, kh: int, kw: int) -> Geometry:
+    """Of the plane kernels with patches: one column block, whose 16 x 16 matrices cover a row of 16 pixels."""
+    return replace(geometry(h, w, kh, kw, PatchTile()), groups=1, blocks=1, left=0)
+
+
 def _few_rows(samples: int, by_image: bool, w: int, device: Family) -> PatchTile:
     """Of products with few rows, or whose rows are pairs of an image and a row block."""
     if samples < 64:
-        return PatchTile(samples=samples, by_image=by_image, warps=8, registers=_REGISTERS_OF_8_WARPS)
+        near = device != "sm_80" or w <= 64  # with several tiles along a row it takes a few registers too many
+        return PatchTile(samples=samples, by_image=by_image, near=near, warps=8, registers=_REGISTERS_OF_8_WARPS)
     warps = 8 if device == "sm_100" and w <= 8 else 4
     return PatchTile(by_image=by_image, patches=2, warps=warps, registers=_REGISTERS)
 
@@ -200,33 +315,54 @@ def _samples(pairs: int, most: int, by_image: bool) -> int:
 
 @lru_cache(4096)
 def gradient_tile(
-    shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, tf32: bool, device: Family
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    device: Family,
+    any_size: bool = False,
 ) -> Tile:
-    """Of the gradient for the weights."""
+    """Of the gradient for the weights; arguments as of `forward_tile`."""
     n, c, h, _ = shape
     kh, kw = kernel
     if not _by_patches(kernel, dtype, tf32):
         programs = c * ceil(kh / 32) * ceil(kw / 32)
-        return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))))
+        return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))), any_size=any_size)
     by_image = n >= _MANY_IMAGES
     if device == "sm_80" or dtype == torch.float32:
-        samples = _samples(n * ceil(h / 2), 32, by_image)
+        samples = _samples(n * ceil(h / 2), 32, by_image or any_size)
         tile = PatchTile(samples=samples, rows=2, patches=2, by_image=by_image, registers=_REGISTERS)
     elif device == "sm_100":  # tensor memory is small
-        tile = PatchTile(samples=_samples(n * ceil(h / 4), 32, by_image), patches=2, warps=8, by_image=by_image)
+        tile = PatchTile(
+            samples=_samples(n * ceil(h / 4), 32, by_image or any_size), patches=2, warps=8, by_image=by_image
+        )
     else:
-        tile = PatchTile(samples=_samples(n * ceil(h / 4), 64, by_image), by_image=by_image)
+        samples = _samples(n * ceil(h / 4), 64, by_image or any_size)
+        tile = PatchTile(samples=samples, by_image=by_image)
+    if any_size:
+        # in float32 two patches would spill registers
+        tile = replace(tile, patches=1 if dtype == torch.float32 else 2, any_size=True)
     return _split(tile, shape, kernel, _PROGRAMS)
 
 
 def gradient_tiles(
-    shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, tf32: bool, device: Family
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    device: Family,
+    any_size: bool = False,
 ) -> tuple[Tile, ...]:
-    """`gradient_tile`, and what may be faster, for the autotuner."""
-    first = gradient_tile(shape, kernel, dtype, tf32, device)
-    if isinstance(first, DirectTile):
+    """`gradient_tile`, and what may be faster, the likeliest first."""
+    first = gradient_tile(shape, kernel, dtype, tf32, device, any_size)
+    if not isinstance(first, PatchTile):
+        assert isinstance(first, DirectTile)
         return first, replace(first, splits=2 * first.splits)
     found = [first, *(_split(first, shape, kernel, times * _PROGRAMS) for times in (2, 4))]
+    if 16 <= shape[0] < _MANY_IMAGES:
+        found.insert(
+            1, _split(replace(first, samples=32 if shape[0] >= 32 else 16, by_image=True), shape, kernel, _PROGRAMS)
+        )
     if first.samples > 16:
         found.append(_split(replace(first, samples=first.samples // 2), shape, kernel, _PROGRAMS))
     return tuple(dict.fromkeys(found))

@@ -1,33 +1,56 @@
-"""The fastest of some tiles for a kind of call: timed when it first comes to a device, and remembered on disk.
+"""The fastest way for a kind of call: timed when it first comes to a device, and remembered on disk.
 
-Calls are of one kind if they differ in the number of images alone, and not by a factor of two. The tiles that ship
-(`triton_plan`) are taken as they are where nothing may be timed: with REPLKNET_AUTOTUNE=0, while torch asks for
-deterministic algorithms, and while a CUDA graph is recorded.
+The ways are Triton's kernels with some tiles, and torch's own convolution. Calls are of one kind if a way that is fast
+for one of them is fast for the others: numbers of images up to a factor of two, and sides of maps up to about 1.4 in a
+layer whose maps change in size. With REPLKNET_AUTOTUNE=0 nothing is timed.
 """
 
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 import torch
+from filelock import FileLock, Timeout
 
-from replknet.kernels.triton_plan import DirectTile, PatchTile, Tile
+from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Tile, Work
 
 VARIABLE = "REPLKNET_AUTOTUNE"
-# seconds after which no other tile is compiled and tried for a call; the one that ships is the first
-_BUDGET_S = 8.0
-# of one tile
+# seconds for the tiles after the shipped one
+_BUDGET_S = 2.0
+# the part of it for compiling them
+_COMPILING = 0.8
+# of one way
 _RUNS = 20
 _RUNS_S = 0.05
-_KINDS = {kind.__name__: kind for kind in (PatchTile, DirectTile)}
+# torch's convolution is timed from one call if that is slower by this factor
+_HOPELESS = 3.0
+# of compiling and timing, after which a line says why the first step takes long
+_PATIENCE_S = 5.0
+# another process times the same kinds; after this long it is taken to hang
+_LOCK_S = 60.0
+_KINDS = {kind.__name__: kind for kind in (PatchTile, DirectTile, PlaneTile)}
+
+
+class Timer(Protocol):
+    """Times calls, ms."""
+
+    def once(self, call: Callable[[], object]) -> float:
+        """Of a single call."""
+
+    def median(self, call: Callable[[], object]) -> float | None:
+        """Of several, after one that does not count; None if the device does not have what the call needs."""
 
 
 @cache
@@ -39,142 +62,289 @@ def autotuned() -> bool:
     """
     found = os.environ.get(VARIABLE) or "1"
     if found not in ("0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 (the tiles that ship) or 1 (time them on first use), got {found!r}")
+        raise ValueError(f"{VARIABLE} must be 0 (nothing is timed) or 1 (ways are timed on first use), got {found!r}")
     return found == "1"
 
 
-def kind_of(
-    direction: str,
-    shape: tuple[int, int, int, int],
-    kernel: tuple[int, int],
-    dtype: torch.dtype,
-    tf32: bool,
-    channels_last: bool,
-) -> str:
-    """The name of a kind of calls, by which its tile is remembered."""
-    n, c, h, w = shape
+def kind_of(direction: str, work: Work, any_size: bool = False) -> str:
+    """The name of a kind of calls, by which its fastest way is remembered.
+
+    Args:
+        direction: "forward", "dx" or "dw".
+        work: one of the calls.
+        any_size: whether the layer's maps change in size, so that calls of nearly one size are of one kind.
+    """
+    n, c, h, w = work.shape
     images = 1 << (min(n, 64).bit_length() - 1)
-    number = "tf32" if dtype == torch.float32 and tf32 else str(dtype).removeprefix("torch.")
-    layout = "nhwc" if channels_last else "nchw"
-    return f"{direction} {images},{c},{h},{w} {kernel[0]}x{kernel[1]} {number} {layout}"
+    sides = (_rounded(h), _rounded(w)) if any_size else (h, w)
+    number = "tf32" if work.tf32 else str(work.dtype).removeprefix("torch.")
+    layout = "nhwc" if work.channels_last else "nchw"
+    size = ",".join(map(str, (images, c, *sides)))
+    size += "~" if any_size else ""
+    return f"{direction} {size} {work.kernel[0]}x{work.kernel[1]} {number} {layout}"
+
+
+def _rounded(side: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ..."""
+    power = 1 << max(4, (side - 1).bit_length() - 1)
+    return next(s for s in (power, power * 3 // 2, 2 * power) if s >= side)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was timed for a kind of calls."""
+
+    tile: Tile | None  # the fastest; None if the device can run none
+    ms: float | None
+    torch_ms: float | None  # None if torch's convolution was not asked for
+    left: int = 0  # tiles that were not tried, for want of time
+
+    @property
+    def best(self) -> Tile | None:
+        """The fastest way; None is torch's own convolution."""
+        return self.tile if self.torch_ms is None or (self.ms or self.torch_ms) < self.torch_ms else None
 
 
 class Table:
-    """The tiles that were found on one device, in a JSON file.
+    """What was timed and checked on one device, in a JSON file.
 
     Args:
         path: of the file, which need not exist. What cannot be read in it is found anew, with a warning.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._tiles = self._read()
+        self.path = path
+        self._lock = threading.RLock()
+        # the kinds that this process has looked at: what an earlier one left out it tries
+        self._here: set[str] = set()
+        self.entries: dict[str, Entry] = {}
+        self.checks: dict[str, str] = {}  # by what was compared with float64: "right", or what was wrong
+        self._read()
 
-    def _read(self) -> dict[str, Tile]:
-        if not self._path.exists():
-            return {}
+    def _read(self) -> None:
+        """Take over what is in the file; what this process found itself stays."""
+        if not self.path.exists():
+            return
         try:
-            written = json.loads(self._path.read_text())
-            return {name: _tile(entry) for name, entry in written.items()}
+            written = json.loads(self.path.read_text())
+            entries = {name: _entry(fields) for name, fields in written["kinds"].items()}
+            checks = {str(name): str(found) for name, found in written["checks"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            warnings.warn(f"{self._path} is no table of tiles ({error}); they are timed anew", stacklevel=2)
-            return {}
+            warnings.warn(f"{self.path} is no table of tiles ({error!r}); they are timed anew", stacklevel=2)
+            return
+        self.entries = entries | {kind: self.entries[kind] for kind in self._here if kind in self.entries}
+        self.checks = checks | self.checks
 
-    def __getitem__(self, kind: str) -> Tile | None:
-        return self._tiles.get(kind)
+    def __getitem__(self, kind: str) -> Entry | None:
+        return self.entries.get(kind)
 
-    def tile(
-        self,
-        kind: str,
-        shipped: Tile,
-        tiles: Callable[[], Sequence[Tile]],
-        run: Callable[[Tile], object],
-        timer: Callable[[Callable[[], object]], float | None] | None = None,
-        budget_s: float = _BUDGET_S,
-    ) -> Tile:
-        """The fastest tile, remembered if it was found before; while a CUDA graph is recorded, one that is known.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this holds, no other thread or process times anything; what they found is read first."""
+        with self._lock:
+            lock = FileLock(f"{self.path}.lock", timeout=_LOCK_S)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except (OSError, Timeout, NotImplementedError):
+                # a folder without writing or without locks, or a process that hangs: each times for itself
+                yield
+                return
+            try:
+                self._read()
+                yield
+            finally:
+                lock.release()
 
-        Args:
-            kind: of calls.
-            shipped: the tile that is taken where nothing can be timed.
-            tiles: what may be tried; the first is tried even if that takes all of the time.
-            run: makes the call with a tile.
-            timer: what a call takes, or None if the device does not have what it needs; by default on the current
-                CUDA stream.
-            budget_s: seconds after which no other tile is tried.
+    def put(self, kind: str, entry: Entry) -> None:
+        self._here.add(kind)
+        self.entries[kind] = entry
+        self._write()
 
-        Raises:
-            RuntimeError: the device can run none of them.
+    def put_check(self, name: str, found: str) -> None:
+        self.checks[name] = found
+        self._write()
+
+    def known(self, kind: str, with_torch: bool, tiles: Sequence[Tile]) -> Entry | None:
+        """What was timed, if it is enough: with torch's convolution or a tile, of kernels that may be used, and whole.
+
+        A tile that an earlier process left out for want of time is compiled by now.
         """
-        if (known := self._tiles.get(kind)) is not None:
-            return known
-        if timer is None:
-            if torch.cuda.is_current_stream_capturing():
-                return shipped
-            timer = device_ms
-        with self._lock:  # gradients come from other threads
-            if (known := self._tiles.get(kind)) is not None:
-                return known
-            end = time.monotonic() + budget_s
-            times: dict[Tile, float] = {}
-            for tile in tiles():
-                if times and time.monotonic() > end:
-                    break
-                taken = timer(partial(run, tile))
-                if taken is not None:
-                    times[tile] = taken
-            if not times:
-                raise RuntimeError(f"no tile for {kind} fits this device; tried: {', '.join(map(str, tiles()))}")
-            best = min(times, key=times.__getitem__)
-            self._tiles[kind] = best
-            self._write()
-            return best
+        entry = self.entries.get(kind)
+        if entry is None or (entry.torch_ms if with_torch else entry.tile) is None:
+            return None
+        usable = entry.tile is None or type(entry.tile) in map(type, tiles)
+        return entry if usable and (kind in self._here or not entry.left) else None
 
     def _write(self) -> None:
-        # another process may have found others meanwhile
-        self._tiles = self._read() | self._tiles
-        written = {name: {"kind": type(tile).__name__, **asdict(tile)} for name, tile in sorted(self._tiles.items())}
+        kinds = {kind: _fields(entry) for kind, entry in sorted(self.entries.items())}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(written, file, indent=1)
-            os.replace(file.name, self._path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump({"kinds": kinds, "checks": self.checks}, file, indent=1)
+            os.replace(file.name, self.path)
         except OSError as error:
-            warnings.warn(f"tiles are timed again in the next process: {self._path}: {error}", stacklevel=2)
+            warnings.warn(f"ways are timed again in the next process: {self.path}: {error}", stacklevel=2)
 
 
-def _tile(entry: dict[str, object]) -> Tile:
-    fields = dict(entry)
+def _fields(entry: Entry) -> dict[str, object]:
+    tile = None if entry.tile is None else {"kind": type(entry.tile).__name__, **asdict(entry.tile)}
+    return {"tile": tile, "ms": entry.ms, "torch_ms": entry.torch_ms, "left": entry.left}
+
+
+def _entry(fields: dict[str, object]) -> Entry:
     # what a file holds has no types; fields that a tile does not have raise TypeError
-    return _KINDS[str(fields.pop("kind"))](**fields)  # type: ignore[arg-type]
+    tile = fields.pop("tile")
+    if tile is not None:
+        tile = dict(tile)  # type: ignore[call-overload]
+        tile = _KINDS[str(tile.pop("kind"))](**tile)
+    found = Entry(tile=tile, **fields)  # type: ignore[arg-type]
+    times = [ms for ms in (found.ms, found.torch_ms) if ms is not None]
+    if not times or not all(isinstance(ms, float) for ms in times) or (tile is None) != (found.ms is None):
+        raise ValueError(f"{fields} has no times")
+    return found
+
+
+def timed(
+    tiles: Sequence[Tile],
+    run: Callable[[Tile], object],
+    torch_run: Callable[[], object] | None,
+    compile_tile: Callable[[Tile], object],
+    timer: Timer,
+    budget_s: float = _BUDGET_S,
+) -> Entry:
+    """Time some ways of a call: the first tile, then torch's convolution, then the other tiles while there is time.
+
+    Args:
+        tiles: what may be tried; the shipped one is the first.
+        run: makes the call with a tile.
+        torch_run: makes it with torch's convolution; None if that is not wanted.
+        compile_tile: compiles what a tile needs, in any thread.
+        timer: of a call.
+        budget_s: seconds for all tiles but the first.
+
+    Raises:
+        RuntimeError: the device can run none of the tiles, and torch's convolution is not wanted.
+    """
+    times: dict[Tile, float] = {}
+
+    def time_tile(tile: Tile) -> None:
+        if (taken := timer.median(partial(run, tile))) is not None:
+            times[tile] = taken
+
+    time_tile(tiles[0])
+    torch_ms = None if torch_run is None else _torch_ms(torch_run, min(times.values(), default=None), timer)
+    start = time.monotonic()
+    end = start + budget_s
+    left = list(tiles[1:])
+    for tile in _compiled_in_time(left, compile_tile, start + _COMPILING * budget_s):
+        if time.monotonic() > end:
+            break
+        time_tile(tile)
+        left.remove(tile)
+    if not times:
+        if torch_ms is None:
+            raise RuntimeError(f"no tile fits this device; tried: {', '.join(map(str, tiles))}")
+        return Entry(None, None, torch_ms, len(left))
+    best = min(times, key=times.__getitem__)
+    return Entry(best, times[best], torch_ms, len(left))
+
+
+def _torch_ms(run: Callable[[], object], best: float | None, timer: Timer) -> float:
+    # the first call also holds cuDNN's search for an algorithm
+    if best is not None and timer.once(run) > _HOPELESS * best and (second := timer.once(run)) > _HOPELESS * best:
+        return second
+    taken = timer.median(run)
+    assert taken is not None, "torch's convolution takes every call"
+    return taken
+
+
+def _compiled_in_time(tiles: Sequence[Tile], compile_tile: Callable[[Tile], object], end: float) -> list[Tile]:
+    """Compile what some tiles need, as many at once as there are processors; those that are done in time, in order."""
+    if not tiles or time.monotonic() > end:
+        return []
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)  # compilers let other threads run
+    jobs = {tile: pool.submit(compile_tile, tile) for tile in tiles}
+    wait(jobs.values(), timeout=max(0.0, end - time.monotonic()))
+    # the others go on, and are found compiled the next time; an error comes up again when the tile is run
+    pool.shutdown(wait=False, cancel_futures=True)
+    return [tile for tile, job in jobs.items() if job.done() and not job.cancelled()]
+
+
+class _Patience:
+    """Says once that kernels are being compiled, when that has taken long."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spent = 0.0
+        self._said = False
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        start = time.monotonic()
+        alarm = threading.Timer(max(0.0, _PATIENCE_S - self._spent), self._say)
+        alarm.daemon = True
+        if not self._said:
+            alarm.start()
+        try:
+            yield
+        finally:
+            alarm.cancel()
+            with self._lock:
+                self._spent += time.monotonic() - start
+
+    def _say(self) -> None:
+        with self._lock:
+            if self._said:
+                return
+            self._said = True
+        print(
+            "replknet: compiling and timing kernels, once for this GPU; replknet.warm(model, example) does it ahead",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+patience = _Patience()
 
 
 @cache
 def table_of(device: int) -> Table:
-    """That of a CUDA device, in `~/.cache/replknet`, or below XDG_CACHE_HOME: for its name and for this Triton."""
+    """That of a CUDA device's name, this Triton and this torch, in `~/.cache/replknet` or below XDG_CACHE_HOME."""
     import triton
 
-    name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device).lower())
+    device_name, versions = torch.cuda.get_device_name(device).lower(), (triton.__version__, torch.__version__)
+    name = "_".join(
+        "".join(c if c.isalnum() or c == "." else "-" for c in part)
+        for part in (device_name, f"triton-{versions[0]}", f"torch-{versions[1]}")
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "replknet"
-    return Table(folder / f"tiles_{name}_triton-{triton.__version__}.json")
+    return Table(folder / f"ways_{name}.json")
 
 
-def device_ms(call: Callable[[], object]) -> float | None:
-    """The median time of a call on the current CUDA stream, or None if it needs more than the device has."""
-    from triton.runtime.errors import OutOfResources
+class _OnDevice:
+    """On the current CUDA stream."""
 
-    try:
-        call()
-    except OutOfResources:
-        return None
-    times: list[float] = []
-    end = time.monotonic() + _RUNS_S
-    while len(times) < 3 or (len(times) < _RUNS and time.monotonic() < end):
+    def once(self, call: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return median(times)
+        return start.elapsed_time(stop)
+
+    def median(self, call: Callable[[], object]) -> float | None:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            call()
+        except OutOfResources:
+            return None
+        times: list[float] = []
+        end = time.monotonic() + _RUNS_S
+        while len(times) < 3 or (len(times) < _RUNS and time.monotonic() < end):
+            times.append(self.once(call))
+        return median(times)
+
+
+ON_DEVICE = _OnDevice()

@@ -1,10 +1,11 @@
-"""Modules on the operator, and what is done with them: merging and acceleration."""
+"""Modules on the operator, and what is done with them: merging, acceleration, and warming a GPU up."""
 
 from replknet.nn.accelerate import accelerate
 from replknet.nn.blocks import ConvFFN, DropPath, RepLKBlock, stem, transition
 from replknet.nn.depthwise import DepthwiseConv2d
 from replknet.nn.merge import merge, unfolded_norms
 from replknet.nn.reparam import ReparamLargeKernelConv
+from replknet.nn.warm import warm
 
 __all__ = [
     "ConvFFN",
@@ -17,4 +18,5 @@ __all__ = [
     "stem",
     "transition",
     "unfolded_norms",
+    "warm",
 ]

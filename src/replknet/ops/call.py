@@ -87,6 +87,7 @@ def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
         kernel=(kh, kw),
         dtype=x.dtype,
         device=x.device.type,
+        index=x.device.index or 0,
         channels_last=memory_format(x) is torch.channels_last,
         algorithm=algorithm,
     )

@@ -31,7 +31,8 @@ def depthwise_conv2d(
         relu: apply `max(y, 0)` before the result is stored.
         algorithm: "direct" sums products, so that an error stays in the outputs that see it, and no sign, NaN or
             infinity appears that torch's own convolution does not give; "fft" goes through Fourier transforms, whose
-            error is relative to the norm of the channel; "auto" takes the faster.
+            error is relative to the norm of the channel, and there are none on GPUs; "auto" takes the faster. On a GPU
+            "auto" may let an infinity or a NaN reach outputs beside those that see it, in its image and channel.
 
     Returns:
         `[N,C,H,W]`, dtype of `x`, in the memory format that the order of the strides of `x` has, as torch's own

@@ -2,13 +2,15 @@
 
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, native_core, refusals
+from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, measured, native_core, refusals
+from replknet.kernels.triton_device import device_at
 from replknet.ops.call import call_of
 
 # layers of RepLKNet-31B at 224 pixels: the calls people care about
@@ -30,6 +32,29 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What is known of one CUDA device."""
+
+    name: str
+    capability: str
+    refusal: str | None  # why no kernel of ours runs there
+    right: list[str]  # the kinds of kernels that were compared with the definition and agreed
+    broken: dict[str, str]  # those that are not used, and why
+    table: str  # the file of what was compared and timed
+    timed: int  # kinds of calls in it
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return f"{self.name} (capability {self.capability}): torch's own convolution; Triton's {self.refusal}"
+        checked = f"right: {', '.join(self.right)}" if self.right else "no kernel was compared or used yet"
+        broken = "".join(f"; not used: {name}: {why}" for name, why in self.broken.items())
+        return (
+            f"{self.name} (capability {self.capability}): {checked}{broken}; {self.timed} kinds of calls timed in "
+            f"{self.table}"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Result of `doctor`; `str()` of it is for people, `asdict()` for programs."""
 
@@ -37,7 +62,7 @@ class Report:
     machine: str
     threads: int
     native: str  # how the C++ core runs, or why it does not
-    cuda: list[str]
+    cuda: list[Gpu]
     forced: str | None
     checks: list[Check]
 
@@ -47,8 +72,10 @@ class Report:
     def __str__(self) -> str:
         lines = [
             "  ".join(f"{name} {found}" for name, found in self.versions.items()),
-            f"{self.machine}, {self.threads} torch threads, CUDA: {', '.join(self.cuda) or 'none'}",
+            f"{self.machine}, {self.threads} torch threads",
             f"native kernel: {self.native}",
+            *(f"cuda:{i}: {gpu}" for i, gpu in enumerate(self.cuda)),
+            *([] if self.cuda else ["CUDA devices: none"]),
             f"forced backend: {self.forced or 'none'}",
             "",
         ]
@@ -64,7 +91,8 @@ def doctor() -> Report:
     """What this machine can do and which backend takes which call.
 
     Returns:
-        Versions, processor, threads, CUDA devices, the forced backend, and for each large-kernel layer of
+        Versions, processor, threads, CUDA devices with what was compared and timed on each and what is broken there,
+        the forced backend, and for each large-kernel layer of
         RepLKNet-31B in float32 (and bfloat16 on CUDA) the backend that takes it and the others' reasons.
 
     Raises:
@@ -86,7 +114,7 @@ def doctor() -> Report:
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         threads=torch.get_num_threads(),
         native=native_core.status(),
-        cuda=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        cuda=[_gpu(i) for i in range(torch.cuda.device_count())],
         forced=forced(),
         checks=[_check(call) for call in calls],
     )
@@ -150,18 +178,22 @@ def explain(
         kernel: height and width, pixels, both odd.
         dtype: float64, float32, float16 or bfloat16.
         channels_last: layout of x.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:1" and so on.
 
     Returns:
         The choice; for each backend its refusal, and its explanation if it has one and does not refuse.
 
     Raises:
-        ValueError: the operator does not accept such arguments, or REPLKNET_BACKEND names no backend.
+        ValueError: the operator does not accept such arguments, the device is none of those, or REPLKNET_BACKEND names
+            no backend.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
     weight = torch.empty(shape[1], 1, *kernel, dtype=dtype, device="meta")
-    call = replace(call_of(x, weight), device=device)
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
+    if found is None:
+        raise ValueError(f"device must be cpu, cuda or cuda:1 and so on, got {device!r}")
+    call = replace(call_of(x, weight), device=found[1], index=int(found[2] or 0))
     error = None
     try:
         backend = choose(call).name
@@ -174,6 +206,27 @@ def explain(
         declines = b.declines(call) if refusal is None and b.declines is not None else None
         opinions.append(Opinion(b.name, b.automatic, refusal, declines, lines))
     return Explanation(str(call), backend, forced(), error, opinions)
+
+
+def _gpu(index: int) -> Gpu:
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    call = Call(shape=(1, 1, 8, 8), kernel=(7, 7), dtype=torch.bfloat16, device="cuda", index=index)
+    refusal = measured.BACKEND.refusal(call)
+    version = ".".join(map(str, capability))
+    if refusal is not None:
+        return Gpu(name, version, refusal, [], {}, "", 0)
+    device = device_at(index)
+    table = device.table
+    wrong = {check: found for check, found in table.checks.items() if found != "right"}
+    return Gpu(
+        name=name,
+        capability=version,
+        refusal=None,
+        right=[check for check, found in table.checks.items() if found == "right" and check not in device.broken],
+        broken=wrong | device.broken,
+        table=str(table.path),
+        timed=len(table.entries),
+    )
 
 
 def _check(call: Call) -> Check:
