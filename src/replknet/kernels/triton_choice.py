@@ -130,7 +130,8 @@ class Choice:
                 dx = self._run("dx", dy, weight, None, False)(dy, weight, None)
             elif wanted[1]:
                 dw = self._gradient(dy, x, weight)(dy, x)
-            db = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype) if wanted[2] else None
+            # torch sums 16-bit types in float32
+            db = dy.sum((0, 2, 3)) if wanted[2] else None
         return dx, dw, db
 
     def forget(self) -> None:

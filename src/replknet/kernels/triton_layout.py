@@ -84,7 +84,8 @@ def copy(shape: tuple[int, int, int, int], width: int, last_from: bool, last_to:
             "CHANNELS": _CHANNELS,
             "WIDE": h * max(w, width) * c >= 2**31,
         },
-        num_warps=4,
+        # single pixels have many addresses, which would spill registers of four
+        num_warps=4 if unit_from == unit_to == 8 else 8,
     )
     result = n, c, h, width
     strides = (h * width * c, 1, width * c, c) if last_to else (c * h * width, h * width, width, 1)
