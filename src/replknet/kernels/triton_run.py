@@ -38,7 +38,7 @@ def allows_tf32() -> bool:
 
 def aligned(t: Tensor) -> Tensor:
     """`t`, or a copy of it where its first element does not lie as the kernels are compiled for."""
-    return t.clone(memory_format=torch.preserve_format) if t.data_ptr() % 16 else t
+    return t.clone(memory_format=torch.preserve_format) if t.data_ptr() & 15 else t
 
 
 @dataclass(frozen=True, slots=True, eq=False)
