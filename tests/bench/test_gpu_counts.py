@@ -1,10 +1,11 @@
 """What the kernels on tensor cores have to do, against counts of the design study and by hand."""
 
 import pytest
+import torch
 
 from replknet.bench.cases import Case
 from replknet.bench.gpu_counts import counts
-from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile
+from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, forward_tiles, gradient_tiles
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,24 @@ def test_strips_have_no_column_blocks_that_miss_the_map():
     for tile in (PatchTile(), PlaneTile()):
         assert counts(case, tile).strip_bytes == 512 * 35 * 512 == 9_175_040
     assert counts(case, DirectTile()).strip_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "layer", "before", "after"),
+    [
+        (32, ((128, 56, 56), 31), 2.77, 2.09),
+        (32, ((256, 28, 28), 29), 2.89, 2.35),
+        (32, ((512, 14, 14), 27), 3.41, 2.13),
+        (16, ((128, 56, 56), 31), 3.16, 2.42),
+    ],
+)
+def test_16_to_63_images_have_a_tile_that_leaves_out_padding(n, layer, before, after):
+    (c, h, w), kernel = layer
+    case = Case("", (n, c, h, w), kernel)
+    tiles = forward_tiles(case.shape, (kernel, kernel), torch.bfloat16, False, False, "sm_90")
+    patches = [tile for tile in tiles if isinstance(tile, PatchTile)]
+    # a candidate: the tile that ships is the one that ran on a device
+    assert [round(counts(case, tile).redundancy, 2) for tile in patches[:2]] == [before, after]
+    assert patches[1].by_image
+    gradients = gradient_tiles(case.shape, (kernel, kernel), torch.bfloat16, False, "sm_90")
+    assert [tile.by_image for tile in gradients[:2]] == [False, True]

@@ -191,6 +191,13 @@ def test_by_name_an_error_is_an_error_and_torch_is_no_way(made):
     device = made({PATCH: 2.0, SUMS: 3.0, TORCH: 1.0})
     assert last_ways(device, Choice(measured=False), x, weight) == [PATCH]
     assert TORCH not in device.ran
+    # what the device would choose is not known while a graph is recorded
+    device = made({PATCH: 2.0, SUMS: 1.0})
+    choice = Choice(measured=False)
+    device.graph = True
+    assert last_ways(device, choice, *tensors(h=30)[:2]) == [PATCH]
+    device.graph = False
+    assert last_ways(device, choice, *tensors(h=30)[:2]) == [SUMS]
     device = made({PATCH: 2.0}, raises={PATCH: RuntimeError("ptxas fell over")})
     with pytest.raises(RuntimeError, match="ptxas fell over"):
         Choice(measured=False).forward(*tensors(h=40)[:2], None, False)
@@ -237,6 +244,32 @@ def test_a_tensor_that_is_not_on_a_boundary_is_copied(made):
     assert addresses
     assert not any(address % 16 for address in addresses)
     assert device.ran[-1] == PATCH
+    addresses.clear()
+    Choice(measured=True).backward(shifted, x, weight, [True, False, False])
+    assert addresses
+    assert not any(address % 16 for address in addresses)
+
+
+def test_calls_of_other_layouts_and_switches_are_decided_for_themselves(made, monkeypatch):
+    x, weight, _ = tensors(dtype=torch.float32)
+    device = made({PATCH: 1.0, SUMS: 2.0, TORCH: 9.0})
+    choice = Choice(measured=True)
+    for arguments in (
+        (x, weight, None, False),
+        (x.contiguous(memory_format=torch.channels_last), weight, None, False),
+        (x, weight, torch.zeros(3), False),
+        (x, weight, None, True),
+    ):
+        choice.forward(*arguments)
+    assert len(choice._runs) == 4
+    assert {kind.split()[-1] for kind in device.table.entries} == {"nchw", "nhwc"}
+    monkeypatch.setattr(triton_choice, "allows_tf32", lambda: False)
+    monkeypatch.setattr("replknet.kernels.triton_run.allows_tf32", lambda: False)
+    choice.forward(x, weight, None, False)
+    assert {kind.split()[-2] for kind in device.table.entries} == {"tf32", "float32"}
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    choice.forward(x, weight, None, False)
+    assert len(choice._runs) == 6
 
 
 def test_a_kernel_larger_than_the_map_is_cut(made):
@@ -304,6 +337,18 @@ def test_what_the_gradients_need_is_compiled_while_the_forward_pass_is_decided(m
     # others of that kind find it
     Choice(measured=True).forward(x, weight, None, False)
     assert device.built.count(PATCH) == 2
+
+
+def test_a_process_that_waits_for_the_lock_waits_for_nothing_else(made, monkeypatch):
+    """Else it could hold up a process that waits for a collective of it, and has the lock."""
+    x, weight, _ = tensors()
+    device = made({PATCH: 1.0, SUMS: 2.0, TORCH: 9.0})
+    order = []
+    alone, settle = device.table.alone, device.settle
+    monkeypatch.setattr(device, "settle", lambda: (order.append("settled"), settle()))
+    monkeypatch.setattr(device.table, "alone", lambda: (order.append("lock"), alone())[1])
+    Choice(measured=True).forward(x, weight, None, False)
+    assert order == ["settled", "lock"]
 
 
 def test_calls_can_be_noted_for_a_warm_up(made):
