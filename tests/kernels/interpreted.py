@@ -92,8 +92,8 @@ DIRECT: list[Case] = [
         (2, 3, 5, 6, 3, 3),
         BRAIN,
         True,
-        DirectTile(samples=16, channels=4, rows=2, any_size=True),
-        DirectTile(any_size=True),
+        DirectTile(samples=16, channels=4, rows=2),
+        DirectTile(),
     ),
 ]
 

@@ -275,12 +275,15 @@ def _fastest(
                 best = _timed(question, device, tiles, trusted_run, torch_run).best
             else:
                 best = tiles[0] if _prior(question) and tiles[0] == all_tiles[0] else None
-            if best is None or (question.kind, best) in device.proven:
+            if best is None:
+                return None
+            proof = question.kind, question.work.relu, best
+            if proof in device.proven:
                 return best
             # what is known from a file may not run here, and a graph can only record what is loaded
             if not _fits(trusted_run, best):
                 return None
-            device.proven.add((question.kind, best))
+            device.proven.add(proof)
             return best
         except _Broken as broken:
             device.mark(broken.name, broken.error)

@@ -28,7 +28,7 @@ class Device:
         self.broken: dict[str, str] = {}
         # kinds of calls with tiles that were compiled ahead, and those that ran, in this process
         self.compiled: set[tuple[str, Tile]] = set()
-        self.proven: set[tuple[str, Tile]] = set()
+        self.proven: set[tuple[str, bool, Tile]] = set()
         self._lock = threading.Lock()
 
     @cached_property

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from replknet.kernels.triton_launch import Launch, Number, known
-from replknet.kernels.triton_plan import SMALL_MAP, DirectTile, Run, RunGradient, Work
+from replknet.kernels.triton_launch import Launch
+from replknet.kernels.triton_plan import DirectTile, Run, RunGradient, Work
 
 
 @triton.jit(do_not_specialize=["images", "programs", "height", "width"])
@@ -150,7 +150,7 @@ def forward(call: Work, tile: DirectTile) -> Run:
     launch = Launch(
         _forward,
         programs * triton.cdiv(c, tile.channels),
-        (n, c, programs, *_size(h, w, tile)),
+        (n, c, programs, h, w),
         {
             "KH": kh,
             "KW": kw,
@@ -180,15 +180,14 @@ def forward(call: Work, tile: DirectTile) -> Run:
 def weight_gradient(call: Work, tile: DirectTile) -> RunGradient:
     """dw `[C,1,Kh,Kw]` of contiguous images `[N,C,H,W]`; the order of its sums is fixed."""
     (n, c, h, w), (kh, kw), dtype = call.shape, call.kernel, call.dtype
-    columns = 64 if tile.any_size else w
     block_h, block_w, pixels = (
-        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((kh, 32), (kw, 32), (columns, 64))
+        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((kh, 32), (kw, 32), (w, 64))
     )
     blocks = triton.cdiv(kh, block_h) * triton.cdiv(kw, block_w)
     launch = Launch(
         _products,
         c * tile.splits * blocks,
-        (n, c, tile.splits, *_size(h, w, tile)),
+        (n, c, tile.splits, h, w),
         {
             "KH": kh,
             "KW": kw,
@@ -206,8 +205,3 @@ def weight_gradient(call: Work, tile: DirectTile) -> RunGradient:
         return products.sum(1).to(dtype)[:, None]
 
     return run
-
-
-def _size(h: int, w: int, tile: DirectTile) -> tuple[Number, Number]:
-    """Of a map; the compiler knows that of a small one."""
-    return (known(h), known(w)) if max(h, w) <= SMALL_MAP and not tile.any_size else (h, w)

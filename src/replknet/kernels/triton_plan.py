@@ -63,7 +63,6 @@ class DirectTile:
     channels: int = 1  # more than one for channels_last
     splits: int = 1  # parts of the sum over images and rows, for the gradient of the weights
     warps: int = 4
-    any_size: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def forward_tile(
     """
     n, _, h, w = shape
     if not _by_patches(kernel, dtype, tf32):
-        return replace(_sums(channels_last), any_size=any_size)
+        return _sums(channels_last)
     by_image = n >= _MANY_IMAGES
     if any_size:
         if dtype == torch.float32:
@@ -223,10 +222,10 @@ def forward_tiles(
         others = (DirectTile(samples=16, channels=64, rows=4), DirectTile(samples=32, channels=32, rows=8))
         if not channels_last:
             others = (DirectTile(samples=256), DirectTile(rows=4, samples=512))
-        return first, *(replace(other, any_size=any_size) for other in others)
+        return first, *others
     if any_size:
         fewer = [replace(first, samples=16, warps=8, registers=_REGISTERS_OF_8_WARPS)] if not first.by_image else []
-        sums = [replace(_sums(channels_last), any_size=True)] if max(kernel) <= _DOUBTFUL_SIDE else []
+        sums = [_sums(channels_last)] if max(kernel) <= _DOUBTFUL_SIDE else []
         return first, *fewer, *sums
     n, _, _, w = shape
     found: list[Tile] = [first, *plane_tiles(shape, kernel, dtype, device)]
@@ -327,7 +326,7 @@ def gradient_tile(
     kh, kw = kernel
     if not _by_patches(kernel, dtype, tf32):
         programs = c * ceil(kh / 32) * ceil(kw / 32)
-        return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))), any_size=any_size)
+        return DirectTile(splits=max(1, min(n * h, ceil(_PROGRAMS / programs))))
     by_image = n >= _MANY_IMAGES
     if device == "sm_80" or dtype == torch.float32:
         samples = _samples(n * ceil(h / 2), 32, by_image or any_size)
