@@ -6,6 +6,7 @@ an element is relative to the norms of the two signals of its channel instead, a
 of the transform's length.
 """
 
+from functools import lru_cache
 from math import log2
 
 import torch
@@ -46,20 +47,17 @@ def excess_of(
     relu: bool = False,
 ) -> dict[str, float]:
     """The same for results that are already there; "auto" may have gone either way."""
-    wide = [t.double() for t in (x, weight, dy)]
-    wide_bias = None if bias is None else bias.double()
-    truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
+    truth, terms = _truth_and_terms(x, weight, dy, bias, relu)
     eps = torch.finfo(x.dtype).eps
     # a float64 call sums in float64
     eps_sum = min(eps, EPS_SUM)
-    terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
     # and so does the reference, whose error comes on top then
     both_round = 2 if x.dtype == torch.float64 else 1
     bounds = {name: both_round * 4 * eps_sum * term for name, term in terms.items()}
     if algorithm != "direct":
-        norms = _norms(*wide)
+        norms = _norms(*(t.double() for t in (x, weight, dy)))
         if bias is not None:
-            norms["y"] = norms["y"] + wide_bias.abs()[:, None, None]
+            norms["y"] = norms["y"] + bias.double().abs()[:, None, None]
         both = 1 if algorithm == "auto" else 0
         bounds |= {name: both * bounds[name] + eps_sum * norm for name, norm in norms.items()}
     # results below this are subnormal in the dtype, spaced by tiny * eps
@@ -70,6 +68,18 @@ def excess_of(
         assert not error.isnan().any(), f"{name} has NaN where the reference has none"
         found[name] = error.max().item()
     return found
+
+
+@lru_cache(256)  # tensors are compared by identity
+def _truth_and_terms(
+    x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor | None, relu: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results in float64, and those of the absolute values; several backends are compared with the same."""
+    wide = [t.double() for t in (x, weight, dy)]
+    wide_bias = None if bias is None else bias.double()
+    truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
+    terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
+    return truth, terms
 
 
 def _norms(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
