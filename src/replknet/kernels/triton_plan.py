@@ -1,8 +1,8 @@
 """Which of the Triton kernels takes a call, and how its work is cut: a pure function of the call and the device.
 
-No figure here comes from a clock: the kernels ran on an H100 with these tiles, and no others were timed. The tiles are
-those that compile without spilled registers and within the shared and tensor memory of their devices
-(tests/kernels/test_triton.py), chosen among them by the counts of docs/decisions/0004-gpu-kernels.md.
+No figure here comes from a clock. The kernels of 2026-11-28 ran on an H100 with the tiles that ship for maps of one
+size. No other tile was timed, so no other ships for them. All tiles compile without spilled registers and within the
+shared and tensor memory of their devices (tests/kernels/test_triton.py). Counts chose them: decisions 0004 and 0008.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _REGISTERS_OF_8_WARPS = 128
 _MANY_IMAGES = 64
 # columns of a map of several tiles, whatever they are
 _WIDE_MAP = 128
-# kernels up to this side may be faster as sums, which the autotuner finds out
+# kernels up to this side may be faster as sums, which the user's device finds out
 _DOUBTFUL_SIDE = 9
 
 
