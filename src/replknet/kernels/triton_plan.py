@@ -242,7 +242,8 @@ def forward_tiles(
     elif w <= 32 or (device == "sm_90" and kernel[1] <= _WIDE_SIDE):
         eight = [PatchTile(samples=128, heights=2, warps=8)]
         two = [PatchTile(samples=128, heights=2, patches=2)] if device == "sm_90" else []
-        found += [tile for tile in (PatchTile(), *eight, *two) if tile != first]
+        one = PatchTile(registers=_REGISTERS) if device == "sm_100" else PatchTile()
+        found += [tile for tile in (one, *eight, *two) if tile != first]
     if max(kernel) <= _DOUBTFUL_SIDE:
         found.append(_sums(channels_last))
     return tuple(found)
@@ -295,8 +296,12 @@ def plane_geometry(h: int, w: int, kh: int, kw: int) -> Geometry:
 def _few_rows(samples: int, by_image: bool, w: int, device: Family) -> PatchTile:
     """Of products with few rows, or whose rows are pairs of an image and a row block."""
     if samples < 64:
-        near = device != "sm_80" or w <= 64  # with several tiles along a row it takes a few registers too many
-        return PatchTile(samples=samples, by_image=by_image, near=near, warps=8, registers=_REGISTERS_OF_8_WARPS)
+        # else some kernels for wide maps take a few registers too many
+        near = w <= {"sm_80": 63, "sm_90": w, "sm_100": 32}[device]
+        patches = 2 if device == "sm_100" and w > 64 else 4
+        return PatchTile(
+            samples=samples, by_image=by_image, patches=patches, near=near, warps=8, registers=_REGISTERS_OF_8_WARPS
+        )
     warps = 8 if device == "sm_100" and w <= 8 else 4
     return PatchTile(by_image=by_image, patches=2, warps=warps, registers=_REGISTERS)
 
