@@ -6,7 +6,6 @@ import warnings
 from functools import cache, cached_property
 
 import torch
-from torch import Tensor
 
 from replknet.kernels.triton_plan import Family, Tile, family
 from replknet.kernels.triton_tune import ON_DEVICE, Table, Timer, autotuned, table_of
@@ -83,10 +82,6 @@ class Device:
 def device_at(index: int) -> Device:
     """The device of that index; one object a process."""
     return Device(index)
-
-
-def device_of(x: Tensor) -> Device:
-    return device_at(x.get_device())
 
 
 @cache
