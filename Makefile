@@ -44,7 +44,8 @@ bench: .venv/installed-demo  ## time the operator against torch; records go to b
 gpu:  ## correctness and times on a CUDA device; needs torch, timm, numpy and pytest alone, installs nothing
 	@$(PYTHON) -c 'import torch, timm, numpy, pytest' 2>/dev/null || { \
 		echo 'no CUDA device was looked for: $(PYTHON) has no torch, timm, numpy or pytest; PYTHON=... names another' >&2; exit 1; }
-	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py tests/deploy/test_inference.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py tests/kernels/test_triton_plane.py \
+		tests/deploy/test_inference.py
 	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu --limit 330 $(RUN)
 	PYTHONPATH=src $(PYTHON) -m replknet.deploy.gpu --limit 60
 

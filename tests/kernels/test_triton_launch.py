@@ -11,6 +11,7 @@ from replknet.ops import depthwise_conv2d
 
 triton = pytest.importorskip("triton")
 
+# it imports triton
 from replknet.kernels.triton_launch import Launch, compiling, known, one  # noqa: E402
 
 Compiled = namedtuple("Compiled", "run function packed_metadata")

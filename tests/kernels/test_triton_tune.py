@@ -1,10 +1,12 @@
 """The autotuner: what it tries, what it remembers, and what it does with a file that is no table."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,4 +232,16 @@ def test_a_table_is_of_a_device_a_triton_and_a_torch(monkeypatch, tmp_path):
     [file] = (tmp_path / "replknet").glob("ways*")
     assert file.name.startswith("ways_nvidia-h100-80gb-hbm3_triton-3.")
     assert f"_torch-{torch.__version__}".replace("+", "-") in file.name
+    assert file.name.endswith(f"_kernels-{triton_tune.kernels_digest()}.json")
     assert old.exists()
+
+
+def test_what_was_found_with_other_kernels_is_not_taken(tmp_path):
+    source = Path(triton_tune.__file__).parent
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    assert triton_tune.kernels_digest(tmp_path) == triton_tune.kernels_digest()
+    # every file that has kernels counts, and no other
+    for path in sorted(tmp_path.glob("triton_*.py")):
+        before, text = triton_tune.kernels_digest(tmp_path), path.read_text()
+        path.write_text(text + "\n")
+        assert (triton_tune.kernels_digest(tmp_path) != before) == ("@triton.jit" in text), path.name

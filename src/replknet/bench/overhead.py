@@ -121,6 +121,7 @@ def without_launches() -> Iterator[None]:
     backend = replace(
         triton.BACKEND, refusal=lambda call: None, automatic=True, forward=choice.forward, backward=choice.backward
     )
+    # both are put back below
     kernels.BACKENDS = (backend,)
     Launch._first = first  # type: ignore[method-assign]
     try:

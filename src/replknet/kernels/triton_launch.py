@@ -64,7 +64,7 @@ class Launch:
         self._direct: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Start the kernel on the current stream of the current device, which has to be that of the tensors."""
+        """Start the kernel on the current stream. The tensors must be on the current device."""
         # a profiler asks Triton to tell it of each kernel, which only Triton's own entry does
         if self._direct is None or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
             self._first(tensors)

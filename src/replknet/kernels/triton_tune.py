@@ -14,9 +14,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -40,6 +41,8 @@ _HOPELESS = 3.0
 _PATIENCE_S = 5.0
 # another process times the same kinds; after this long it is taken to hang
 _LOCK_S = 60.0
+# the files with kernels
+_KERNELS = ("direct", "layout", "patch", "plane", "strips")
 _KINDS = {kind.__name__: kind for kind in (PatchTile, DirectTile, PlaneTile)}
 
 
@@ -141,20 +144,13 @@ class Table:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While this holds, no other thread or process times anything; what they found is read first."""
-        with self._lock:
-            lock = FileLock(f"{self.path}.lock", timeout=_LOCK_S)
-            try:
+        with self._lock, ExitStack() as held:
+            # a folder without writing or without locks, or a process that hangs: each times for itself
+            with suppress(OSError, Timeout, NotImplementedError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-            except (OSError, Timeout, NotImplementedError):
-                # a folder without writing or without locks, or a process that hangs: each times for itself
-                yield
-                return
-            try:
-                self._read()
-                yield
-            finally:
-                lock.release()
+                held.enter_context(FileLock(f"{self.path}.lock", timeout=_LOCK_S))
+            self._read()
+            yield
 
     def put(self, kind: str, entry: Entry) -> None:
         self._here.add(kind)
@@ -308,16 +304,30 @@ class _Patience:
 patience = _Patience()
 
 
+def kernels_digest(folder: Path = Path(__file__).parent) -> str:
+    """Of the source of the kernels, which Triton needs to be there."""
+    found = sha256()
+    for name in _KERNELS:
+        found.update((folder / f"triton_{name}.py").read_bytes())
+    return found.hexdigest()[:8]
+
+
 @cache
 def table_of(device: int) -> Table:
-    """That of a CUDA device's name, this Triton and this torch, in `~/.cache/replknet` or below XDG_CACHE_HOME."""
+    """The table of a CUDA device, in `~/.cache/replknet` or below XDG_CACHE_HOME.
+
+    Its file is named after the device, Triton, torch and the source of our kernels: what was timed and checked with
+    others says nothing.
+    """
     import triton
 
-    device_name, versions = torch.cuda.get_device_name(device).lower(), (triton.__version__, torch.__version__)
-    name = "_".join(
-        "".join(c if c.isalnum() or c == "." else "-" for c in part)
-        for part in (device_name, f"triton-{versions[0]}", f"torch-{versions[1]}")
+    parts = (
+        torch.cuda.get_device_name(device).lower(),
+        f"triton-{triton.__version__}",
+        f"torch-{torch.__version__}",
+        f"kernels-{kernels_digest()}",
     )
+    name = "_".join("".join(c if c.isalnum() or c == "." else "-" for c in part) for part in parts)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "replknet"
     return Table(folder / f"ways_{name}.json")
 
