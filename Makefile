@@ -47,7 +47,7 @@ gpu:  ## correctness and times on a CUDA device; needs torch, timm, numpy and py
 	PYTHONPATH=src $(PYTHON) -m pytest -q -W default -m gpu tests/kernels/test_triton.py tests/kernels/test_triton_plane.py \
 		tests/deploy/test_inference.py
 	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu --limit 330 $(RUN)
-	PYTHONPATH=src $(PYTHON) -m replknet.deploy.gpu --limit 60
+	PYTHONPATH=src $(PYTHON) -m replknet.bench.gpu_inference --limit 60
 
 docs: .venv/installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html

@@ -22,9 +22,9 @@ import torch
 
 import replknet
 from replknet.kernels import use_backend
-from replknet.tasks.batches import batched
-from replknet.tasks.fcos import FCOS
-from replknet.tasks.upernet import UperNet, without_auxiliary
+from replknet.tasks.detection.batches import batched
+from replknet.tasks.detection.fcos import FCOS
+from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
 
 WAYS = ("operator", "aten")
 

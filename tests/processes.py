@@ -10,16 +10,16 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 from processes import without_statistics
-from replknet import recipes
-from replknet.tasks import upernet
+from replknet.tasks import recipes
+from replknet.tasks.segmentation import heads
 from replknet.train import fit
 import torch
 
 kind, fields, folder, data, shard = sys.argv[1:]
 torch.nn.BatchNorm2d.forward = without_statistics
-upernet._DROPOUT = 0.0
-machine = recipes.Machine(devices=2, shard=shard == "True")
-fit(getattr(recipes, kind)(**eval(fields)), Path(folder), Path(data), machine=machine)
+heads._DROPOUT = 0.0
+hardware = recipes.Hardware(devices=2, shard=shard == "True")
+fit(getattr(recipes, kind)(**eval(fields)), Path(folder), Path(data), hardware=hardware)
 """
 
 

@@ -9,7 +9,8 @@ import torch
 
 from replknet.bench import gpu, gpu_layers, gpu_networks, gpu_tiles
 from replknet.bench.cases import Case
-from replknet.bench.harness import Record, quantiles_of
+from replknet.bench.records import Record
+from replknet.timing import quantiles_of
 
 
 def measured():

@@ -8,8 +8,9 @@ import torch
 
 from replknet.bench import gpu_layers
 from replknet.bench.cases import Case
-from replknet.bench.harness import Record, Timing, quantiles_of
+from replknet.bench.records import Record
 from replknet.kernels import BACKENDS, reference
+from replknet.timing import Timing, quantiles_of
 
 TINY = Case("tiny", (2, 9, 6, 5), 7)
 ONE_IMAGE = Case("one", (1, 9, 6, 5), 7)

@@ -6,8 +6,9 @@ import torch
 
 from replknet.bench import gpu_layers, gpu_networks, gpu_tiles
 from replknet.bench.cases import Case
-from replknet.bench.harness import Record, quantiles_of
+from replknet.bench.records import Record
 from replknet.kernels import reference
+from replknet.timing import quantiles_of
 
 
 def timer(call):

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from replknet import kernels
-from replknet.bench import harness, networks, ops, overhead, runtimes, tables
+from replknet import kernels, timing
+from replknet.bench import networks, ops, overhead, records, runtimes, tables
 from replknet.bench.cases import SUITES, Case, Stack, Suite, Target, chosen, grid
 from replknet.bench.gate import excess, truths
-from replknet.bench.harness import Load, Record, Timing, append, interleaved
 from replknet.bench.networks import Network
+from replknet.bench.records import Record, append
 from replknet.kernels import BACKENDS, reference
 from replknet.ops import depthwise_conv2d
+from replknet.timing import Load, Timing, interleaved
 
 SETTINGS = ops.Settings(runs=2, limit_s=1.0, peak_gflops=100.0, peak_from="as stated")
 TINY = Case(
@@ -166,9 +167,9 @@ def test_short_calls_are_settled_and_slow_ones_sit_out(monkeypatch):
         counts[name] += 1
 
     durations = {"fast": 1.0, "slow": 500.0}
-    monkeypatch.setattr(harness, "_milliseconds", lambda f: (f(), durations[f.args[0]])[1])
+    monkeypatch.setattr(timing, "milliseconds", lambda f: (f(), durations[f.args[0]])[1])
     clock = iter(range(10_000))
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     calls = {name: partial(call, name) for name in counts}
     times = interleaved(calls, runs=5, limit_s=2.5)
     assert (times["fast"].runs, times["slow"].runs) == (3, 3)
@@ -179,9 +180,9 @@ def test_short_calls_are_settled_and_slow_ones_sit_out(monkeypatch):
 
 def test_calls_with_threads_of_their_own_come_first_with_pauses_around(monkeypatch):
     log = []
-    monkeypatch.setattr(harness.time, "sleep", lambda s: log.append(s))
+    monkeypatch.setattr(timing.time, "sleep", lambda s: log.append(s))
     calls = {name: partial(log.append, name) for name in ("a", "other", "b")}
-    monkeypatch.setattr(harness, "_TURN_S", 0)
+    monkeypatch.setattr(timing, "_TURN_S", 0)
     times = interleaved(calls, runs=2, apart=["other"])
     turns = [key for i, key in enumerate(log) if i == 0 or log[i - 1] != key]
     assert turns == [0.02, "other", 0.02, "a", "b"] * 2
@@ -318,4 +319,4 @@ def test_a_runtime_that_is_missing_is_not_measured_and_named(monkeypatch):
 
 
 def test_the_peak_is_measured():
-    assert harness.peak_gflops() > 0
+    assert records.peak_gflops() > 0

@@ -58,7 +58,7 @@ def test_a_merged_file_says_what_is_no_longer_known(tmp_path, capsys):
 
 
 def test_networks_of_other_tasks(tmp_path, capsys):
-    from replknet.tasks.segmentation_saved import SegmentationDescription, save_segmentation
+    from replknet.tasks.segmentation.files import SegmentationDescription, save_segmentation
 
     description = SegmentationDescription(
         backbone="replknet_test",

@@ -15,9 +15,9 @@ from replknet.data.box_transforms import (
     rescaled,
 )
 from replknet.data.coco import CocoImages
-from replknet.data.draws import Draw, Drawn
 from replknet.data.mask_transforms import Normalize
-from replknet.recipes.detection import DETR_CROP_SCALES, DETR_SCALES
+from replknet.data.sampling import Draw, Drawn
+from replknet.tasks.detection.recipes import DETR_CROP_SCALES, DETR_SCALES
 
 PLAIN = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

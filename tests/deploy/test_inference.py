@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from replknet.deploy import inference, rows
+from replknet.deploy import inference, inference_layers
 from replknet.deploy.inference import BOUNDS, optimize
+from replknet.difference import largest_difference
 from replknet.nn import merge
-from replknet.nn.merge import largest_difference
 
 
 def shaken(model):
@@ -37,7 +37,7 @@ def _small_maps_too(monkeypatch):
 
 
 def segmenter():
-    from replknet.tasks.upernet import UperNet  # a machine with a GPU may not have its packages
+    from replknet.tasks.segmentation.heads import UperNet  # a machine with a GPU may not have its packages
 
     backbone = timm.create_model("replknet_test", features_only=True, channels=(64, 64, 64, 72))
     return shaken(UperNet(backbone, 5, channels=64, auxiliary_channels=16))
@@ -166,7 +166,7 @@ def test_products_are_packed_where_torch_has_onednn():
 
 @torch.no_grad()
 def test_without_onednn_it_is_the_same(monkeypatch):
-    monkeypatch.setattr(rows, "packs", lambda like: False)
+    monkeypatch.setattr(inference_layers, "packs", lambda like: False)
     model, x = segmenter(), torch.randn(1, 3, 64, 64)
     assert_equal(optimize(model, x)(x), model(x), 1e-4)
 
@@ -175,7 +175,7 @@ def test_without_onednn_it_is_the_same(monkeypatch):
 @torch.no_grad()
 def test_parts_that_fit_the_cache_give_the_same(budget, monkeypatch):
     model = segmenter().double()
-    monkeypatch.setattr(rows, "CACHE_BYTES", budget)
+    monkeypatch.setattr(inference_layers, "CACHE_BYTES", budget)
     optimized = optimize(model, torch.randn(1, 3, 64, 64).double())
     for shape in ((1, 3, 64, 64), (5, 3, 64, 64), (2, 3, 71, 45), (1, 3, 130, 33)):
         x = torch.randn(shape).double()
@@ -191,7 +191,7 @@ def test_parts_that_fit_the_cache_give_the_same(budget, monkeypatch):
 )
 @torch.no_grad()
 def test_maps_of_the_stem_fit_the_cache(budget, parts, monkeypatch):
-    monkeypatch.setattr(rows, "CACHE_BYTES", budget)
+    monkeypatch.setattr(inference_layers, "CACHE_BYTES", budget)
     optimized = optimize(classifier(), torch.randn(1, 3, 64, 64))
     seen = []
     # 8 channels of float32 on a quarter of the pixels: 8 bytes a pixel
@@ -210,11 +210,11 @@ def test_memory_that_is_freed_stays_if_wanted(monkeypatch):
 
 
 def test_what_differs_is_not_made(monkeypatch):
-    original = rows.FeedForward._some
-    monkeypatch.setattr(rows.FeedForward, "_some", lambda self, x: original(self, x) * 1.001)
+    original = inference_layers.FeedForward._some
+    monkeypatch.setattr(inference_layers.FeedForward, "_some", lambda self, x: original(self, x) * 1.001)
     with pytest.raises(RuntimeError, match=r"may differ from the source's by 1e-04.* got \d"):
         optimize(classifier(), torch.randn(1, 3, 64, 64))
-    monkeypatch.setattr(rows.FeedForward, "_some", lambda self, x: x * torch.nan)
+    monkeypatch.setattr(inference_layers.FeedForward, "_some", lambda self, x: x * torch.nan)
     with pytest.raises(RuntimeError, match="got nan"):
         optimize(classifier(), torch.randn(1, 3, 64, 64))
 

@@ -22,9 +22,9 @@ from PIL import Image
 from replknet.cli.main import main
 from replknet.data import images, transforms
 from replknet.data.images import PHOTOS
-from replknet.deploy.classifiers import Exported, card_of, export_classifier
 from replknet.models import Description, load_model
 from replknet.models.replknet import CONFIGS
+from replknet.tasks.classification.export import Exported, card_of, export_classifier
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "serving.md").read_text()

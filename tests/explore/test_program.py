@@ -13,9 +13,9 @@ import pytest
 from replknet.cli.main import main
 from replknet.explore import program, report
 from replknet.explore.experiment import Arm, Claim, Column, Experiment, Results, Run, Site, compared, half_width, spread
-from replknet.explore.trained import score_columns, trained
-from replknet.recipes import cifar10
-from replknet.recipes.segmentation import camvid
+from replknet.explore.training_arms import score_columns, trained
+from replknet.tasks.recipes import cifar10
+from replknet.tasks.segmentation.recipes import camvid
 
 
 def run_of(arm, seed, **figures):

@@ -86,7 +86,7 @@ SHAPES = [
 
 def compiled_faults(device, shape, dtype, tf32=False, layout=torch.contiguous_format, candidates=False, any_size=False):
     """What is wrong with the kernels that the plan gives a call, by direction; or with all that are tried for it."""
-    from replknet.kernels import triton_compile
+    import triton_compile
 
     n, c, h, w, kh, kw = shape
     kh, kw = min(kh, 2 * h - 1), min(kw, 2 * w - 1)  # taps that only meet padding are left out
@@ -149,7 +149,7 @@ def test_the_tiles_of_other_types_fit_their_devices(device, dtype, tf32):
 
 
 def test_a_tile_that_does_not_fit_is_found():
-    from replknet.kernels import triton_compile
+    import triton_compile
 
     x, weight = (torch.empty(size, dtype=BRAIN, device="meta") for size in ((64, 128, 56, 56), (128, 1, 31, 31)))
 

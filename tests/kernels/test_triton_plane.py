@@ -44,7 +44,8 @@ SHAPES = [
 
 def faults(device, shape, layout=torch.contiguous_format, tiles=slice(None)):
     """What is wrong with the kernels of the tiles for a call, with bias and ReLU."""
-    from replknet.kernels import triton_compile, triton_run
+    import triton_compile
+    from replknet.kernels import triton_run
 
     n, c, h, w, kh, kw = shape
     limits = triton_compile.DEVICES[device]

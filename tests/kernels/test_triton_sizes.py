@@ -30,7 +30,8 @@ def compilations(monkeypatch):
     """What Triton would compile, on the compile-only road of a device that is not here; nothing is compiled."""
     import triton
 
-    from replknet.kernels import triton_compile, triton_layout, triton_patch, triton_strips
+    import triton_compile
+    from replknet.kernels import triton_layout, triton_patch, triton_strips
     from replknet.kernels.triton_launch import compiling
 
     found = []
@@ -123,7 +124,7 @@ BEFORE = {
 
 @pytest.mark.parametrize(("n", "side", "k"), BEFORE)
 def test_the_machine_code_is_about_that_of_kernels_for_one_size(n, side, k):
-    from replknet.kernels import triton_compile
+    import triton_compile
 
     device = triton_compile.DEVICES["sm_90"]
     c = {56: 128, 28: 256, 14: 512, 7: 1024}[side]

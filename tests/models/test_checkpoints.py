@@ -252,11 +252,11 @@ def test_a_saved_model_is_a_file_like_any_other(tmp_path):
 def test_xl_is_known_by_its_channels(tmp_path):
     with torch.device("meta"):
         state = timm.create_model("replknet_xl").state_dict()
-    description = replknet.models.saved.described(state)
+    description = replknet.models.model_files.described(state)
     assert (description.name, description.image_size, description.mean) == ("replknet_xl", 320, (0.5, 0.5, 0.5))
     with torch.device("meta"):
         state = timm.create_model("replknet_31b").state_dict()
-    assert replknet.models.saved.described(state).name == "replknet_31b"
+    assert replknet.models.model_files.described(state).name == "replknet_31b"
 
 
 def test_load_model_errors(tmp_path):

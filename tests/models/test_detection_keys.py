@@ -6,9 +6,9 @@ import torch
 
 from replknet.models.checkpoints import to_official
 from replknet.models.detection_keys import from_mmdet, to_mmdet
-from replknet.tasks.cascade import CascadeRCNN
-from replknet.tasks.detection_saved import described
-from replknet.tasks.fcos import FCOS
+from replknet.tasks.detection.cascade import CascadeRCNN
+from replknet.tasks.detection.fcos import FCOS
+from replknet.tasks.detection.files import described
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

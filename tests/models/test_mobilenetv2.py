@@ -10,9 +10,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import replknet
+from replknet.difference import largest_difference
 from replknet.models import CheckpointError, Description, MobileNetV2Config, load_model, save_model
-from replknet.nn.merge import largest_difference
-from replknet.recipes import cifar10
+from replknet.tasks.recipes import cifar10
 from replknet.train import fit
 
 VARIANTS = {

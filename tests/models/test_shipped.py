@@ -13,12 +13,12 @@ import replknet
 from replknet.cli.main import main
 from replknet.data import cifar10, images, transforms
 from replknet.data.download import cache_dir
-from replknet.models import load_model, saved, shipped
-from replknet.nn.merge import largest_difference
-from replknet.tasks.classification import evaluate, predict
+from replknet.difference import largest_difference
+from replknet.models import load_model, model_files, shipped
+from replknet.tasks.classification.infer import evaluate, predict
 
 NAME = "replknet_cifar_l"
-CARD = Path(saved.__file__).parent / "weights" / "README.md"
+CARD = Path(model_files.__file__).parent / "weights" / "README.md"
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_they_are_found_by_timm_and_by_name():
     assert (description.name, description.classes, description.image_size) == (NAME, cifar10.CLASSES, 32)
     with torch.inference_mode():
         assert torch.equal(model(photo()), named(photo()))
-    file = saved.weights_file(f"{NAME}.cifar10")
+    file = model_files.weights_file(f"{NAME}.cifar10")
     assert file.stat().st_size < 8e6
     with pytest.raises(FileNotFoundError, match=rf"no checkpoint at {NAME}x; weights that come with replknet: {NAME}"):
         load_model(f"{NAME}x")

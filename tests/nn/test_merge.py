@@ -10,9 +10,9 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from replknet import merge
+from replknet.difference import largest_difference
 from replknet.nn import DepthwiseConv2d, unfolded_norms
 from replknet.nn.conv_bn import affine, is_batch_norm
-from replknet.nn.merge import largest_difference
 
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 

@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from replknet.data.draws import Drawn, GlobalBatches, collate
-from replknet.kernels.memory import give_back_fragments, keep_freed_memory
-from replknet.models import load_model, save_model, staged
-from replknet.recipes import Machine, cifar10
-from replknet.tasks.classification import Classification
+from replknet.data.sampling import Drawn, GlobalBatches, collate
+from replknet.kernels.malloc import give_back_fragments, keep_freed_memory
+from replknet.models import load_model, save_model, timm_model
+from replknet.tasks.classification.infer import Classification
+from replknet.tasks.recipes import Hardware, cifar10
 from replknet.train import LossError, ResumeError, StateError, fit
 from replknet.train.callbacks import KeepLast
-from replknet.train.datasets import splits
+from replknet.train.loaders import splits
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = dataclasses.replace(
@@ -220,8 +220,8 @@ def test_where_ctrl_c_is_ignored_it_stays_so(cifar, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path
-from replknet.recipes import Machine, Recipe
-from replknet.tasks.classification import Classification
+from replknet.tasks.recipes import Hardware, Recipe
+from replknet.tasks.classification.infer import Classification
 from replknet.train import fit
 
 steps, real = int(sys.argv[4]), Classification.training_step
@@ -230,7 +230,7 @@ def step(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *args)
 Classification.training_step = step
-fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), machine=Machine(save_steps=2))
+fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), hardware=Hardware(save_steps=2))
 """
 
 
@@ -246,7 +246,7 @@ def test_killed_it_goes_on_to_the_same_weights(steps, cifar, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     # the last state that was written within the epoch
     assert state(tmp_path / "parts")["global_step"] == steps // 2 * 2
-    fit(recipe, tmp_path / "parts", cifar, resume=True, machine=Machine(save_steps=2))
+    fit(recipe, tmp_path / "parts", cifar, resume=True, hardware=Hardware(save_steps=2))
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -255,7 +255,7 @@ def test_an_accumulated_step_is_a_step(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None])
     recipe = dataclasses.replace(RECIPE, epochs=1, label_smoothing=0.0)
     fit(recipe, tmp_path / "one", cifar)
-    fit(recipe, tmp_path / "four", cifar, machine=Machine(device_batch=10))
+    fit(recipe, tmp_path / "four", cifar, hardware=Hardware(device_batch=10))
     assert_close_trainings(tmp_path / "one", tmp_path / "four", steps=6)
 
 
@@ -273,11 +273,11 @@ def assert_close_trainings(one, two, steps=12):
 
 def test_a_batch_that_cannot_be_divided_is_an_error(cifar, tmp_path):
     with pytest.raises(ValueError, match="batch_size 40 cannot be divided among 1 processes with 7 images at once"):
-        fit(RECIPE, tmp_path, cifar, machine=Machine(device_batch=7))
+        fit(RECIPE, tmp_path, cifar, hardware=Hardware(device_batch=7))
     with pytest.raises(ValueError, match=r"batch_size 40 cannot be divided among 3 processes: .* multiple of 3"):
-        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=3))
+        fit(RECIPE, tmp_path, cifar, hardware=Hardware(devices=3))
     with pytest.raises(ValueError, match="devices must be positive, got 0"):
-        Machine(devices=0)
+        Hardware(devices=0)
 
 
 def test_an_augmentation_that_the_data_set_lacks_is_an_error(cifar, tmp_path):
@@ -358,8 +358,8 @@ def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, t
     fit(recipe, plain, cifar)
     calls = []
     real = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(staged, "checkpoint", lambda *a, **k: calls.append(0) or real(*a, **k))
-    fit(recipe, other, cifar, machine=Machine(**{option: True}))
+    monkeypatch.setattr(timm_model, "checkpoint", lambda *a, **k: calls.append(0) or real(*a, **k))
+    fit(recipe, other, cifar, hardware=Hardware(**{option: True}))
     # six steps and one batch of validation, of ten blocks each
     assert len(calls) == (70 if option == "grad_checkpointing" else 0)
     expected, found = load_file(plain / "model.safetensors"), load_file(other / "model.safetensors")
@@ -440,8 +440,8 @@ DISTRIBUTED = """
 import os, sys
 from pathlib import Path
 import torch
-from replknet.recipes import Machine, Recipe
-from replknet.tasks.classification import Classification
+from replknet.tasks.recipes import Hardware, Recipe
+from replknet.tasks.classification.infer import Classification
 from replknet.train import fit
 
 real = Classification.training_step
@@ -452,7 +452,7 @@ def step(self, *args):
 Classification.training_step = step
 torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
 fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] == "resume",
-    machine=Machine(devices=int(sys.argv[5]), device_batch=10, shard=sys.argv[6] == "shard"))
+    hardware=Hardware(devices=int(sys.argv[5]), device_batch=10, shard=sys.argv[6] == "shard"))
 """
 
 
@@ -517,9 +517,9 @@ def test_divided_weights_train_what_whole_ones_do(cifar, tmp_path):
 
 def test_what_cannot_be_divided_is_an_error(cifar, tmp_path):
     with pytest.raises(ValueError, match="shard divides the weights among processes, and there is one"):
-        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=1, shard=True))
+        fit(RECIPE, tmp_path, cifar, hardware=Hardware(devices=1, shard=True))
     with pytest.raises(ValueError, match=r"shard takes no average of the weights \(ema_decay\): timm's average copies"):
-        fit(RECIPE, tmp_path, cifar, machine=Machine(devices=2, shard=True))
+        fit(RECIPE, tmp_path, cifar, hardware=Hardware(devices=2, shard=True))
 
 
 @pytest.mark.parametrize("supported", [False, True])

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from replknet.recipes import Machine, cifar10
-from replknet.tasks.classification import Classification
+from replknet.tasks.classification.infer import Classification
+from replknet.tasks.recipes import Hardware, cifar10
 from replknet.train import fit
 from replknet.train.progress import Row
 
@@ -23,7 +23,7 @@ def rows(folder):
 
 def test_rows_lines_events_and_a_picture(cifar, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CI", "true")
-    fit(RECIPE, tmp_path, cifar, machine=Machine(log_steps=4))
+    fit(RECIPE, tmp_path, cifar, hardware=Hardware(log_steps=4))
     found = rows(tmp_path)
     assert [int(row["step"]) for row in found] == [4, 8, 12, 16]
     assert [float(row["epoch"]) for row in found] == pytest.approx([4 / 6, 8 / 6, 2, 16 / 6], abs=1e-4)
@@ -54,16 +54,16 @@ def test_a_resumed_training_has_each_row_once(cifar, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return real(self, *args)
 
-    fit(RECIPE, tmp_path / "whole", cifar, machine=Machine(log_steps=2))
+    fit(RECIPE, tmp_path / "whole", cifar, hardware=Hardware(log_steps=2))
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "training_step", step)
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(RECIPE, tmp_path / "parts", cifar, machine=Machine(log_steps=2))
+            fit(RECIPE, tmp_path / "parts", cifar, hardware=Hardware(log_steps=2))
     # the state is that of step 6; the rows are ahead of it, the last one cut short
     assert int(rows(tmp_path / "parts")[-1]["step"]) == 10
     with (tmp_path / "parts" / "steps.csv").open("a") as file:
         file.write("12,2.0")
-    fit(RECIPE, tmp_path / "parts", cifar, resume=True, machine=Machine(log_steps=2))
+    fit(RECIPE, tmp_path / "parts", cifar, resume=True, hardware=Hardware(log_steps=2))
     measured = ("images_per_second", "waiting", "seconds_left")
     whole, parts = (
         [{name: value for name, value in row.items() if name not in measured} for row in rows(tmp_path / name)]

@@ -23,7 +23,7 @@ import torch
 from replknet.bench import gpu_layers, gpu_networks, gpu_tiles
 from replknet.bench.cases import Case
 from replknet.bench.gpu_layers import DTYPES, Timers, Wrong, device_time, eager_time, name_of
-from replknet.bench.harness import Record, append
+from replknet.bench.records import Record, append
 from replknet.kernels import triton_tune
 
 PARTS = ("layers", "networks", "tiles")

@@ -17,9 +17,10 @@ from torch.nn.functional import conv2d
 
 from replknet.bench.cases import Case
 from replknet.bench.gpu_counts import counts
-from replknet.bench.harness import Record, Timing, quantiles_of
+from replknet.bench.records import Record
 from replknet.kernels import BACKENDS, Call, reference
 from replknet.kernels.triton_plan import forward_tile
+from replknet.timing import Timing, quantiles_of
 
 _LAYERS = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
 _SIDES = (16, 32, 64)

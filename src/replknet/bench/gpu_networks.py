@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from replknet.bench.gpu_layers import Timer, Wrong, cudnn_trials, once
-from replknet.bench.harness import Record, Timing, quantiles_of
+from replknet.bench.records import Record
 from replknet.kernels import use_backend
 from replknet.nn import merge
+from replknet.timing import Timing, quantiles_of
 
 # by registered name: the ways of running it. "default" leaves the choice of the backend free; "torch" stands for a
 # network without our operator

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from replknet.bench.cases import Case
 from replknet.bench.gpu_layers import Timer, Wrong, image_error, once, tensors, truth_of, weight_error
-from replknet.bench.harness import Record
+from replknet.bench.records import Record
 from replknet.kernels import triton_run
 from replknet.kernels.triton_plan import Tile, family, forward_tiles, gradient_tiles
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from replknet.bench.harness import Load, Record, interleaved
 from replknet.bench.ops import Found, Wrong
+from replknet.bench.records import Record
 from replknet.kernels import use_backend
 from replknet.nn import accelerate
+from replknet.timing import Load, interleaved
 
 # relative L2 difference of the logits before and after that is taken for rounding
 _BOUND = 1e-4

@@ -16,10 +16,11 @@ from torch.nn.functional import conv2d
 from replknet.bench import runtimes
 from replknet.bench.cases import Case, Stack, Suite, What
 from replknet.bench.gate import excess, truths
-from replknet.bench.harness import Load, Record, interleaved
+from replknet.bench.records import Record
 from replknet.kernels import BACKENDS, Backend, choose, native, native_core, use_backend
 from replknet.ops import depthwise_conv2d
 from replknet.ops.call import call_of
+from replknet.timing import Load, interleaved
 
 # x, weight -> y
 Operator = Callable[[Tensor, Tensor], Tensor]

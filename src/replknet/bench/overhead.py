@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from replknet import kernels
-from replknet.bench.harness import Load, Record, Timing, interleaved
 from replknet.bench.ops import Found
+from replknet.bench.records import Record
 from replknet.kernels import choose, triton, triton_run
 from replknet.kernels.triton_choice import Choice
 from replknet.ops import depthwise_conv2d
 from replknet.ops.call import call_of
+from replknet.timing import Load, Timing, interleaved
 
 SHAPE = (1, 16, 4, 4)
 KERNELS = {"overhead.k3": 3, "overhead.k5": 5}

@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
-from replknet.bench.harness import Load, Record, Timing, interleaved
 from replknet.bench.ops import Found
+from replknet.bench.records import Record
 from replknet.kernels import native
 from replknet.kernels.native_plan import BLOCK, Plan, candidates
+from replknet.timing import Load, Timing, interleaved
 
 # the chosen plan may take so many times the best candidate's time
 TARGET = 1.3

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from replknet.analysis.cost import cost
-from replknet.bench.harness import Load, Timing, interleaved
 from replknet.kernels import use_backend
 from replknet.nn import accelerate, merge
+from replknet.timing import Load, Timing, interleaved
 
 Layout = Literal["nhwc", "nchw"]
 Bar = tuple[float, float, float, float | None, float | None]

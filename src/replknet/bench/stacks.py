@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from replknet.bench.cases import Case
-from replknet.bench.harness import Timing, interleaved
 from replknet.bench.ops import Operator, Wrong
 from replknet.kernels import choose, forced, reference, triton, use_backend
 from replknet.ops import depthwise_conv2d
 from replknet.ops.call import call_of
+from replknet.timing import Timing, interleaved
 
 Way = Literal["operator nhwc", "torch nhwc", "operator nchw", "torch nchw", "triton nhwc", "triton nchw"]
 # on every device; a GPU has the Triton kernels as well, which no automatic choice takes

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 
 from replknet.bench import runtimes
 from replknet.bench.cases import SUITES, Case, Stack, Target
-from replknet.bench.harness import Record, Timing
 from replknet.bench.ops import Found, Wrong
 from replknet.bench.overhead import GPU_TARGETS_US, TARGET_US
 from replknet.bench.plans import TARGET as TARGET_PLANS
+from replknet.bench.records import Record
+from replknet.timing import Timing
 
 HEADER = (
     f"{'':<17} {'backend':<11} {'p50 ms':>9} {'p20..p80':>17} {'x nhwc':>7} {'x nchw':>7} {'x torch':>7} "

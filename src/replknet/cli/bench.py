@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from replknet.bench import networks, ops, overhead, plans, tables
 from replknet.bench.cases import SUITES, chosen
-from replknet.bench.harness import Record, append, peak_gflops
+from replknet.bench.records import Record, append, peak_gflops
 from replknet.cli.main import parser
 
 _QUESTIONS = {

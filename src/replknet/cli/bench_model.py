@@ -10,9 +10,9 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
+from replknet.bench.against import AGAINST, Comparison, Part, compare, parts
 from replknet.cli.main import CHECKPOINT, Parser
 from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm, timm_names, unknown
-from replknet.deploy.against import AGAINST, Comparison, Part, compare, parts
 from replknet.deploy.inference import optimize
 
 _EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
@@ -106,7 +106,7 @@ def _network(word: str, task: str) -> nn.Module:
     backbone = timm.create_model(word, features_only=True).eval()
     if task == "features":
         return backbone
-    from replknet.tasks.upernet import UperNet  # transformers is optional
+    from replknet.tasks.segmentation.heads import UperNet  # transformers is optional
 
     return UperNet(backbone, _CLASSES[task]).eval()
 

@@ -5,7 +5,7 @@ import json
 from replknet.cli.main import parser
 from replknet.ops import doctor
 from replknet.ops.call import DTYPES
-from replknet.ops.doctor import Explanation, Report, explain
+from replknet.ops.doctor import Diagnosis, Explanation, explain
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if (args.shape is None) != (args.kernel is None):
         raise ValueError("--shape N,C,H,W and --kernel KH[,KW] explain a call together; only one of them was given")
     if args.shape is None:
-        report: Report | Explanation = doctor()
+        report: Diagnosis | Explanation = doctor()
     else:
         n, c, h, w = _numbers(args.shape, "--shape", "N,C,H,W, such as 1,128,56,56", (4,))
         sides = _numbers(args.kernel, "--kernel", "KH or KH,KW, such as 31 or 51,5", (1, 2))

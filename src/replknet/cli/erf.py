@@ -19,7 +19,7 @@ from replknet.cli.main import TASK, Task, parser
 from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm
 from replknet.data import images, transforms
 from replknet.data.download import quiet
-from replknet.models.staged import StagedNet
+from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 
 NETWORK = (

@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def _classification(args: Any) -> int:
-    from replknet.tasks.classification import evaluate  # Lightning takes seconds to import
-    from replknet.train.datasets import batches, evaluation_set
+    from replknet.tasks.classification.infer import evaluate  # Lightning takes seconds to import
+    from replknet.train.loaders import batches, evaluation_set
 
     name = args.dataset or "cifar10"
     if name not in ("cifar10", "folder"):
@@ -71,9 +71,9 @@ def _classification(args: Any) -> int:
 def _segmentation(args: Any) -> int:
     from replknet.data.mask_transforms import ForEvaluation
     from replknet.data.masks import MaskSet, Pairs
-    from replknet.tasks.segmentation import evaluate, inference_of
-    from replknet.tasks.segmentation_saved import load_segmentation
-    from replknet.train.datasets import batches
+    from replknet.tasks.segmentation.files import load_segmentation
+    from replknet.tasks.segmentation.infer import evaluate, inference_of
+    from replknet.train.loaders import batches
 
     name = args.dataset or "masks"
     if name in ("cifar10", "folder"):
@@ -102,9 +102,9 @@ def _segmentation(args: Any) -> int:
 def _detection(args: Any) -> int:
     from replknet.data.box_transforms import BoxSet, ForEvaluation, listed
     from replknet.data.coco import CocoImages
-    from replknet.tasks.detection import evaluate
-    from replknet.tasks.detection_saved import load_detection
-    from replknet.train.datasets import batches
+    from replknet.tasks.detection.files import load_detection
+    from replknet.tasks.detection.infer import evaluate
+    from replknet.train.loaders import batches
 
     if args.dataset is not None:
         raise ValueError(f"objects are in COCO's layout, and {args.dataset} has none: leave out --dataset")

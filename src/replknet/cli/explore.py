@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from replknet.cli.main import parser
-from replknet.recipes import Machine
+from replknet.tasks.recipes import Hardware
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         images=args.data,
         masks=args.masks,
         conflicts=args.cue_conflict,
-        machine=Machine(devices=args.devices, device_batch=args.device_batch),
+        hardware=Hardware(devices=args.devices, device_batch=args.device_batch),
     )
     experiments = [build(args.scale) for build in program.EXPERIMENTS.values()]
     if args.report:

@@ -10,12 +10,12 @@ import torch
 
 from replknet.cli.main import CHECKPOINT, TASK, parser
 from replknet.data import images, transforms
-from replknet.deploy.checked import Difference
-from replknet.deploy.classifiers import card_of, export_classifier
 from replknet.deploy.files import BOUND, ENDINGS, Format, opened
+from replknet.deploy.verify import Difference
 from replknet.models import load_model
+from replknet.tasks.classification.export import card_of, export_classifier
 
-# detectors have functions of their own: replknet.deploy.detectors
+# detectors have functions of their own: replknet.tasks.detection.export
 _Task = Literal["classification", "segmentation"]
 
 
@@ -55,8 +55,8 @@ def _classification(checkpoint: Path, output: Path, to: Format, files: Sequence[
 
 
 def _segmentation(checkpoint: Path, output: Path, to: Format, files: Sequence[Path], licence: str) -> Difference:
-    from replknet.deploy.segmenters import example_of, export_segmenter, segmentation_card
-    from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
+    from replknet.tasks.segmentation.export import example_of, export_segmenter, segmentation_card
+    from replknet.tasks.segmentation.files import load_segmentation  # its packages are optional
 
     model, description = load_segmentation(checkpoint, torch.float32)
     card = segmentation_card(description, licence)

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 from torch import nn
 
-from replknet.analysis.kernels import (
+from replknet.analysis.learned_kernels import (
     LayerKernels,
     branch_agreement,
     energy_within,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from replknet.cli.main import CHECKPOINT, TASK, Task, parser
 from replknet.data import images, transforms
+from replknet.difference import largest_difference
 from replknet.models import load_model, save_model
 from replknet.nn import merge, unfolded_norms
-from replknet.nn.merge import largest_difference
 
 # relative L2 difference of the outputs that `merge` promises in float32
 BOUND = 2e-5
@@ -97,7 +97,7 @@ def _classification(checkpoint: Path) -> _Network:
 
 
 def _segmentation(checkpoint: Path) -> _Network:
-    from replknet.tasks.segmentation_saved import load_segmentation, save_segmentation  # its packages are optional
+    from replknet.tasks.segmentation.files import load_segmentation, save_segmentation  # its packages are optional
 
     model, d = load_segmentation(checkpoint, torch.float32)
     return _Network(
@@ -111,9 +111,9 @@ def _segmentation(checkpoint: Path) -> _Network:
 
 def _detection(checkpoint: Path) -> _Network:
     from replknet.data.box_transforms import ForEvaluation  # the packages of detectors are optional
-    from replknet.tasks.batches import batched
-    from replknet.tasks.detection_saved import load_detection, save_detection
-    from replknet.tasks.fpn import Pyramid
+    from replknet.tasks.detection.batches import batched
+    from replknet.tasks.detection.files import load_detection, save_detection
+    from replknet.tasks.detection.pyramid import Pyramid
 
     model, d = load_detection(checkpoint, torch.float32)
     fitted = ForEvaluation(d.scale, d.normalize)

@@ -13,7 +13,7 @@ from torch import nn
 
 from replknet.cli.main import Task
 from replknet.models import load_model, shipped
-from replknet.models.saved import weights_file
+from replknet.models.model_files import weights_file
 
 # of all random weights
 SEED = 0
@@ -56,12 +56,12 @@ def checkpoint(path: str | Path, task: Task) -> Loaded:
     """
     d: Any
     if task == "segmentation":
-        from replknet.tasks.segmentation_saved import load_segmentation  # its packages are optional
+        from replknet.tasks.segmentation.files import load_segmentation  # its packages are optional
 
         segmentation, d = load_segmentation(path, torch.float32)
         return Loaded(segmentation, d.backbone, d.mean, d.std, d.build)
     if task == "detection":
-        from replknet.tasks.detection_saved import load_detection  # the same
+        from replknet.tasks.detection.files import load_detection  # the same
 
         detector, d = load_detection(path, torch.float32)
         return Loaded(detector, d.backbone, d.mean, d.std, d.build)

@@ -4,16 +4,16 @@ import dataclasses
 import json
 
 from replknet.cli.train import resolved
-from replknet.recipes import DetectionRecipe, Recipe
+from replknet.tasks.recipes import DetectionRecipe, Recipe
 
 
 def main(argv: list[str]) -> int:
-    recipe, machine, args = resolved("plan", argv)
+    recipe, hardware, args = resolved("plan", argv)
     if isinstance(recipe, DetectionRecipe):
         raise ValueError("a plan counts no detectors: how much memory they need depends on what they find")
     if args.gpus is not None:
-        machine = dataclasses.replace(machine, devices=args.gpus)
-    from replknet.train.plan import USABLE, plan, training_classes, training_images
+        hardware = dataclasses.replace(hardware, devices=args.gpus)
+    from replknet.train.estimate import USABLE, estimate, training_classes, training_images
 
     images = args.images or training_images(args.recipe, recipe)
     if images is None:
@@ -21,16 +21,16 @@ def main(argv: list[str]) -> int:
     classes = args.classes or training_classes(recipe)
     if classes is None:
         raise ValueError("the classes are yours: say how many with --classes N")
-    found = plan(recipe, machine, images, classes, args.gpu_memory)
+    found = estimate(recipe, hardware, images, classes, args.gpu_memory)
     if args.json:
-        fields = {**dataclasses.asdict(found), "processes": machine.processes, "images": images, "classes": classes}
+        fields = {**dataclasses.asdict(found), "processes": hardware.processes, "images": images, "classes": classes}
         print(json.dumps(fields | {"total_bytes": found.memory.total}))
         return 0 if found.fits else 1
     size = f"{recipe.image_size}" if isinstance(recipe, Recipe) else "x".join(map(str, recipe.crop))
     print(
         f"{args.recipe}: {recipe.model}, {found.epochs} epochs of {images:,} images at {size} pixels, "
         f"{recipe.precision}\n"
-        f"{machine.processes} processes x {found.device_batch} images x {found.accumulate} accumulated = "
+        f"{hardware.processes} processes x {found.device_batch} images x {found.accumulate} accumulated = "
         f"{recipe.batch_size} images a step\n"
         f"{found.steps_per_epoch:,} steps an epoch, {found.steps:,} in all\n"
         f"memory of a device: {found.memory.total / 1e9:.2f} GB"

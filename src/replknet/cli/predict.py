@@ -12,9 +12,9 @@ from torch import nn
 
 from replknet.cli.main import CHECKPOINT, TASK, WINDOW, Task, parser
 from replknet.data import images, transforms
-from replknet.deploy.classifiers import Card, Exported
 from replknet.deploy.files import is_exported
 from replknet.models import Description, load_model
+from replknet.tasks.classification.export import Card, Exported
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 def _classification(args: Any) -> int:
     if args.output is not None:
         raise ValueError("pictures are what other tasks give: leave out -o, or add --task segmentation or detection")
-    from replknet.tasks.classification import predict  # Lightning takes seconds to import
+    from replknet.tasks.classification.infer import predict  # Lightning takes seconds to import
 
     model: nn.Module
     d: Description | Card
@@ -62,12 +62,12 @@ def _classification(args: Any) -> int:
 
 def _segmentation(args: Any) -> int:
     from replknet.analysis import plots
-    from replknet.tasks.segmentation import inference_of, predict
-    from replknet.tasks.segmentation_saved import load_segmentation
+    from replknet.tasks.segmentation.files import load_segmentation
+    from replknet.tasks.segmentation.infer import inference_of, predict
 
     model: nn.Module
     if is_exported(args.checkpoint):
-        from replknet.deploy.segmenters import ExportedSegmenter
+        from replknet.tasks.segmentation.export import ExportedSegmenter
 
         model = exported = ExportedSegmenter(args.checkpoint)
         d = exported.card.description
@@ -90,9 +90,9 @@ def _segmentation(args: Any) -> int:
 
 def _detection(args: Any) -> int:
     from replknet.analysis import plots
-    from replknet.tasks.average_precision import as_coco_results
-    from replknet.tasks.detection import predict
-    from replknet.tasks.detection_saved import load_detection
+    from replknet.tasks.detection.average_precision import as_coco_results
+    from replknet.tasks.detection.files import load_detection
+    from replknet.tasks.detection.infer import predict
 
     model, d = load_detection(args.checkpoint, torch.float32)
     for file, picture in _pictures(args.images, args.output):

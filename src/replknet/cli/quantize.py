@@ -15,11 +15,11 @@ from tqdm import tqdm
 from replknet.cli.main import CHECKPOINT, parser
 from replknet.data import cifar10, images, transforms
 from replknet.data.download import quiet
-from replknet.deploy import classifiers
-from replknet.deploy.classifiers import Exported, card_of, export_classifier
-from replknet.deploy.quantize import ENDINGS, AccuracyError, quantize_classifier, size, timed
 from replknet.deploy.quantizers import Target
 from replknet.models import Description, load_model
+from replknet.tasks.classification import export as classifiers
+from replknet.tasks.classification.export import Exported, card_of, export_classifier
+from replknet.tasks.classification.quantize import ENDINGS, AccuracyError, quantize_classifier, size, timed
 
 _BATCH = 64
 # images at once whose time is measured
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
 
 
 def _quantized(args: Any) -> dict[str, Any]:
-    from replknet.tasks.classification import evaluate  # Lightning takes seconds to import
-    from replknet.train.datasets import batches, evaluation_set
+    from replknet.tasks.classification.infer import evaluate  # Lightning takes seconds to import
+    from replknet.train.loaders import batches, evaluation_set
 
     model, description = load_model(args.checkpoint, torch.float32)
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{ENDINGS[args.to]}")

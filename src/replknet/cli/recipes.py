@@ -5,7 +5,7 @@ from dataclasses import asdict
 from inspect import cleandoc
 
 from replknet.cli.main import parser
-from replknet.recipes import RECIPES, DetectionRecipe, SegmentationRecipe
+from replknet.tasks.recipes import RECIPES, DetectionRecipe, SegmentationRecipe
 
 
 def main(argv: list[str]) -> int:

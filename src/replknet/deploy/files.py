@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from replknet.deploy.checked import Difference, Run, compared, in_onnxruntime, in_openvino, kept, worst
+from replknet.deploy.verify import Difference, Run, compared, in_onnxruntime, in_openvino, kept, worst
 
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
 # endings of the files; that of aoti, a library for this machine in torch's archive, tells it from a graph

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replknet.bench.harness import Timing, interleaved
-from replknet.deploy.checked import Difference, worst
-from replknet.deploy.pyramid import PyramidHead
-from replknet.deploy.rows import (
+from replknet.deploy.inference_layers import (
     Activation,
     Convolution,
     Depthwise,
@@ -24,12 +21,16 @@ from replknet.deploy.rows import (
     packs,
     product_of,
 )
+from replknet.deploy.verify import Difference, worst
 from replknet.deploy.winograd import Winograd
-from replknet.kernels.memory import keep_freed_memory
-from replknet.models.staged import Stage, StagedNet
+from replknet.difference import largest_difference
+from replknet.kernels.malloc import keep_freed_memory
+from replknet.models.timm_model import Stage, StagedNet
 from replknet.nn import ConvFFN, DepthwiseConv2d, RepLKBlock, merge
 from replknet.nn.conv_bn import ConvBN, affine, set_weight_and_bias, weight_and_bias
-from replknet.nn.merge import largest_difference, unfolded_norms
+from replknet.nn.merge import unfolded_norms
+from replknet.tasks.segmentation.inference_form import PyramidHead
+from replknet.timing import Timing, interleaved
 
 # relative L2 difference of an output from the source's that is allowed; where it is large, most of it is rounding of
 # the source, whose norms and branches are steps of their own
@@ -41,7 +42,7 @@ _LAYERS, _COMPILED = "layer by layer", "torch.compile"
 
 
 @dataclass(frozen=True)
-class Report:
+class Changes:
     """What `optimize` made of a network; `str()` of it is for people.
 
     Args:
@@ -98,7 +99,7 @@ class Optimized(nn.Module):
         ValueError: the input is not `[N,C,H,W]`.
     """
 
-    def __init__(self, network: Callable[[Tensor], Any], dtype: torch.dtype, report: Report) -> None:
+    def __init__(self, network: Callable[[Tensor], Any], dtype: torch.dtype, report: Changes) -> None:
         super().__init__()
         # in a tuple: of its layers no state is to be had
         self._network = (network,)
@@ -207,7 +208,7 @@ def optimize(
         calls = {name: partial(way, prepared) for name, way in ways.items()}
         times = interleaved(calls, _TIMED_RUNS) if len(ways) > 1 else {}
     fastest = min(times, key=lambda name: times[name].p50_ms, default=_LAYERS)
-    report = Report(
+    report = Changes(
         products=rewriter.products,
         packed=packs(prepared),
         operator=rewriter.operator,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from replknet.deploy.checked import Run
+from replknet.deploy.verify import Run
 
 Target = Literal["onnx", "openvino"]
 # writes a file in which these layers stay in float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from replknet.deploy.rows import Activation, Product, activated
+from replknet.deploy.inference_layers import Activation, Product, activated
 
 _SIDE = 4  # outputs of a tile
 _TILE = _SIDE + 2  # inputs

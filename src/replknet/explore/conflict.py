@@ -15,7 +15,7 @@ from replknet.data.cue_conflict import CueConflicts, cue_conflicts
 from replknet.explore.experiment import Arm, Column, Experiment, Figures, Results, Scale, Site, compared
 from replknet.explore.kernel_sizes import classifiers
 from replknet.models import Description, load_model
-from replknet.models.staged import StagedNet
+from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 
 _SIDES = (3, 7, 13, 31)

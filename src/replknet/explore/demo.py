@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from replknet.analysis import ERF, effective_receptive_field, plots
-from replknet.bench.harness import Timing, interleaved
 from replknet.data.cifar10 import CLASSES, load
+from replknet.difference import largest_difference
 from replknet.explore.fields import enlarged
 from replknet.models import CONFIGS, load_model, save_model
-from replknet.models.staged import StagedNet
+from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
-from replknet.nn.merge import largest_difference
-from replknet.recipes import Recipe, cifar10
-from replknet.tasks.classification import Scores, evaluate
+from replknet.tasks.classification.infer import Scores, evaluate
+from replknet.tasks.recipes import Recipe, cifar10
+from replknet.timing import Timing, interleaved
 from replknet.train import fit
-from replknet.train.datasets import batches, evaluation_set
+from replknet.train.loaders import batches, evaluation_set
 
 # the receptive field is measured on enlarged images, as the paper does, so that it does not end at their border
 _FIELD_PIXELS = 96

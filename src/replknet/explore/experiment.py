@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from replknet.recipes import Machine
+from replknet.tasks.recipes import Hardware
 
 Scale = Literal["small", "full"]
 # what a run measures: numbers, and whatever else JSON takes
@@ -24,14 +24,14 @@ class Site:
         images: where CIFAR-10 is kept, or the folder of ImageNet; None for the cache.
         masks: folder or zip of images with masks, for segmentation.
         conflicts: folder of cue-conflict images.
-        machine: devices and the like, for trainings.
+        hardware: devices and the like, for trainings.
     """
 
     output: Path
     images: Path | None = None
     masks: Path | None = None
     conflicts: Path | None = None
-    machine: Machine = field(default_factory=Machine)
+    hardware: Hardware = field(default_factory=Hardware)
 
     def folder(self, arm: "Arm", seed: int) -> Path:
         """Where a run of an arm keeps its files; arms that are alike share it."""

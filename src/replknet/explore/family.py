@@ -58,7 +58,7 @@ def _arm(kernels: str, model: str) -> Arm:
 
 
 def _count(model: str, seed: int, folder: Path, site: Site) -> Figures:
-    from replknet.tasks.upernet import UperNet, without_auxiliary  # its packages are optional
+    from replknet.tasks.segmentation.heads import UperNet, without_auxiliary  # its packages are optional
 
     with torch.device("meta"):
         alone = cost(merge(timm.create_model(model), fold_bn=False), 224)

@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
-from replknet.explore.trained import draw_scores, score_columns, trained
-from replknet.recipes import Recipe
-from replknet.recipes.imagenet import imagenet1k_mobilenetv2_100
-from replknet.train.plan import IMAGES
+from replknet.explore.training_arms import draw_scores, score_columns, trained
+from replknet.tasks.classification.imagenet import imagenet1k_mobilenetv2_100
+from replknet.tasks.recipes import Recipe
+from replknet.train.estimate import IMAGES
 
 _SEEDS = 3
 _SMALL_SCALE = (

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
-from replknet.explore.trained import draw_scores, score_columns, trained
-from replknet.recipes import Recipe, SegmentationRecipe, cifar10
-from replknet.recipes.imagenet import imagenet1k_b_120
-from replknet.recipes.segmentation import ade20k_31b_512, camvid
-from replknet.train.plan import IMAGES
+from replknet.explore.training_arms import draw_scores, score_columns, trained
+from replknet.tasks.classification.imagenet import imagenet1k_b_120
+from replknet.tasks.recipes import Recipe, SegmentationRecipe, cifar10
+from replknet.tasks.segmentation.recipes import ade20k_31b_512, camvid
+from replknet.train.estimate import IMAGES
 
 SIDES = (3, 7, 13, 25, 31)
 _FULL = {3: "replknet_b_k3", 7: "replknet_b_k7", 13: "replknet_b_k13", 25: "replknet_b_k25", 31: "replknet_31b"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 
-from replknet.bench.harness import provenance
+from replknet.bench.records import provenance
 from replknet.explore import conflict, family, fields, guidelines, kernel_sizes, rivals, speed
 from replknet.explore.experiment import Arm, Experiment, Results, Run, Scale, Site
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from replknet.analysis import plots
-from replknet.bench.harness import Load
 from replknet.bench.stacks import CHANNELS, KERNELS, LAYERS, PAPER_TABLE_1, RESOLUTIONS, StackTime, measure
 from replknet.explore.experiment import Arm, Claim, Experiment, Figures, Finding, Results, Scale, Site
+from replknet.timing import Load
 
 _RUNS = 10
 # seconds after which a way sits out

@@ -2,8 +2,8 @@
 
 from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
 from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from replknet.models.model_files import NETWORKS, Description, load_model, save_model, shipped
 from replknet.models.replknet import CONFIGS, RepLKNet, RepLKNetConfig
-from replknet.models.saved import NETWORKS, Description, load_model, save_model, shipped
 
 __all__ = [
     "CONFIGS",

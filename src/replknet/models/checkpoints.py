@@ -238,12 +238,12 @@ def _official_from_megengine(key: str, ends: list[int]) -> str:
 
 
 def from_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to those of `replknet.tasks.upernet.UperNet`."""
+    """Keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to those of our UperNet."""
     return {_mmseg_to_ours(key): value for key, value in state.items()}
 
 
 def to_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Keys of `replknet.tasks.upernet.UperNet` to those of mmsegmentation 0.x."""
+    """Keys of `replknet.tasks.segmentation.heads.UperNet` to those of mmsegmentation 0.x."""
     renamed = {}
     for key, value in state.items():
         key = key.replace("backbone.model.", "backbone.", 1)

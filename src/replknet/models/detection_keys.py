@@ -30,8 +30,8 @@ def is_mmdet(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of mmdetection 2.x (FCOS, CascadeRCNN) to those of `replknet.tasks.fcos.FCOS` and
-    `replknet.tasks.cascade.CascadeRCNN`; others stay as they are."""
+    """Keys of mmdetection 2.x (FCOS, CascadeRCNN) to those of `replknet.tasks.detection.fcos.FCOS` and
+    `replknet.tasks.detection.cascade.CascadeRCNN`; others stay as they are."""
     fcos = any(key.startswith("bbox_head.conv_cls.") for key in state)
     pairs = [(theirs, ours) for ours, theirs in _PAIRS]
     if fcos:
@@ -43,7 +43,7 @@ def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of `replknet.tasks.fcos.FCOS` and `replknet.tasks.cascade.CascadeRCNN` to those of mmdetection 2.x."""
+    """Keys of our FCOS and CascadeRCNN to those of mmdetection 2.x."""
     return {_renamed(key, _PAIRS): value for key, value in state.items()}
 
 

@@ -15,7 +15,7 @@ from timm.layers import create_classifier, make_divisible
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from replknet.models.staged import Stage, StagedNet, changed, linear, on_device
+from replknet.models.timm_model import Stage, StagedNet, changed, linear, on_device
 from replknet.nn import DropPath, ReparamLargeKernelConv
 from replknet.nn.conv_bn import ConvBN, Norm
 

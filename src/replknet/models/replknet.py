@@ -25,7 +25,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from replknet.models.checkpoints import checkpoint_filter_fn
-from replknet.models.staged import Stage, StagedNet, changed, linear, on_device
+from replknet.models.timm_model import Stage, StagedNet, changed, linear, on_device
 from replknet.nn import ConvFFN, RepLKBlock, stem, transition
 from replknet.nn.conv_bn import Norm
 

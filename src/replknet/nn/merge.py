@@ -3,7 +3,6 @@
 import copy
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from replknet.nn.blocks import ConvFFN, RepLKBlock
@@ -77,9 +76,3 @@ def _folded_before(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     weight, bias = weight_and_bias(conv)
     set_weight_and_bias(conv, weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift)
     return nn.Identity()
-
-
-def largest_difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute difference of two tensors, and the L2 norm of the difference relative to that of `a`."""
-    a, b = a.double(), b.double()
-    return (a - b).abs().max().item(), ((a - b).norm() / a.norm()).item()

@@ -55,7 +55,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """Result of `doctor`; `str()` of it is for people, `asdict()` for programs."""
 
     versions: dict[str, str]
@@ -87,7 +87,7 @@ class Report:
         return "\n".join(lines)
 
 
-def doctor() -> Report:
+def doctor() -> Diagnosis:
     """What this machine can do and which backend takes which call.
 
     Returns:
@@ -109,7 +109,7 @@ def doctor() -> Report:
             for shape, kernel in _LAYERS
             for dtype in (torch.float32, torch.bfloat16)
         ]
-    return Report(
+    return Diagnosis(
         versions={name: _version(name) for name in ("replknet", "torch", "timm", "triton")},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         threads=torch.get_num_threads(),

@@ -7,8 +7,8 @@ from torch import nn
 
 from replknet.models import CheckpointError, read_state_dict
 from replknet.models.checkpoints import mismatch
-from replknet.models.saved import weights_file
-from replknet.models.staged import StagedNet
+from replknet.models.model_files import weights_file
+from replknet.models.timm_model import StagedNet
 
 # what a classifier has after its last stage
 _ENDS = ("norm.", "conv_head.", "head.")

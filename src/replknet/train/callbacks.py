@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import update_bn
 
-from replknet.data.draws import seed_all
-from replknet.kernels.memory import give_back_fragments
+from replknet.data.sampling import seed_all
+from replknet.kernels.malloc import give_back_fragments
 
 # tells the random numbers of a step from those of an image
 _STEP = -1

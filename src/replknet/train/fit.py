@@ -19,12 +19,12 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
-from replknet.kernels.memory import keep_freed_memory
-from replknet.recipes import AnyRecipe, DetectionRecipe, Machine, Recipe
-from replknet.train import classification
+from replknet.kernels.malloc import keep_freed_memory
+from replknet.tasks.classification import train as classification
+from replknet.tasks.recipes import AnyRecipe, DetectionRecipe, Hardware, Recipe
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
-from replknet.train.datasets import Batches
 from replknet.train.job import Job
+from replknet.train.loaders import Batches
 from replknet.train.progress import Bar, Progress
 
 
@@ -37,7 +37,7 @@ def fit(
     folder: Path,
     data: Path | None = None,
     resume: bool = False,
-    machine: Machine | None = None,
+    hardware: Hardware | None = None,
 ) -> Path:
     """Train a network; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
 
@@ -70,27 +70,27 @@ def fit(
     """
     if recipe.finetune and recipe.weights is None:
         raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
-    machine = machine or Machine()
-    if machine.shard:
-        _check_shardable(recipe, machine)
+    hardware = hardware or Hardware()
+    if hardware.shard:
+        _check_shardable(recipe, hardware)
     if recipe.sync_bn and not torch.cuda.is_available():
         raise ValueError(
             "sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU; without it each process takes the statistics of "
             "its own images"
         )
     _warn_of_emulation(recipe)
-    accumulate = machine.accumulated(recipe.batch_size)
+    accumulate = hardware.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
     done = _steps_done(last, recipe, resume)
     keep_freed_memory()
     pl.seed_everything(recipe.seed, verbose=False)
-    job = _job(recipe, data, machine)
+    job = _job(recipe, data, hardware)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    keep = KeepLast(folder, job.kept, _plain(recipe), machine.save_steps, job.score)
+    keep = KeepLast(folder, job.kept, _plain(recipe), hardware.save_steps, job.score)
     with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
-        trainer = _trainer(recipe, job, folder, keep, machine, accumulate)
+        trainer = _trainer(recipe, job, folder, keep, hardware, accumulate)
         trainer.fit(
             job.task,
             datamodule=Batches(job.sets, recipe, accumulate, done),
@@ -187,24 +187,24 @@ def _steps_done(last: Path, recipe: AnyRecipe, resume: bool) -> int:
     return int(state["global_step"])
 
 
-def _job(recipe: AnyRecipe, data: Path | None, machine: Machine) -> Job:
+def _job(recipe: AnyRecipe, data: Path | None, hardware: Hardware) -> Job:
     if isinstance(recipe, Recipe):
-        return classification.job(recipe, data, machine)
+        return classification.job(recipe, data, hardware)
     # the packages of the others are optional
     if isinstance(recipe, DetectionRecipe):
-        from replknet.train import detection
+        from replknet.tasks.detection import train as detection
 
-        return detection.job(recipe, data, machine)
-    from replknet.train import segmentation
+        return detection.job(recipe, data, hardware)
+    from replknet.tasks.segmentation import train as segmentation
 
-    return segmentation.job(recipe, data, machine)
+    return segmentation.job(recipe, data, hardware)
 
 
 def _trainer(
-    recipe: AnyRecipe, job: Job, folder: Path, keep: KeepLast, machine: Machine, accumulate: int
+    recipe: AnyRecipe, job: Job, folder: Path, keep: KeepLast, hardware: Hardware, accumulate: int
 ) -> pl.Trainer:
     lines = quiet()
-    progress = Progress(folder, recipe.batch_size, machine.log_steps, lines)
+    progress = Progress(folder, recipe.batch_size, hardware.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     callbacks: list[pl.Callback] = [
         ScoreLast(),
@@ -216,9 +216,9 @@ def _trainer(
     ]
     return pl.Trainer(
         accelerator="auto",
-        devices="auto" if machine.devices is None else machine.devices,
-        num_nodes=machine.nodes,
-        strategy=_strategy(machine),
+        devices="auto" if hardware.devices is None else hardware.devices,
+        num_nodes=hardware.nodes,
+        strategy=_strategy(hardware),
         precision=recipe.precision,
         max_epochs=job.epochs,
         check_val_every_n_epoch=job.score_every,
@@ -233,12 +233,12 @@ def _trainer(
         limit_val_batches=None if recipe.evaluate else 0,
         use_distributed_sampler=False,
         # weights that are gathered in it could not be trained on
-        inference_mode=not machine.shard,
+        inference_mode=not hardware.shard,
     )
 
 
-def _check_shardable(recipe: AnyRecipe, machine: Machine) -> None:
-    if machine.processes == 1:
+def _check_shardable(recipe: AnyRecipe, hardware: Hardware) -> None:
+    if hardware.processes == 1:
         raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
     if isinstance(recipe, DetectionRecipe):
         raise ValueError("shard was never tried with a detector; leave it out")
@@ -247,16 +247,16 @@ def _check_shardable(recipe: AnyRecipe, machine: Machine) -> None:
             "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
             "has them; --ema-decay null trains without, or leave out --shard"
         )
-    if machine.compile:
+    if hardware.compile:
         raise ValueError("shard with compile was never tried; leave out one of them")
 
 
-def _strategy(machine: Machine) -> str | Strategy:
-    if machine.shard:
+def _strategy(hardware: Hardware) -> str | Strategy:
+    if hardware.shard:
         return ModelParallelStrategy(
-            data_parallel_size=machine.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=hardware.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    return "auto" if machine.processes == 1 else "ddp"
+    return "auto" if hardware.processes == 1 else "ddp"
 
 
 def _ignore_lightnings_advice() -> None:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 
 from replknet.models import CONFIGS
-from replknet.recipes import AnyRecipe
+from replknet.tasks.recipes import AnyRecipe
 from replknet.train.callbacks import Kept
-from replknet.train.datasets import Splits
+from replknet.train.loaders import Splits
 
 Built = TypeVar("Built")
 

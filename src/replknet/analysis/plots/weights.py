@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from replknet.analysis.kernels import LayerKernels, magnitude_by_distance, mean_magnitude
+from replknet.analysis.learned_kernels import LayerKernels, magnitude_by_distance, mean_magnitude
 
 # how many layers `kernels` shows, and how many kernels of each
 _LAYERS, _EXAMPLES = 8, 8

@@ -1,0 +1,451 @@
+"""One network in its inference form beside itself in torch and in other runtimes: times, differences, memory.
+
+Every way computes the same outputs from the same images on the same number of threads, and is timed in turns with the
+others in one process. Torch's own ways run the merged network on torch's own convolution. The other runtimes read an
+ONNX file of the merged network, fixed to the shape of the images, which is their best case. The peak of memory is of a
+process of its own for each way.
+
+`python -m replknet.bench.against NETWORK WAY DTYPE THREADS ONNX KEEP` is that process.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from replknet.bench.records import provenance
+from replknet.deploy.inference import BOUNDS, Optimized, optimize
+from replknet.deploy.inference_layers import Convolution, Depthwise, Product
+from replknet.deploy.winograd import Winograd
+from replknet.difference import largest_difference
+from replknet.kernels import use_backend
+from replknet.kernels.malloc import keep_freed_memory
+from replknet.nn import merge
+from replknet.timing import Load, Timing, interleaved
+
+OURS = "replknet"
+# what can be compared with: name -> its ways
+AGAINST = {
+    "merged": ("merged",),
+    "torch": ("torch channels_last", "torch contiguous"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+}
+_FORMATS = {"torch contiguous": torch.contiguous_format}
+# these have threads of their own
+_APART = ("onnxruntime", "openvino")
+_IN_ONNX = _APART
+
+Way = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a process of its own, in bytes, beyond what Python and the libraries held before the network was loaded.
+
+    Args:
+        held: before the first run: weights, in the form in which they are used.
+        peak: while the images are computed twice.
+    """
+
+    held: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running the network.
+
+    Args:
+        way: its name.
+        timing: of all images.
+        ratio: its median by that of our inference form.
+        difference: largest relative L2 difference of an output from the merged network's in float32.
+        memory: None where it was not asked for, or the system does not tell.
+    """
+
+    way: str
+    timing: Timing
+    ratio: float
+    difference: float
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of layer takes of our inference form's time.
+
+    Args:
+        kind: of layer.
+        calls: of it.
+        ms: median over the runs of the sum of its calls.
+        multiply_adds: as the layers define them, padding included.
+        bound_ms: what these would take at the rate of the fastest matrix product.
+    """
+
+    kind: str
+    calls: int
+    ms: float
+    multiply_adds: int
+    bound_ms: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All ways of one network, and where they were measured; `asdict` of it is JSON."""
+
+    network: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: tuple[Row, ...]
+    load: dict[str, float | None]
+    provenance: dict[str, Any]
+
+
+def compare(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    against: Sequence[str] = tuple(AGAINST),
+    *,
+    dtype: torch.dtype = torch.float32,
+    runs: int = 10,
+    limit_s: float = 60.0,
+    memory: bool = False,
+    keep_memory: bool = False,
+) -> Comparison:
+    """Time our inference form and others.
+
+    Args:
+        name: of the network, for the record.
+        model: a classifier, a backbone with features, or a segmentation network, in float32 on the CPU.
+        x: images `[N,3,H,W]`.
+        against: of `AGAINST`.
+        dtype: in which all compute: torch.float32, or torch.bfloat16, which onnxruntime does not have.
+        runs: rounds, at least 2.
+        limit_s: seconds after which a slow way sits out, after three rounds.
+        memory: also measure the peak of each way.
+        keep_memory: have the process keep what it frees, as `optimize` may; it does so for all ways that allocate
+            through the C library.
+
+    Returns:
+        A row a way, ours first.
+
+    Raises:
+        ValueError: a name or dtype that is not known.
+        RuntimeError: outputs differ by more than `BOUNDS` of their norm; nothing is timed.
+    """
+    ways = [OURS]
+    for other in against:
+        if other not in AGAINST:
+            raise ValueError(f"a network is compared with {', '.join(AGAINST)}, got {other!r}")
+        ways += AGAINST[other]
+    _check_dtype(dtype, ways)
+    if keep_memory:
+        keep_freed_memory()
+    merged = merge(model).eval().requires_grad_(False)
+    with torch.inference_mode():
+        wanted = _outputs(merged(x))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        file = Path(folder) / "network.onnx"
+        if any(way in _IN_ONNX for way in ways):
+            write_onnx(merged, x, file)
+        calls = {way: _call(way, merged, x, dtype, file) for way in ways}
+        differences = {way: _difference(way, wanted, call(), BOUNDS[dtype]) for way, call in calls.items()}
+        load = Load()
+        times = interleaved(calls, runs, limit_s, [way for way in _APART if way in calls], pause_s=0.2)
+        disturbed = load.end()
+        del calls
+        peaks = {way: peak(merged, x, way, dtype, file, keep_memory) if memory else None for way in ways}
+    ours = times[OURS].p50_ms
+    rows = tuple(Row(way, times[way], round(times[way].p50_ms / ours, 3), differences[way], peaks[way]) for way in ways)
+    short = str(dtype).removeprefix("torch.")
+    return Comparison(name, tuple(x.shape), short, rows, disturbed, provenance())
+
+
+def _check_dtype(dtype: torch.dtype, ways: Sequence[str]) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"networks are compared in torch.float32 or torch.bfloat16, got {dtype}")
+    if dtype == torch.bfloat16 and "onnxruntime" in ways:
+        raise ValueError("onnxruntime does not compute in bfloat16 on a CPU: compare with torch,openvino")
+
+
+def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
+    """A merged network for images of one shape, with standard nodes."""
+    exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False, input_names=["image"])
+    assert exported is not None
+    exported.save(path)
+
+
+# ---- ways
+
+
+def _call(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    """A call of one way, ready to be timed."""
+    return {
+        OURS: _ours,
+        "merged": _merged,
+        "torch channels_last": _torch,
+        "torch contiguous": _torch,
+        "onnxruntime": _onnxruntime,
+        "openvino": _openvino,
+    }[way](way, merged, x, dtype, file)
+
+
+def _ours(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    return partial(optimize(merged, x, dtype=dtype), _formatted(x, way))
+
+
+def _merged(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    network = _copied(merged, way, dtype)
+    return partial(network, _formatted(x, way).to(dtype))
+
+
+def _torch(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    call = _merged(way, merged, x, dtype, file)
+
+    def on_aten() -> Any:
+        with use_backend("aten"):
+            return call()
+
+    return on_aten
+
+
+def _onnxruntime(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    feed = {"image": x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.compile_model(file, "CPU", settings).create_infer_request()
+    feed = {0: x.contiguous().numpy()}
+    # its outputs are shared, which saves it a copy
+    return lambda: list(request.infer(feed, share_inputs=True, share_outputs=True).values())
+
+
+def _copied(merged: nn.Module, way: str, dtype: torch.dtype) -> nn.Module:
+    return merge(merged).to(dtype).to(memory_format=_FORMATS.get(way, torch.channels_last))
+
+
+def _formatted(x: Tensor, way: str) -> Tensor:
+    return x.contiguous(memory_format=_FORMATS.get(way, torch.channels_last))
+
+
+def _outputs(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    return [torch.as_tensor(one) for one in found]
+
+
+def _difference(way: str, wanted: Sequence[Tensor], found: Any, bound: float) -> float:
+    got = _outputs(found)
+    largest = max(largest_difference(one, other.float())[1] for one, other in zip(wanted, got, strict=True))
+    if not largest <= bound:
+        raise RuntimeError(
+            f"{way}: outputs may differ by {bound:.0e} of their norm, got {largest:.1e}; nothing is timed"
+        )
+    return largest
+
+
+# ---- where the time goes
+
+
+def parts(optimized: Optimized, x: Tensor, runs: int = 7) -> list[Part]:
+    """What each kind of layer of an inference form takes, the slowest first, and what is left over.
+
+    Args:
+        optimized: not compiled.
+        x: images `[N,3,H,W]`.
+        runs: of which medians are taken.
+
+    Raises:
+        ValueError: it was compiled: it has no layers any more.
+    """
+    if optimized.report.compiled:
+        raise ValueError("a compiled network has no layers that could be timed: optimize it with compile=False")
+    network = optimized.network
+    rate = product_rate()
+    watch = _Watch()
+    found: list[dict[str, float]] = []
+    assert isinstance(network, nn.Module)
+    with watch.on(network):
+        for _ in range(runs + 1):
+            watch.clear()
+            begin = _now()
+            optimized(x)
+            watch.ms["everything"] = _now() - begin
+            found.append(dict(watch.ms))
+    middle = {kind: sorted(run[kind] for run in found[1:])[runs // 2] for kind in watch.ms}
+    rest = middle["everything"] - sum(ms for kind, ms in middle.items() if kind != "everything")
+    listed = [
+        Part(kind, watch.calls[kind], ms, watch.macs[kind], watch.macs[kind] / rate / 1e6)
+        for kind, ms in middle.items()
+        if kind != "everything"
+    ]
+    listed.sort(key=lambda part: -part.ms)
+    total = sum(part.multiply_adds for part in listed)
+    return [
+        *listed,
+        Part("copies, sums and Python", 0, rest, 0, 0.0),
+        Part("everything", 1, middle["everything"], total, total / rate / 1e6),
+    ]
+
+
+def product_rate() -> float:
+    """Multiply-adds that the fastest of twenty large matrix products reaches, 10**9 a second, in float32."""
+    product, rows = Product(torch.randn(1024, 1024), None, 1024), torch.randn(1024, 1024)
+    with torch.inference_mode():
+        best = min(_timed(partial(product, rows)) for _ in range(21))
+    return 1024**3 / best / 1e6
+
+
+def _now() -> float:
+    return 1e3 * time.perf_counter()
+
+
+def _timed(call: Way) -> float:
+    begin = _now()
+    call()
+    return _now() - begin
+
+
+class _Watch:
+    """Times the layers of a network, those inside of others not twice."""
+
+    def __init__(self) -> None:
+        self._begin = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        self.ms: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
+
+    @contextmanager
+    def on(self, network: nn.Module) -> Iterator[None]:
+        hooks = []
+        for layer in _leaves(network):
+            hooks.append(layer.register_forward_pre_hook(self._start))
+            hooks.append(layer.register_forward_hook(self._stop))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _start(self, layer: nn.Module, inputs: Any) -> None:
+        self._begin = _now()
+
+    def _stop(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        spent = _now() - self._begin
+        kind, macs = _kind(layer, inputs[0], output)
+        self.ms[kind] = self.ms.get(kind, 0.0) + spent
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.macs[kind] = self.macs.get(kind, 0) + macs
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, Product | Depthwise | Convolution | Winograd) or not list(module.children()):
+        yield module
+        return
+    for child in module.children():
+        yield from _leaves(child)
+
+
+def _kind(layer: nn.Module, x: Tensor, y: Any) -> tuple[str, int]:
+    """The kind of a layer, and its multiply-adds."""
+    if isinstance(layer, Product):
+        return "1x1 convolutions", x.shape[0] * layer.inputs * layer.outputs
+    if isinstance(layer, Winograd):
+        return "3x3 convolutions by Winograd's method", 9 * y.numel() * x.shape[1]
+    conv = getattr(layer, "conv", layer)
+    if isinstance(conv, nn.Conv2d):
+        taps = conv.weight[0].numel()
+        kind = "depthwise convolutions" if conv.groups > 1 else "other convolutions"
+        return kind, y.numel() * taps
+    return "norms, pooling and classifier", y.numel() * x.shape[-1] if isinstance(layer, nn.Linear) else 0
+
+
+# ---- memory
+
+
+def peak(
+    merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path, keep_memory: bool = False
+) -> Memory | None:
+    """The peak of a process that does nothing but one way; None where the system does not tell."""
+    if platform.system() != "Linux":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        network = Path(folder) / "network.pt"
+        torch.save((merged, x), network)
+        short = str(dtype).removeprefix("torch.")
+        arguments = [str(network), way, short, str(torch.get_num_threads()), str(file), str(int(keep_memory))]
+        command = [sys.executable, "-m", "replknet.bench.against", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        last = result.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise RuntimeError(f"the process that measures memory ended with {result.returncode}, not 0: {last[0]}")
+    return Memory(**json.loads(result.stdout))
+
+
+def _run_alone(network: str, way: str, dtype: str, threads: str, file: str, keep_memory: str) -> Memory:
+    """In a process that has done nothing else."""
+    torch.set_num_threads(int(threads))
+    if int(keep_memory):
+        keep_freed_memory()
+    # written by this package, a moment ago
+    merged, x = torch.load(network, weights_only=False)
+    if way in _APART:
+        importlib.import_module(way)
+    program = _resident() - sum(p.nbytes for p in (*merged.parameters(), *merged.buffers())) - x.nbytes
+    with torch.inference_mode():
+        call = _call(way, merged, x, getattr(torch, dtype), Path(file))
+        del merged
+        gc.collect()
+        # glibc keeps what was freed
+        ctypes.CDLL(None).malloc_trim(0)
+        held = _resident()
+        # the peak so far is of the making
+        Path("/proc/self/clear_refs").write_text("5")
+        call()
+        call()
+    return Memory(held - program, _status("VmHWM") - program)
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_run_alone(*sys.argv[1:]))))

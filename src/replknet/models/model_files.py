@@ -1,0 +1,275 @@
+"""Networks in one file: safetensors with everything that is needed to build and feed them.
+
+A file without that description, such as the released weights, is understood from its keys and shapes.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from torch import Tensor, nn
+
+from replknet.models import mobilenetv2, replknet
+from replknet.models.checkpoints import CheckpointError, form_of, mismatch, read_metadata, read_state_dict
+from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from replknet.models.replknet import RepLKNet, RepLKNetConfig
+from replknet.models.timm_model import StagedNet
+from replknet.nn import merge
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# every network that is registered with timm
+NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
+
+_FIELD = "replknet"
+# those of files of networks with another task, which is how eval and predict call it
+SEGMENTATION_FIELD, DETECTION_FIELD = "replknet_segmentation", "replknet_detection"
+_OTHERS = {SEGMENTATION_FIELD: "segmentation", DETECTION_FIELD: "detection"}
+_FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
+# weights that are part of the package, as MODEL.TAG.safetensors
+_SHIPPED = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a file of weights is of, and how its network wants its images.
+
+    Args:
+        config: the architecture.
+        in_chans: channels of the image.
+        classes: names of the outputs; empty where unknown.
+        num_classes: number of outputs.
+        image_size: side in pixels for evaluation.
+        crop_pct: share of the resized image that the centre crop takes.
+        mean: per channel, for values from 0 to 1 in RGB.
+        std: per channel.
+    """
+
+    config: RepLKNetConfig | MobileNetV2Config
+    in_chans: int = 3
+    classes: tuple[str, ...] = ()
+    num_classes: int = 1000
+    image_size: int = 224
+    crop_pct: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    @property
+    def name(self) -> str:
+        """The registered name of the architecture, or "custom"."""
+        return next((name for name, config in NETWORKS.items() if config == self.config), "custom")
+
+    def build(self, **options: Any) -> StagedNet:
+        """A network with these inputs and outputs; options are those of its class."""
+        options |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        if isinstance(self.config, MobileNetV2Config):
+            return MobileNetV2(self.config, **options)
+        return RepLKNet(self.config, **options)
+
+
+def save_model(model: StagedNet, path: str | Path, description: Description) -> None:
+    """Write a network to a safetensors file; an existing file is replaced only when all is written.
+
+    Args:
+        model: in any form: training, merged or folded. Tensors keep their dtype.
+        path: the file; its folder is made.
+        description: what is needed to build the network again and to feed it, written into the file's header.
+    """
+    write(model, path, {_FIELD: json.dumps(_plain(description))})
+
+
+def write(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the tensors of a network to a safetensors file with these texts in its header, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    # safetensors makes files that only their owner may read
+    part.touch()
+    mode = part.stat().st_mode
+    save_file(state, part, metadata={"format": "pt", **metadata})
+    part.chmod(mode)
+    os.replace(part, path)
+
+
+def _plain(description: Description) -> dict[str, Any]:
+    return {"family": _FAMILY[type(description.config)], **asdict(description)}
+
+
+def shipped() -> list[str]:
+    """The weights that come with the package.
+
+    Returns:
+        Their names, such as replknet_cifar_l.cifar10.
+    """
+    return sorted(file.stem for file in _SHIPPED.glob("*.safetensors"))
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file itself, or that of weights that come with the package, which may be named without their tag.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    named = [name for name in shipped() if str(path) in (name, name.partition(".")[0])]
+    if not named:
+        raise FileNotFoundError(f"no checkpoint at {path}; weights that come with replknet: {', '.join(shipped())}")
+    return _SHIPPED / f"{named[0]}.safetensors"
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[StagedNet, Description]:
+    """The network of a checkpoint file, in the file's form and in eval mode, and its description.
+
+    Args:
+        path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
+            understood from keys and shapes, and image size, mean and std are those of the paper's networks. Also the
+            name of weights that come with the package (`shipped`).
+        dtype: of the network; None for that of the file.
+
+    Returns:
+        The network on the CPU and its description.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file holds no weights of a network of replknet's.
+    """
+    path = weights_file(path)
+    state = read_state_dict(path)
+    metadata = read_metadata(path)
+    for task in (task for field, task in _OTHERS.items() if field in metadata):
+        raise CheckpointError(
+            f"{path} holds a {task} network and no classifier: it is read by eval and predict with --task {task}, and "
+            f"by replknet.tasks.{task}_saved.load_{task}"
+        )
+    text = metadata.get(_FIELD)
+    description = _parsed(text, path) if text is not None else described(state, str(path))
+    options = {}
+    if any(re.match(r"stages\.\d\.norm\.", key) for key in state):
+        options["norm_intermediate_features"] = True
+    with torch.device("meta"):
+        model = description.build(**options)
+    return filled(model, state, path, type(model).__name__).to(dtype), description
+
+
+def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what: str) -> Network:
+    """The network in the form of a state dict and with its tensors, in eval mode.
+
+    Args:
+        model: in the form of training, on any device.
+        state: under our keys.
+        where: what the error calls the state.
+        what: what it calls the network.
+
+    Raises:
+        CheckpointError: the state is of another network.
+    """
+    form = form_of(state)
+    if form != "training":
+        model = merge(model, fold_bn=form == "folded")
+    wrong = mismatch(state, model)
+    if wrong:
+        raise CheckpointError(f"{where} holds no complete {what}: {wrong}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _parsed(text: str, path: str | Path) -> Description:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        # files of earlier versions are all of one family
+        family = fields.pop("family", "replknet")
+        config = next(config for config, name in _FAMILY.items() if name == family)
+        fields["config"] = config(**fields["config"])
+        for name in ("classes", "mean", "std"):
+            fields[name] = tuple(fields[name])
+        return Description(**fields)
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+
+
+def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Description:
+    """The description of official weights, from keys and shapes.
+
+    Raises:
+        CheckpointError: the keys are not those of a RepLKNet.
+    """
+    if "head.weight" not in state:
+        raise CheckpointError(_no_replknet(state, where, "stem.0.conv.weight, head.weight"))
+    config = config_of(state, where)
+    mean, std = statistics_of(config)
+    return Description(
+        config=config,
+        in_chans=state["stem.0.conv.weight"].shape[1],
+        num_classes=state["head.weight"].shape[0],
+        image_size=320 if _is_xl(config) else 224,
+        mean=mean,
+        std=std,
+    )
+
+
+def config_of(state: Mapping[str, Tensor], where: str = "the checkpoint") -> RepLKNetConfig:
+    """The architecture that keys and shapes are of, with the paper's stem; `named` gives its registered name.
+
+    Args:
+        state: under the official keys, with a classifier or without; in a merged form there is no small kernel.
+        where: what the error calls it.
+
+    Raises:
+        CheckpointError: the keys are not those of a RepLKNet.
+    """
+    large = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.large_kernel\.(?:lkb_origin\.conv|lkb_reparam)\.weight")
+    found = {(int(m[1]), int(m[2])): value for key, value in state.items() if (m := large.fullmatch(key))}
+    if not found or "stem.0.conv.weight" not in state:
+        raise CheckpointError(_no_replknet(state, where, "stem.0.conv.weight"))
+    stages = sorted({stage for stage, _ in found})
+    first = [found[stage, 0] for stage in stages]
+    channels = [state[f"stages.{stage}.blocks.1.pw2.conv.weight"].shape[0] for stage in stages]
+    hidden = state["stages.0.blocks.1.pw1.conv.weight"].shape[0]
+    small = state.get("stages.0.blocks.0.large_kernel.small_conv.conv.weight")
+    return RepLKNetConfig(
+        kernels=tuple(weight.shape[-1] for weight in first),
+        depths=tuple(sum(stage == s for s, _ in found) for stage in stages),
+        channels=tuple(channels),
+        small_kernel=None if small is None else small.shape[-1],
+        dw_ratio=first[0].shape[0] / channels[0],
+        ffn_ratio=hidden / channels[0],
+    )
+
+
+def _no_replknet(state: Mapping[str, Tensor], where: str, keys: str) -> str:
+    return (
+        f"{where} holds no RepLKNet classifier: expected keys such as {keys} and "
+        f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {', '.join(list(state)[:4])}, ..."
+    )
+
+
+def named(config: RepLKNetConfig) -> tuple[str, dict[str, Any]]:
+    """The registered name of an architecture, and the options with which timm.create_model builds it.
+
+    A small kernel of its own is an option; an architecture that is not registered is RepLKNet-31B with all its own.
+    """
+    for name, known in replknet.CONFIGS.items():
+        differing = {field: value for field, value in asdict(config).items() if value != getattr(known, field)}
+        if set(differing) <= {"small_kernel"}:
+            return name, differing
+    return "replknet_31b", asdict(config)
+
+
+def statistics_of(config: RepLKNetConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels for the released networks: XL alone was trained with others than ImageNet's."""
+    if _is_xl(config):
+        return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _is_xl(config: RepLKNetConfig) -> bool:
+    return config.channels == replknet.CONFIGS["replknet_xl"].channels

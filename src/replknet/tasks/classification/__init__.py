@@ -1,0 +1,1 @@
+"""Classification: its files, networks, inference, training, export and recipes."""

@@ -1,0 +1,1 @@
+"""Detection: its files, networks, inference, training, export and recipes."""

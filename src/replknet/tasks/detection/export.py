@@ -1,0 +1,239 @@
+"""Detectors as files for other runtimes: the feature pyramid on every road, the whole detector as ONNX.
+
+No file is kept that does not compute what torch does. Every node is a standard one: the depthwise operator is a plain
+convolution in exported files.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from replknet.deploy.verify import (
+    Difference,
+    Run,
+    compared,
+    in_onnxruntime,
+    in_openvino,
+    in_torch,
+    kept,
+    worst,
+)
+from replknet.nn import merge
+from replknet.tasks.detection.pyramid import Pyramid
+
+# relative L2 difference from torch in float32 that is allowed; what is measured is below 1e-6 on small networks
+BOUND = 1e-5  # of each level of a pyramid
+BOUNDS = {
+    "boxes": 1e-4,
+    "scores": 1e-4,
+    # masks are pasted at whole pixels: a corner that is rounded the other way moves a mask by one
+    "masks": 2e-2,
+}
+
+# what a detector gives, in the order of its file
+_NAMES = ("boxes", "labels", "scores", "masks")
+# sides of an image are multiples of it, pixels
+_DIVISOR = 32
+_WAY_OUT = "The way out is export_pyramid: backbone and pyramid take every road"
+# the older exporter has no successor that takes a detector, and torchvision is written as it is
+_EXPECTED_WARNINGS = (
+    "You are using the legacy TorchScript-based ONNX export",
+    "The feature will be removed",
+    ".*torch.jit.script. is deprecated",
+    "To copy construct from a tensor",
+    "Constant folding - Only steps=1",
+    # that is wrong for negative indices, and there are none
+    "Exporting aten::index operator of advanced indexing",
+)
+# why a whole detector is not written to a file with this ending
+_REFUSED = {
+    ".pt2": "torch.export refuses sizes that depend on the image, such as the number of boxes ('Could not guard on "
+    "data-dependent expression')",
+    ".xml": "OpenVINO cannot read the loop that pastes masks, and what it makes of torch's trace may have wrong masks; "
+    "without masks it reads the detector's .onnx",
+}
+
+_Program = torch.export.ExportedProgram
+_Writer = Callable[[_Program, list[str], Path], None]
+_Reader = Callable[[Path], Run]
+
+
+def export_pyramid(model: nn.Module, path: str | Path, example: Tensor) -> Difference:
+    """Write the backbone of a detector with its feature pyramid, merged, in float32, for images of any size.
+
+    The file takes a batch of images `image` `[N,3,H,W]` and gives the levels `stride_8`, `stride_16` and so on (by
+    place alone in .pt2 and .xml). H and W are multiples of 32, from the last stride and 32 pixels on.
+
+    Args:
+        model: a detector, or a `Pyramid` alone, of any dtype and on any device; it stays as it was.
+        path: ends in `.onnx` (opset 20), `.pt2` (torch.export) or `.xml` (OpenVINO, with a `.bin` beside it). An
+            existing file is replaced only by one that was checked.
+        example: an image for the check `[1,3,H,W]`, float32, normalised. A random batch of two, whose size is
+            not the one that is traced, is checked as well.
+
+    Returns:
+        The largest difference from torch, in the file's runtime on the CPU; `BOUND` is allowed.
+
+    Raises:
+        ValueError: another ending, a model without a pyramid, or an example of another shape, dtype or size.
+        RuntimeError: the file differs more; none is left.
+    """
+    path = Path(path)
+    if path.suffix not in _ROADS:
+        raise ValueError(f"a pyramid is exported to a file that ends in {', '.join(_ROADS)}, got {path.name}")
+    pyramid = merge(_pyramid(model)).float().cpu().eval()
+    smallest = pyramid.strides[-1] + _DIVISOR
+    _check(example, 4, "image [1,3,H,W]")
+    if example.shape[0] != 1 or any(side % _DIVISOR or side < smallest for side in example.shape[2:]):
+        raise ValueError(
+            f"expected one image with sides that are multiples of {_DIVISOR} from {smallest} on, got "
+            f"{list(example.shape)}: pad it as replknet.tasks.detection.batches.batched does"
+        )
+    other = torch.randn(2, 3, smallest + 96, smallest + 64, generator=torch.Generator().manual_seed(0))
+    write, runtime = _ROADS[path.suffix]
+    found = []
+    with torch.no_grad(), kept(path) as part:
+        write(_program(pyramid, smallest), [f"stride_{stride}" for stride in pyramid.strides], part)
+        run = runtime(part)
+        for x in (example.cpu(), other):
+            for stride, wanted, got in zip(pyramid.strides, pyramid(x), run(x), strict=True):
+                found.append(compared(f"the level of stride {stride}", wanted, got, BOUND))
+    return worst(found)
+
+
+def export_detector(model: nn.Module, path: str | Path, example: Tensor) -> Difference:
+    """Write a whole detector, merged, in float32, as ONNX for single images of one size.
+
+    The file takes an image `image` `[3,H,W]` and gives `boxes` `[n,4]` (pixels), `labels` `[n]`, `scores` `[n]`, best
+    first, and `masks` `[n,H,W]` where the detector finds them. Which of two boxes suppresses the other may come out
+    otherwise where the two are equal but for rounding.
+
+    Args:
+        model: a detector of this package, of any dtype and on any device; it stays as it was.
+        path: ends in `.onnx` (opset 17, by torch's older exporter). An existing file is replaced only by one that was
+            checked.
+        example: an image `[3,H,W]` in which the detector finds something, float32, normalised. The file takes images
+            of its size. Its mirror image and an empty image are checked as well.
+
+    Returns:
+        The largest difference from torch, in onnxruntime on the CPU; `BOUNDS` are allowed, and labels are equal.
+
+    Raises:
+        ValueError: another ending, with the reason; a model that is no detector or has a layer that ONNX lacks; an
+            example of another shape or dtype, or without an object.
+        RuntimeError: the file finds something else; none is left.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        reason = _REFUSED.get(path.suffix, "no road is known for this ending")
+        raise ValueError(f"a whole detector is exported to .onnx, got {path.name}: {reason}. {_WAY_OUT}")
+    if _pyramid(model) is model:
+        raise ValueError("expected a detector, got a pyramid alone: export_pyramid writes that")
+    _check(example, 3, "image [3,H,W]")
+    detector = _OneImage(merge(model).float().cpu()).eval()
+    example = example.cpu()
+    found = []
+    with torch.no_grad(), kept(path) as part:
+        outputs = detector(example)
+        if len(outputs[0]) == 0:
+            raise ValueError("the detector finds nothing in the example: for a check, give an image with objects")
+        names = _NAMES[: len(outputs)]
+        _write_detector(detector, example, names, part)
+        run = in_onnxruntime(part)
+        for x in (example, example.flip(2), torch.zeros_like(example)):
+            wanted, got = (dict(zip(names, outputs, strict=True)) for outputs in (detector(x), run(x)))
+            # best first: their order alone
+            found.append(compared("scores", wanted["scores"], got["scores"], BOUNDS["scores"]))
+            order = _nearest(wanted, got)
+            found += [compared(name, wanted[name], got[name][order], BOUNDS.get(name, 0.0)) for name in names]
+    return worst(found)
+
+
+class _OneImage(nn.Module):
+    """A detector of a single image, its results in a fixed order."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.detector([image])
+        return tuple(found[name] for name in _NAMES if name in found)
+
+
+def _pyramid(model: nn.Module) -> Pyramid:
+    found = [module for module in model.modules() if isinstance(module, Pyramid)]
+    if len(found) != 1:
+        raise ValueError(f"expected a detector, which has one feature pyramid, got a {type(model).__name__} without")
+    return found[0]
+
+
+def _check(example: Tensor, dimensions: int, expected: str) -> None:
+    if example.ndim != dimensions or example.shape[-3] != 3 or example.dtype != torch.float32:
+        raise ValueError(f"expected an {expected} in float32, got {list(example.shape)} in {example.dtype}")
+
+
+def _program(pyramid: Pyramid, smallest: int) -> _Program:
+    """The graph for any batch and any multiples of 32; torch refuses a range in which a level has a side of one."""
+    traced = torch.zeros(2, 3, smallest, smallest + _DIVISOR)
+    height, width = (torch.export.Dim(name, min=smallest // _DIVISOR) for name in ("height", "width"))
+    shapes = {0: torch.export.Dim("batch"), 2: _DIVISOR * height, 3: _DIVISOR * width}
+    return torch.export.export(pyramid, (traced,), dynamic_shapes=(shapes,))
+
+
+# ---- roads
+
+
+def _write_onnx(program: _Program, levels: list[str], path: Path) -> None:
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=levels)
+    assert exported is not None
+    exported.save(path)
+
+
+def _write_openvino(program: _Program, _levels: list[str], path: Path) -> None:
+    import openvino
+
+    # otherwise the weights are rounded to float16
+    openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
+
+
+def _write_detector(detector: _OneImage, example: Tensor, names: tuple[str, ...], path: Path) -> None:
+    with warnings.catch_warnings():
+        for text in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", text)
+        # sizes become constants: the file is for one size, and what else became one shows in the check
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        try:
+            torch.onnx.export(
+                detector,
+                (example,),
+                path,
+                dynamo=False,
+                opset_version=17,
+                input_names=["image"],
+                output_names=list(names),
+                dynamic_axes={name: {0: "objects"} for name in names},
+            )
+        except torch.onnx.errors.UnsupportedOperatorError as error:
+            raise ValueError(f"the detector has a layer that ONNX lacks: {error}. {_WAY_OUT}") from error
+
+
+_ROADS: dict[str, tuple[_Writer, _Reader]] = {
+    ".onnx": (_write_onnx, in_onnxruntime),
+    ".pt2": (lambda program, _levels, path: torch.export.save(program, path), in_torch),
+    ".xml": (_write_openvino, in_openvino),
+}
+
+# ---- the check
+
+
+def _nearest(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Tensor:
+    """Index of the box for each one of torch's: those whose scores are equal but for rounding may come in any order."""
+    # two labels are further apart than any image is wide; the score tells boxes without an area from each other
+    rows = [(x["boxes"], 1e3 * x["scores"][:, None], 1e5 * x["labels"][:, None]) for x in (wanted, got)]
+    places = [torch.cat(columns, 1).double() for columns in rows]
+    distances: Tensor = (places[0][:, None] - places[1]).abs().sum(2)
+    return distances.argmin(1) if distances.numel() else wanted["labels"]

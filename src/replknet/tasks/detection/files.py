@@ -1,0 +1,164 @@
+"""Detectors in files: ours say what they are of, the official ones are understood from their keys."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from replknet.data.coco import shipped_classes
+from replknet.data.mask_transforms import Normalize
+from replknet.models import CheckpointError, read_state_dict
+from replknet.models.checkpoints import read_metadata
+from replknet.models.model_files import DETECTION_FIELD, config_of, filled, named, statistics_of, weights_file, write
+from replknet.tasks.detection.cascade import CascadeRCNN
+from replknet.tasks.detection.fcos import FCOS
+from replknet.tasks.detection.torchvision_detectors import mask_rcnn, torchvision_fcos
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionDescription:
+    """What a file of weights is of, and how its network is fed.
+
+    Args:
+        detector: "fcos", "torchvision_fcos", "mask_rcnn", "cascade_rcnn" or "cascade_mask_rcnn".
+        backbone: timm's name of the backbone.
+        network: its options, such as kernels, as timm.create_model takes them.
+        classes: names of the classes.
+        channels: of the pyramid and the heads.
+        scale: longer and shorter side into which an image is fitted, pixels.
+        mean: per channel, for values from 0 to 1 in RGB.
+        std: per channel.
+    """
+
+    detector: str
+    backbone: str
+    network: dict[str, Any]
+    classes: tuple[str, ...]
+    channels: int
+    scale: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector finds masks."""
+        return "mask" in self.detector
+
+    @property
+    def normalize(self) -> Normalize:
+        """What an image goes through before the network."""
+        return Normalize(self.mean, self.std)
+
+    def build(self, **options: Any) -> nn.Module:
+        """The network, untrained; options are the backbone's beside its own.
+
+        Raises:
+            ValueError: there is no such detector, or the backbone does not fit it.
+        """
+        backbone = timm.create_model(self.backbone, features_only=True, **self.network, **options)
+        classes, channels = len(self.classes), self.channels
+        match self.detector:
+            case "fcos":
+                return FCOS(backbone, classes, channels)
+            case "torchvision_fcos":
+                return torchvision_fcos(backbone, classes, channels)
+            case "mask_rcnn":
+                return mask_rcnn(backbone, classes, channels)
+            case "cascade_rcnn" | "cascade_mask_rcnn":
+                return CascadeRCNN(backbone, classes, self.masks, channels)
+            case _:
+                raise ValueError(f"no detector is called {self.detector!r}")
+
+
+def save_detection(model: nn.Module, path: str | Path, description: DetectionDescription) -> None:
+    """Write a detector to a safetensors file; an existing file is replaced only when all is written.
+
+    Args:
+        model: in any form: training, merged or folded.
+        path: the file; its folder is made.
+        description: what is needed to build and feed it, written into the file's header.
+    """
+    write(model, path, {DETECTION_FIELD: json.dumps(asdict(description))})
+
+
+def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, DetectionDescription]:
+    """The detector of a checkpoint file, in the file's form and in eval mode.
+
+    Args:
+        path: a file of `save_detection`, or one of mmdetection 2.x with a RepLKNet and the 80 classes of COCO, as the
+            official ones are; what the latter is of and how it is fed is understood from keys and shapes (`described`).
+        dtype: of the network; None for that of the file.
+
+    Returns:
+        The network on the CPU and its description.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds no such network.
+    """
+    path = weights_file(path)
+    state = read_state_dict(path)
+    text = read_metadata(path).get(DETECTION_FIELD)
+    description = described(state, str(path)) if text is None else _parsed(text, path)
+    # not on the meta device: torchvision's anchors are made with the network
+    return filled(description.build(), state, path, description.detector).to(dtype), description
+
+
+def _parsed(text: str, path: Path) -> DetectionDescription:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        for name in ("classes", "mean", "std", "scale"):
+            fields[name] = tuple(fields[name])
+        return DetectionDescription(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+
+
+def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> DetectionDescription:
+    """The description of an official detector, from keys and shapes.
+
+    Args:
+        state: under our keys, as `read_state_dict` gives it.
+        where: what the error calls it.
+
+    Raises:
+        CheckpointError: the keys are not those of FCOS or Cascade R-CNN over a RepLKNet, or the classes not COCO's.
+    """
+    prefix = "pyramid.backbone.model."
+    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    fcos, cascade = state.get("bbox_head.conv_cls.weight"), state.get("bbox_head.0.fc_cls.weight")
+    if not backbone or (fcos is None and cascade is None):
+        raise CheckpointError(
+            f"{where} holds no detector over a RepLKNet: expected keys such as backbone.stem.0.conv.weight and "
+            f"bbox_head.conv_cls.weight (FCOS) or roi_head.bbox_head.0.fc_cls.weight (Cascade R-CNN), got "
+            f"{', '.join(list(state)[:4])}, ..."
+        )
+    # the last output of a cascade's head is the background
+    classes = fcos.shape[0] if fcos is not None else state["bbox_head.0.fc_cls.weight"].shape[0] - 1
+    names = shipped_classes()
+    if classes != len(names):
+        raise CheckpointError(
+            f"{where} has {classes} classes and does not say which: expected the {len(names)} of COCO; build the "
+            "detector, load the file with replknet.load_checkpoint, and write it with save_detection"
+        )
+    config = config_of(backbone, where)
+    name, network = named(config)
+    if any(key.startswith("stages.0.norm.") for key in backbone):
+        network["norm_intermediate_features"] = True
+    masks = "mask_head.0.conv_logits.weight" in state
+    mean, std = statistics_of(config)
+    return DetectionDescription(
+        detector="fcos" if fcos is not None else "cascade_mask_rcnn" if masks else "cascade_rcnn",
+        backbone=name,
+        network=network,
+        classes=names,
+        channels=state["pyramid.neck.inner_blocks.0.0.weight"].shape[0],
+        scale=(1333, 800),
+        mean=mean,
+        std=std,
+    )

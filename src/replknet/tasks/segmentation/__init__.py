@@ -1,0 +1,1 @@
+"""Segmentation: its files, networks, inference, training, export and recipes."""
