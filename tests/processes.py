@@ -1,6 +1,5 @@
 """A training in two processes, with batch norms that have no statistics, so that one process trains the same."""
 
-import dataclasses
 import os
 import socket
 import subprocess
@@ -10,16 +9,19 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 from processes import without_statistics
-from replknet.tasks import recipes
+from replknet.tasks.detection.recipes import DetectionOptions
+from replknet.tasks.fit import fit
+from replknet.tasks.segmentation.recipes import SegmentationOptions
+from replknet.train.hardware import Hardware
+from replknet.train.recipe import Recipe
 from replknet.tasks.segmentation import heads
-from replknet.train import fit
+from replknet.tasks.fit import fit
 import torch
 
-kind, fields, folder, data, shard = sys.argv[1:]
+recipe, folder, data, shard = sys.argv[1:]
 torch.nn.BatchNorm2d.forward = without_statistics
 heads._DROPOUT = 0.0
-hardware = recipes.Hardware(devices=2, shard=shard == "True")
-fit(getattr(recipes, kind)(**eval(fields)), Path(folder), Path(data), hardware=hardware)
+fit(eval(recipe), Path(folder), Path(data), hardware=Hardware(devices=2, shard=shard == "True"))
 """
 
 
@@ -37,7 +39,6 @@ def train_in_two(recipe, folder, data, shard=False):
     folder.parent.mkdir(parents=True, exist_ok=True)
     program = folder.parent / "program.py"
     program.write_text(_PROGRAM)
-    fields = repr(dataclasses.asdict(recipe))
-    command = [sys.executable, program, type(recipe).__name__, fields, folder, data, str(shard)]
+    command = [sys.executable, program, repr(recipe), folder, data, str(shard)]
     result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

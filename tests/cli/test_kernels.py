@@ -15,7 +15,7 @@ from replknet.nn import merge
 
 def test_shipped_weights_show_both_branches(tmp_path, capsys):
     picture = tmp_path / "kernels.png"
-    assert main(["kernels", "replknet_cifar_l", "-o", str(picture), "--json"]) == 0
+    assert main(["analyze", "kernels", "replknet_cifar_l", "-o", str(picture), "--json"]) == 0
     assert Image.open(picture).format == "PNG"
     result = json.loads(capsys.readouterr().out)
     assert (result["output"], result["untrained"]) == (str(picture), False)
@@ -33,7 +33,16 @@ def test_shipped_weights_show_both_branches(tmp_path, capsys):
 
 
 def test_the_table_and_a_choice_of_layers(tmp_path, capsys):
-    command = ["kernels", "replknet_cifar_l", "-o", str(tmp_path / "k.png"), "--layers", "stages.1.*", "*.2.blocks.0.*"]
+    command = [
+        "analyze",
+        "kernels",
+        "replknet_cifar_l",
+        "-o",
+        str(tmp_path / "k.png"),
+        "--layers",
+        "stages.1.*",
+        "*.2.blocks.0.*",
+    ]
     assert main(command) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["layer", "kernel", "channels"]
@@ -51,7 +60,7 @@ def test_the_table_and_a_choice_of_layers(tmp_path, capsys):
 def test_a_merged_file_says_what_is_no_longer_known(tmp_path, capsys):
     model, description = load_model("replknet_cifar_l")
     save_model(merge(model), tmp_path / "merged.safetensors", description)
-    assert main(["kernels", str(tmp_path / "merged.safetensors"), "-o", str(tmp_path / "k.png")]) == 0
+    assert main(["analyze", "kernels", str(tmp_path / "merged.safetensors"), "-o", str(tmp_path / "k.png")]) == 0
     text = capsys.readouterr().out
     assert "already merged: what the small branch added is no longer known" in text
     assert "agreement" not in text
@@ -76,12 +85,12 @@ def test_networks_of_other_tasks(tmp_path, capsys):
     )
     file = tmp_path / "m.safetensors"
     save_segmentation(description.build(), file, description)
-    assert main(["kernels", str(file), "--task", "segmentation", "-o", str(tmp_path / "k.png"), "--json"]) == 0
+    assert main(["analyze", "kernels", str(file), "-o", str(tmp_path / "k.png"), "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert [layer["sides"][0] for layer in layers] == [9, 7, 5, 5, 5]
     assert all(layer["form"] == "two branches" for layer in layers)
-    assert main(["kernels", str(file), "-o", str(tmp_path / "k.png")]) == 2
-    assert "holds a segmentation network and no classifier" in capsys.readouterr().err
+    assert main(["analyze", "kernels", str(file), "--task", "detection", "-o", str(tmp_path / "k.png")]) == 2
+    assert "holds a segmentation network, and a detector is asked for" in capsys.readouterr().err
 
 
 def test_kernels_of_zeros_are_counted(tmp_path, capsys):
@@ -89,12 +98,12 @@ def test_kernels_of_zeros_are_counted(tmp_path, capsys):
     torch.nn.init.zeros_(model.stages[0].blocks[0].large_kernel.lkb_origin.bn.weight)
     torch.nn.init.zeros_(model.stages[0].blocks[0].large_kernel.small_conv.bn.weight)
     save_model(model, tmp_path / "m.safetensors", Description(config=CONFIGS["replknet_test"], num_classes=10))
-    assert main(["kernels", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "k.png")]) == 0
+    assert main(["analyze", "kernels", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "k.png")]) == 0
     assert "left out: 8 kernels that are zero" in capsys.readouterr().out
 
 
 def test_random_weights_are_shown_only_where_they_are_asked_for(tmp_path, capsys):
-    command = ["kernels", "test_convnext", "-o", str(tmp_path / "k.png")]
+    command = ["analyze", "kernels", "test_convnext", "-o", str(tmp_path / "k.png")]
     assert main(command) == 2
     assert capsys.readouterr().err == (
         "replknet kernels: test_convnext is a timm model and no file of weights: --pretrained downloads its trained "
@@ -112,7 +121,7 @@ def test_random_weights_are_shown_only_where_they_are_asked_for(tmp_path, capsys
 
 def test_trained_weights_of_a_timm_model(tmp_path, capsys):
     # those of this one come with the package
-    command = ["kernels", "replknet_cifar_l", "-o", str(tmp_path / "k.png"), "--json"]
+    command = ["analyze", "kernels", "replknet_cifar_l", "-o", str(tmp_path / "k.png"), "--json"]
     assert main(command) == 0
     shipped = json.loads(capsys.readouterr().out)
     assert main([*command, "--pretrained"]) == 0
@@ -137,7 +146,7 @@ def test_trained_weights_of_a_timm_model(tmp_path, capsys):
     ],
 )
 def test_errors_are_one_line(words, message, tmp_path, capsys):
-    assert main(["kernels", *words, "-o", str(tmp_path / "k.png")]) == 2
+    assert main(["analyze", "kernels", *words, "-o", str(tmp_path / "k.png")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

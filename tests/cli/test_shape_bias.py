@@ -38,7 +38,7 @@ def saved(path, **fields):
 def test_a_folder_is_scored_for_several_networks(stimuli, tmp_path, capsys):
     ours = saved(tmp_path / "ours.safetensors", classes=tuple(ImageNetInfo().label_names()))
     picture = tmp_path / "bias.png"
-    command = ["shape-bias", ours, "test_vit", "--untrained", "--images", str(stimuli), "-o", str(picture)]
+    command = ["analyze", "shape-bias", ours, "test_vit", "--untrained", "--images", str(stimuli), "-o", str(picture)]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["measure"] == "cue conflict by the rule of Geirhos et al. 2019 (16 categories of ImageNet)"
@@ -59,7 +59,18 @@ def test_a_folder_is_scored_for_several_networks(stimuli, tmp_path, capsys):
 
 def test_our_own_conflicts_are_said_to_be_ours(cifar, tmp_path, capsys):
     network = saved(tmp_path / "c.safetensors", classes=cifar10.CLASSES, num_classes=10)
-    command = ["shape-bias", network, "--cifar10", "--data", str(cifar), "--each", "1", "-o", str(tmp_path / "c.png")]
+    command = [
+        "analyze",
+        "shape-bias",
+        network,
+        "--cifar10",
+        "--data",
+        str(cifar),
+        "--each",
+        "1",
+        "-o",
+        str(tmp_path / "c.png"),
+    ]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["measure"].startswith("replknet's own texture-shape conflict of CIFAR-10 test images (not the stimuli")
@@ -80,16 +91,16 @@ def test_a_network_without_weights_is_not_measured_unless_asked_for(stimuli, cap
         raise OSError("the address cannot be reached")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    assert main(["shape-bias", "resnet18", "--images", str(stimuli)]) == 2
+    assert main(["analyze", "shape-bias", "resnet18", "--images", str(stimuli)]) == 2
     error = capsys.readouterr().err
     assert "timm cannot build resnet18 with its trained weights: the address cannot be reached" in error
     assert "--untrained takes it as it is initialised" in error
 
 
 def test_weights_that_were_never_released_are_told(stimuli, capsys):
-    assert main(["shape-bias", "replknet_b_k3", "--images", str(stimuli)]) == 2
+    assert main(["analyze", "shape-bias", "replknet_b_k3", "--images", str(stimuli)]) == 2
     assert "no weights were released for replknet_b_k3" in capsys.readouterr().err
-    assert main(["shape-bias", "resnet18.nonsense", "--images", str(stimuli)]) == 2
+    assert main(["analyze", "shape-bias", "resnet18.nonsense", "--images", str(stimuli)]) == 2
     assert "did you mean resnet18." in capsys.readouterr().err
 
 
@@ -109,7 +120,7 @@ def test_networks_with_other_classes_are_refused(stimuli, tmp_path, capsys, cifa
         ("nowhere.pth", images, "and no model of timm's"),
         ("resnet18", ours, "no checkpoint at resnet18"),
     ):
-        assert main(["shape-bias", network, *options]) == 2
+        assert main(["analyze", "shape-bias", network, *options]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
@@ -117,14 +128,14 @@ def test_networks_with_other_classes_are_refused(stimuli, tmp_path, capsys, cifa
 
 def test_one_kind_of_images_is_named(stimuli, capsys):
     for options in ([], ["--cifar10", "--images", str(stimuli)]):
-        assert main(["shape-bias", "replknet_cifar_l", *options]) == 2
+        assert main(["analyze", "shape-bias", "replknet_cifar_l", *options]) == 2
         assert "with --images DIR, or take our own with --cifar10" in capsys.readouterr().err
 
 
 def test_an_untrained_network_decides_for_few(stimuli, capsys, tmp_path):
     torch.manual_seed(0)
     network = saved(tmp_path / "n.safetensors")
-    assert main(["shape-bias", network, "--images", str(stimuli), "-o", str(tmp_path / "n.png")]) == 0
+    assert main(["analyze", "shape-bias", network, "--images", str(stimuli), "-o", str(tmp_path / "n.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     # where no image was taken for either cue there is a dash
     assert sum(line.split()[-1] == "-" for line in lines[-17:-1]) >= 12

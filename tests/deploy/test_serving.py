@@ -24,7 +24,8 @@ from replknet.data import images, transforms
 from replknet.data.images import PHOTOS
 from replknet.models import Description, load_model
 from replknet.models.replknet import CONFIGS
-from replknet.tasks.classification.export import Exported, card_of, export_classifier
+from replknet.tasks.classification.export import card_of, export_classifier
+from replknet.tasks.files import load_network
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "serving.md").read_text()
@@ -150,7 +151,7 @@ def test_the_page_says_how_the_models_are():
 
 def test_the_card_for_clients_is_that_of_the_file(folder):
     card = json.loads((folder / "cifar.json").read_text())
-    exported = Exported(folder / "cifar.xml").card
+    exported = load_network(folder / "cifar.xml").description
     assert card["classes"] == list(exported.classes)
     assert (card["licence"], card["image_size"], card["sides"][0]) == ("apache-2.0", 32, 9)
     assert "sides from 9 pixels on" in PAGE

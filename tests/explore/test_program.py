@@ -14,7 +14,7 @@ from replknet.cli.main import main
 from replknet.explore import program, report
 from replknet.explore.experiment import Arm, Claim, Column, Experiment, Results, Run, Site, compared, half_width, spread
 from replknet.explore.training_arms import score_columns, trained
-from replknet.tasks.recipes import cifar10
+from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.segmentation.recipes import camvid
 
 
@@ -261,10 +261,9 @@ def test_command_lists_estimates_runs_and_goes_on(cifar, tmp_path, capsys, monke
 def test_segmentation_starts_from_the_classifier_of_the_same_seed(cifar, scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "true")
     # the arms of the experiments with a tiny network and few steps
-    classifier = dataclasses.replace(cifar10(), model="replknet_test", epochs=1, warmup_epochs=0, ema_decay=None)
+    classifier = cifar10().changed(model="replknet_test", epochs=1, warmup_epochs=0, ema_decay=None)
     start = trained("classifier", classifier, images=240, seeds=1)
-    recipe = dataclasses.replace(
-        camvid(),
+    recipe = camvid().changed(
         model="replknet_test",
         weights=None,
         crop=(32, 48),

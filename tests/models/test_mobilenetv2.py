@@ -1,6 +1,5 @@
 """MobileNetV2 of the paper's ablations: the original's sizes and values, its variants, merged, saved and trained."""
 
-import dataclasses
 import json
 
 import pytest
@@ -12,8 +11,8 @@ from torch import nn
 import replknet
 from replknet.difference import largest_difference
 from replknet.models import CheckpointError, Description, MobileNetV2Config, load_model, save_model
-from replknet.tasks.recipes import cifar10
-from replknet.train import fit
+from replknet.tasks.classification.recipes import cifar10
+from replknet.tasks.fit import fit
 
 VARIANTS = {
     "3x3": {},
@@ -173,8 +172,8 @@ def test_a_small_kernel_beside_a_dilated_one_is_an_error():
 
 
 def test_a_recipe_trains_it(cifar, tmp_path):
-    recipe = dataclasses.replace(
-        cifar10(), model="mobilenetv2_lk", epochs=1, warmup_epochs=0, batch_size=40, optimizer="sgd", lr=0.1,
+    recipe = cifar10().changed(
+        model="mobilenetv2_lk", epochs=1, warmup_epochs=0, batch_size=40, optimizer="sgd", lr=0.1,
         kernels=(5,) * 7, network={"small_kernel": 3, "width": 0.25, "shortcut": False},
     )  # fmt: skip
     loaded, description = load_model(fit(recipe, tmp_path, cifar))
@@ -183,6 +182,6 @@ def test_a_recipe_trains_it(cifar, tmp_path):
     # the average and the network beside it are scored
     (row,) = json.loads((tmp_path / "metrics.json").read_text())
     assert row["val_loss"] != row["val_loss_raw"]
-    wrong = dataclasses.replace(recipe, network={"shortcuts": False})
+    wrong = recipe.changed(network={"shortcuts": False})
     with pytest.raises(ValueError, match=r"mobilenetv2_lk cannot be built with .*'shortcuts'"):
         fit(wrong, tmp_path / "other", cifar)

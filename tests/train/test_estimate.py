@@ -1,6 +1,5 @@
 """A plan against what a real step on a CPU allocates, and against arithmetic."""
 
-import dataclasses
 import json
 
 import pytest
@@ -10,19 +9,28 @@ from timm.optim import create_optimizer_v2
 
 from replknet.cli.main import main
 from replknet.data.masks import Classes
-from replknet.tasks.classification.infer import fallback_of
-from replknet.tasks.recipes import RECIPES, DetectionRecipe, Hardware, cifar10, cifar10_l
-from replknet.tasks.segmentation.infer import training_loss
+from replknet.tasks import RECIPES, TASKS
+from replknet.tasks.classification.recipes import cifar10, cifar10_l
 from replknet.tasks.segmentation.recipes import camvid
-from replknet.tasks.segmentation.train import create_network, description_of
-from replknet.train.estimate import estimate, step_memory, training_classes, training_images
+from replknet.tasks.segmentation.train import create_network, description_of, training_loss
+from replknet.train import estimate as estimates
+from replknet.train.hardware import Hardware
+from replknet.train.optimisers import fallback_of
+
+
+def estimate(recipe, *others, **more):
+    return estimates.estimate(recipe, TASKS[recipe.task].train, *others, **more)
+
+
+def step_memory(recipe, *others):
+    return estimates.step_memory(recipe, TASKS[recipe.task].train, *others)
 
 
 def allocated(recipe, images, hardware):
     """Bytes at the worst moment of a real step, from torch's profiler."""
     model = timm.create_model(recipe.model, num_classes=10).to(memory_format=torch.channels_last)
     model.set_grad_checkpointing(hardware.grad_checkpointing)
-    side = recipe.image_size
+    side = recipe.options.image_size
     x = torch.randn(images, 3, side, side).contiguous(memory_format=torch.channels_last)
     target = torch.zeros(images, dtype=torch.long)
 
@@ -64,18 +72,14 @@ def worst(model, name, inputs, loss):
     ],
 )
 def test_a_plan_is_what_a_real_step_allocates(name, side, images, precision, checkpointing):
-    recipe = dataclasses.replace(
-        cifar10_l(), model=name, image_size=side, batch_size=images, precision=precision, ema_decay=None
-    )
+    recipe = cifar10_l().changed(model=name, image_size=side, batch_size=images, precision=precision, ema_decay=None)
     hardware = Hardware(devices=1, grad_checkpointing=checkpointing)
     planned = step_memory(recipe, hardware, images, 10).total
     assert planned == pytest.approx(allocated(recipe, images, hardware), rel=0.15)
 
 
 def test_a_plan_of_a_segmentation_is_what_a_real_step_allocates():
-    recipe = dataclasses.replace(
-        camvid(), model="replknet_test", network=None, crop=(96, 128), batch_size=4, precision="32-true"
-    )
+    recipe = camvid().changed(model="replknet_test", network=None, crop=(96, 128), batch_size=4, precision="32-true")
     hardware = Hardware(devices=1)
     planned = step_memory(recipe, hardware, 4, 11)
     some = Classes(tuple("abcdefghijk"), ((0, 0, 0),) * 11)
@@ -91,20 +95,20 @@ def test_parts_are_the_arithmetic_of_the_parameters():
     model = timm.create_model("replknet_test")
     parameters = 4 * sum(p.numel() for p in model.parameters())
     weights = parameters + sum(b.numel() * b.element_size() for b in model.buffers())
-    recipe = dataclasses.replace(cifar10(), model="replknet_test", batch_size=16)
+    recipe = cifar10().changed(model="replknet_test", batch_size=16)
     alone = step_memory(recipe, Hardware(devices=1), 16, 10)
     assert (alone.weights, alone.optimizer, alone.average, alone.buckets) == (weights, 2 * parameters, weights, 0)
-    many = step_memory(dataclasses.replace(recipe, ema_decay=None), Hardware(devices=2), 4, 10)
+    many = step_memory(recipe.changed(ema_decay=None), Hardware(devices=2), 4, 10)
     # accumulated gradients stay
     assert (many.average, many.buckets, many.gradients) == (0, parameters, parameters)
-    sgd = step_memory(dataclasses.replace(recipe, optimizer="sgd"), Hardware(devices=1), 16, 10)
+    sgd = step_memory(recipe.changed(optimizer="sgd"), Hardware(devices=1), 16, 10)
     assert sgd.optimizer == parameters
-    muon = step_memory(dataclasses.replace(recipe, optimizer="nmuon"), Hardware(devices=1), 16, 10)
+    muon = step_memory(recipe.changed(optimizer="nmuon"), Hardware(devices=1), 16, 10)
     assert parameters < muon.optimizer < 2 * parameters
 
 
 def test_a_plan_takes_the_largest_batch_that_fits():
-    recipe = dataclasses.replace(cifar10(), model="replknet_test", image_size=64, batch_size=64, epochs=3)
+    recipe = cifar10().changed(model="replknet_test", image_size=64, batch_size=64, epochs=3)
     free = estimate(recipe, Hardware(devices=2), 1000, 10)
     assert (free.device_batch, free.accumulate, free.steps_per_epoch, free.steps, free.fits) == (32, 1, 15, 45, True)
     sizes = free.by_device_batch
@@ -115,48 +119,48 @@ def test_a_plan_takes_the_largest_batch_that_fits():
     assert (none.device_batch, none.fits) == (1, False)
     with pytest.raises(ValueError, match="batch_size 64 cannot be divided among 3 processes"):
         estimate(recipe, Hardware(devices=3), 1000, 10)
-    with pytest.raises(ValueError, match="a plan counts whole weights on every device"):
+    with pytest.raises(ValueError, match="whole weights are counted on every device"):
         estimate(recipe, Hardware(devices=2, shard=True), 1000, 10)
 
 
 def test_the_papers_sets_have_their_sizes():
     recipes = {name: recipe() for name, recipe in RECIPES.items()}
-    counted = {name: recipe for name, recipe in recipes.items() if not isinstance(recipe, DetectionRecipe)}
-    sizes = {name: training_images(name, recipe) for name, recipe in counted.items()}
-    assert sizes["cifar10_l"] == 50_000
-    assert sizes["folder"] is sizes["camvid"] is None
-    assert (sizes["ade20k_xl_640"], sizes["cityscapes_31b_769"]) == (20_210, 2_975)
-    classes = {name: training_classes(recipe) for name, recipe in counted.items()}
-    assert (classes["ade20k_xl_640"], classes["cityscapes_31b_769"], classes["camvid"]) == (150, 19, None)
-    assert (classes["cifar10_l"], classes["imagenet22k_31l_224"], classes["imagenet1k_b_120"]) == (10, 21_841, 1000)
-    assert sizes["imagenet22k_31l_224"] == 14_197_122
-    assert sizes["imagenet22k_to_1k_31l_384"] == sizes["imagenet1k_b_120"] == 1_281_167
+    known = {name: TASKS[recipe.task].train.training_set(name, recipe) for name, recipe in recipes.items()}
+    assert known["cifar10_l"] == (50_000, 10)
+    assert known["folder"] == (None, 1000)
+    assert known["camvid"] == known["bccd"] == (None, None)
+    assert (known["ade20k_xl_640"], known["cityscapes_31b_769"]) == ((20_210, 150), (2_975, 19))
+    assert known["imagenet22k_31l_224"] == (14_197_122, 21_841)
+    assert known["imagenet22k_to_1k_31l_384"] == known["imagenet1k_b_120"] == (1_281_167, 1000)
 
 
 def test_the_command(capsys):
-    assert main(["plan", "camvid", "--images", "367"]) == 2
+    assert main(["train", "camvid", "--plan", "--images", "367"]) == 2
     assert "say how many with --classes N" in capsys.readouterr().err
     tiny = ["camvid", "--model", "replknet_test", "--network", "null", "--crop", "[64, 96]", "--images", "367"]
-    assert main(["plan", *tiny, "--classes", "11", "--device-batch", "2", "--json"]) == 0
+    assert main(["train", *tiny, "--plan", "--classes", "11", "--device-batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["epochs"], found["steps"], found["accumulate"]) == (20, 20 * 45, 4)
-    assert main(["plan", *tiny, "--classes", "11", "--device-batch", "1"]) == 2
+    assert main(["train", *tiny, "--plan", "--classes", "11", "--device-batch", "1"]) == 2
     assert "a process takes one crop at once" in capsys.readouterr().err
     # with norms over all processes one crop each will do, as the paper's 31L has it
     alone = ["--classes", "11", "--sync-bn", "true", "--gpus", "8", "--json"]
-    assert main(["plan", *tiny, *alone]) == 0
+    assert main(["train", *tiny, "--plan", *alone]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["device_batch"], found["processes"], list(found["by_device_batch"])) == (1, 8, ["1"])
     short = ["--model", "replknet_test", "--image-size", "64", "--batch-size", "32"]
-    assert main(["plan", "folder", *short]) == 2
+    assert main(["train", "folder", "--plan", *short]) == 2
     assert "say how many with --images N" in capsys.readouterr().err
-    assert main(["plan", "folder", *short, "--images", "320", "--gpus", "2", "--gpu-memory", "8", "--json"]) == 0
+    assert (
+        main(["train", "folder", "--plan", *short, "--images", "320", "--gpus", "2", "--gpu-memory", "8", "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["processes"], found["steps_per_epoch"], found["steps"], found["classes"]) == (2, 10, 300, 1000)
     assert found["total_bytes"] == sum(found["memory"].values())
-    assert main(["plan", "folder", *short, "--images", "320", "--gpu-memory", "0.001", "--json"]) == 1
+    assert main(["train", "folder", "--plan", *short, "--images", "320", "--gpu-memory", "0.001", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
-    assert main(["plan", "folder", *short, "--images", "320", "--gpu-memory", "0.001"]) == 1
+    assert main(["train", "folder", "--plan", *short, "--images", "320", "--gpu-memory", "0.001"]) == 1
     told = capsys.readouterr().out
     assert "10 steps an epoch, 300 in all" in told
     assert "does not fit 0.001 GB" in told

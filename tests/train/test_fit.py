@@ -23,16 +23,16 @@ from timm.utils import ModelEmaV3
 from replknet.data.sampling import Drawn, GlobalBatches, collate
 from replknet.kernels.malloc import give_back_fragments, keep_freed_memory
 from replknet.models import load_model, save_model, timm_model
-from replknet.tasks.classification.infer import Classification
-from replknet.tasks.recipes import Hardware, cifar10
-from replknet.train import LossError, ResumeError, StateError, fit
-from replknet.train.callbacks import KeepLast
-from replknet.train.loaders import splits
+from replknet.tasks.classification.recipes import cifar10
+from replknet.tasks.classification.sets import splits
+from replknet.tasks.classification.train import Classification
+from replknet.tasks.fit import fit
+from replknet.train.callbacks import KeepLast, LossError, StateError
+from replknet.train.fit import ResumeError
+from replknet.train.hardware import Hardware
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
-RECIPE = dataclasses.replace(
-    cifar10(), model="replknet_test", epochs=2, warmup_epochs=0, batch_size=40, workers=0, ema_decay=0.9
-)
+RECIPE = cifar10().changed(model="replknet_test", epochs=2, warmup_epochs=0, batch_size=40, workers=0, ema_decay=0.9)
 
 
 # of the average of the weights, and of the network beside it
@@ -89,7 +89,7 @@ def check_complete(folder):
     assert all(row.keys() == {"epoch", "seconds", "train_loss", *SCORES} for row in curve)
     assert all(row["seconds"] > 0 for row in curve)
     # the end of the cosine: the schedule was gone through once
-    assert state(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(RECIPE.min_lr, rel=0.5)
+    assert state(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(RECIPE.options.min_lr, rel=0.5)
     assert load_model(folder / "model.safetensors")
 
 
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_stops_at_once_with_the_last_epochs_state(cifar, tmp_pat
 
 def test_without_an_average_of_the_weights(cifar, tmp_path):
     # official code: AttributeError in each epoch's end where the average was off, as in its own 22K recipe
-    recipe = dataclasses.replace(RECIPE, ema_decay=None, epochs=1)
+    recipe = RECIPE.changed(ema_decay=None, epochs=1)
     weights = load_model(fit(recipe, tmp_path, cifar))[0].state_dict()
     trained = state(tmp_path)["state_dict"]
     assert all(torch.equal(value, trained[f"model.{key}"]) for key, value in weights.items())
@@ -220,9 +220,11 @@ def test_where_ctrl_c_is_ignored_it_stays_so(cifar, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path
-from replknet.tasks.recipes import Hardware, Recipe
-from replknet.tasks.classification.infer import Classification
-from replknet.train import fit
+from replknet.train.hardware import Hardware
+from replknet.tasks.classification.recipes import ClassificationOptions
+from replknet.train.recipe import Recipe
+from replknet.tasks.classification.train import Classification
+from replknet.tasks.fit import fit
 
 steps, real = int(sys.argv[4]), Classification.training_step
 def step(self, *args):
@@ -230,16 +232,16 @@ def step(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *args)
 Classification.training_step = step
-fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), hardware=Hardware(save_steps=2))
+fit(eval(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), hardware=Hardware(save_steps=2))
 """
 
 
 @pytest.mark.parametrize("steps", [3, 8])
 def test_killed_it_goes_on_to_the_same_weights(steps, cifar, tmp_path):
     # everything random at once; workers may not matter
-    recipe = dataclasses.replace(RECIPE, mixup=0.8, cutmix=1.0, drop_path=0.3)
-    fit(dataclasses.replace(recipe, workers=1), tmp_path / "whole", cifar)
-    arguments = [repr(dataclasses.asdict(recipe)), tmp_path / "parts", cifar, str(steps)]
+    recipe = RECIPE.changed(mixup=0.8, cutmix=1.0, drop_path=0.3)
+    fit(recipe.changed(workers=1), tmp_path / "whole", cifar)
+    arguments = [repr(recipe), tmp_path / "parts", cifar, str(steps)]
     # sums of another number of threads are other sums
     environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, env=environment)
@@ -253,7 +255,7 @@ def test_killed_it_goes_on_to_the_same_weights(steps, cifar, tmp_path):
 def test_an_accumulated_step_is_a_step(cifar, tmp_path, monkeypatch):
     # the norms see fewer images at once, so their statistics are left out
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None])
-    recipe = dataclasses.replace(RECIPE, epochs=1, label_smoothing=0.0)
+    recipe = RECIPE.changed(epochs=1, label_smoothing=0.0)
     fit(recipe, tmp_path / "one", cifar)
     fit(recipe, tmp_path / "four", cifar, hardware=Hardware(device_batch=10))
     assert_close_trainings(tmp_path / "one", tmp_path / "four", steps=6)
@@ -282,34 +284,34 @@ def test_a_batch_that_cannot_be_divided_is_an_error(cifar, tmp_path):
 
 def test_an_augmentation_that_the_data_set_lacks_is_an_error(cifar, tmp_path):
     with pytest.raises(ValueError, match="auto_augment is for images in folders; cifar10 has"):
-        fit(dataclasses.replace(RECIPE, auto_augment="rand-m9"), tmp_path, cifar)
+        fit(RECIPE.changed(auto_augment="rand-m9"), tmp_path, cifar)
 
 
 def test_a_fine_tuning_starts_from_its_checkpoint(cifar, tmp_path, monkeypatch):
-    first = fit(dataclasses.replace(RECIPE, epochs=1), tmp_path / "first", cifar)
-    recipe = dataclasses.replace(RECIPE, epochs=1, finetune=True)
+    first = fit(RECIPE.changed(epochs=1), tmp_path / "first", cifar)
+    recipe = RECIPE.changed(epochs=1, finetune=True)
     with pytest.raises(ValueError, match="name the checkpoint it starts from with --weights FILE"):
         fit(recipe, tmp_path / "second", cifar)
     began = []
     monkeypatch.setattr(
         Classification, "on_fit_start", lambda self: began.append(copy.deepcopy(self.model.state_dict()))
     )
-    fit(dataclasses.replace(recipe, weights=str(first)), tmp_path / "second", cifar)
+    fit(recipe.changed(weights=str(first)), tmp_path / "second", cifar)
     assert same(dict(began[0]), load_file(first))
     # a classifier of other classes is left out
     other = timm.create_model("replknet_test", num_classes=7)
     save_model(
         other, tmp_path / "seven.safetensors", dataclasses.replace(load_model(first)[1], num_classes=7, classes=())
     )
-    fit(dataclasses.replace(recipe, weights=str(tmp_path / "seven.safetensors")), tmp_path / "third", cifar)
+    fit(recipe.changed(weights=str(tmp_path / "seven.safetensors")), tmp_path / "third", cifar)
     assert began[1]["head.weight"].shape[0] == 10
     assert torch.equal(began[1]["stem.0.conv.weight"], other.state_dict()["stem.0.conv.weight"])
     with pytest.raises(ValueError, match="does not fit RepLKNet"):
-        fit(dataclasses.replace(recipe, weights=str(first), model="replknet_cifar"), tmp_path / "fourth", cifar)
+        fit(recipe.changed(weights=str(first), model="replknet_cifar"), tmp_path / "fourth", cifar)
 
 
 def test_without_evaluation_there_are_no_scores(cifar, tmp_path):
-    fit(dataclasses.replace(RECIPE, evaluate=False), tmp_path, cifar)
+    fit(RECIPE.changed(evaluate=False), tmp_path, cifar)
     curve = json.loads((tmp_path / "metrics.json").read_text())
     assert [row.keys() for row in curve] == [{"epoch", "seconds", "train_loss"}] * 2
     assert (tmp_path / "model.safetensors").exists()
@@ -317,13 +319,13 @@ def test_without_evaluation_there_are_no_scores(cifar, tmp_path):
 
 
 def test_a_state_of_an_earlier_version_lacks_later_options(cifar, tmp_path):
-    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar)
+    fit(RECIPE.changed(epochs=1), tmp_path, cifar)
     whole = state(tmp_path)
     del whole["replknet_recipe"]["precise_bn"]
     torch.save(whole, tmp_path / "last.ckpt")
-    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar, resume=True)
+    fit(RECIPE.changed(epochs=1), tmp_path, cifar, resume=True)
     with pytest.raises(ResumeError, match=r"is of another recipe \(precise_bn was 0, now 2\)"):
-        fit(dataclasses.replace(RECIPE, epochs=1, precise_bn=2), tmp_path, cifar, resume=True)
+        fit(RECIPE.changed(epochs=1, precise_bn=2), tmp_path, cifar, resume=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and only glibc keeps gaps so")
@@ -345,13 +347,13 @@ def test_gaps_in_memory_are_given_back():
 def test_sync_bn_on_a_cpu_is_an_error(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU"):
-        fit(dataclasses.replace(RECIPE, sync_bn=True), tmp_path, cifar)
+        fit(RECIPE.changed(sync_bn=True), tmp_path, cifar)
 
 
 @pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
 def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, tmp_path, monkeypatch):
     # without an average, which hides differences, and with drop path, which recomputation must repeat
-    recipe = dataclasses.replace(RECIPE, epochs=1, ema_decay=None, drop_path=0.3)
+    recipe = RECIPE.changed(epochs=1, ema_decay=None, drop_path=0.3)
     # Inductor would take a minute; that the operator is right in it is tested with the operator
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     plain, other = tmp_path / "plain", tmp_path / "other"
@@ -370,9 +372,9 @@ def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, t
 
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_precise_statistics_are_those_of_the_kept_weights(evaluate, cifar, tmp_path):
-    fit(dataclasses.replace(RECIPE, precise_bn=3, evaluate=evaluate), tmp_path, cifar)
+    fit(RECIPE.changed(precise_bn=3, evaluate=evaluate), tmp_path, cifar)
     model, _ = load_model(tmp_path / "model.safetensors")
-    recipe = dataclasses.replace(RECIPE, precise_bn=3)
+    recipe = RECIPE.changed(precise_bn=3)
     draws = GlobalBatches(240, 40, recipe.seed, start=6)
     drawn = Drawn(splits(recipe, cifar).train, recipe.seed)
     seen = []
@@ -424,7 +426,7 @@ def test_a_full_disk_leaves_the_state_before(cifar, tmp_path, monkeypatch):
 
 
 def test_a_damaged_state_is_no_state(cifar, tmp_path):
-    fit(dataclasses.replace(RECIPE, epochs=1), tmp_path, cifar)
+    fit(RECIPE.changed(epochs=1), tmp_path, cifar)
     last = tmp_path / "last.ckpt"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
@@ -440,9 +442,11 @@ DISTRIBUTED = """
 import os, sys
 from pathlib import Path
 import torch
-from replknet.tasks.recipes import Hardware, Recipe
-from replknet.tasks.classification.infer import Classification
-from replknet.train import fit
+from replknet.train.hardware import Hardware
+from replknet.tasks.classification.recipes import ClassificationOptions
+from replknet.train.recipe import Recipe
+from replknet.tasks.classification.train import Classification
+from replknet.tasks.fit import fit
 
 real = Classification.training_step
 def step(self, *args):
@@ -451,7 +455,7 @@ def step(self, *args):
     return real(self, *args)
 Classification.training_step = step
 torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
-fit(Recipe(**eval(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] == "resume",
+fit(eval(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] == "resume",
     hardware=Hardware(devices=int(sys.argv[5]), device_batch=10, shard=sys.argv[6] == "shard"))
 """
 
@@ -483,7 +487,7 @@ def distributed(processes, recipe, folder, cifar, how="new", shard="whole", slur
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     script = folder.parent / "distributed_run.py"
     script.write_text(DISTRIBUTED)
-    arguments = ["distributed_run", repr(dataclasses.asdict(recipe)), folder, cifar, how, str(processes), shard]
+    arguments = ["distributed_run", repr(recipe), folder, cifar, how, str(processes), shard]
     environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
     if slurm:
         return under_slurm(processes, arguments, environment)
@@ -493,7 +497,7 @@ def distributed(processes, recipe, folder, cifar, how="new", shard="whole", slur
 
 def test_two_processes_train_what_one_does(cifar, tmp_path):
     # norms without statistics, as each process has its own; 2 x 10 images twice, or 10 images four times
-    recipe = dataclasses.replace(RECIPE, label_smoothing=0.0)
+    recipe = RECIPE.changed(label_smoothing=0.0)
     for processes in (1, 2):
         distributed(processes, recipe, tmp_path / str(processes), cifar)
     assert_close_trainings(tmp_path / "1", tmp_path / "2")
@@ -506,7 +510,7 @@ def test_two_processes_train_what_one_does(cifar, tmp_path):
 
 
 def test_divided_weights_train_what_whole_ones_do(cifar, tmp_path):
-    recipe = dataclasses.replace(RECIPE, label_smoothing=0.0, ema_decay=None, layer_decay=0.8)
+    recipe = RECIPE.changed(label_smoothing=0.0, ema_decay=None, layer_decay=0.8)
     distributed(1, recipe, tmp_path / "1", cifar)
     distributed(2, recipe, tmp_path / "2", cifar, shard="shard")
     assert_close_trainings(tmp_path / "1", tmp_path / "2")
@@ -526,7 +530,7 @@ def test_what_cannot_be_divided_is_an_error(cifar, tmp_path):
 def test_a_processor_without_bfloat16_is_told_of(supported, cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    recipe = dataclasses.replace(RECIPE, epochs=1, precision="bf16-mixed", optimizer="nmuon", lr=1e-3)
+    recipe = RECIPE.changed(epochs=1, precision="bf16-mixed", optimizer="nmuon", lr=1e-3)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         fit(recipe, tmp_path, cifar)

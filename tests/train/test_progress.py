@@ -7,13 +7,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from replknet.tasks.classification.infer import Classification
-from replknet.tasks.recipes import Hardware, cifar10
-from replknet.train import fit
+from replknet.tasks.classification.recipes import cifar10
+from replknet.tasks.classification.train import Classification
+from replknet.tasks.fit import fit
+from replknet.train.hardware import Hardware
 from replknet.train.progress import Row
 
 # six steps an epoch
-RECIPE = dataclasses.replace(cifar10(), model="replknet_test", epochs=3, warmup_epochs=0, batch_size=40, ema_decay=None)
+RECIPE = cifar10().changed(model="replknet_test", epochs=3, warmup_epochs=0, batch_size=40, ema_decay=None)
 
 
 def rows(folder):

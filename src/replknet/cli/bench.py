@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from replknet.bench import networks, ops, overhead, plans, tables
 from replknet.bench.cases import SUITES, chosen
 from replknet.bench.records import Record, append, peak_gflops
-from replknet.cli.main import parser
+from replknet.cli.options import Parser, parser
 
 _QUESTIONS = {
     **{name: suite.question for name, suite in SUITES.items()},
@@ -35,18 +35,15 @@ _EXAMPLE = (
 )
 
 
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["model"]:
-        from replknet.cli import bench_model  # ONNX and the runtimes are optional
-
-        return bench_model.main(argv[1:])
+def arguments() -> Parser:
+    """The options of the command; `bench model` has its own."""
     p = parser("bench", _EXAMPLE)
     p.add_argument(
         "subject",
         nargs="?",
-        choices=["ops"],
+        choices=["ops", "model"],
         default="ops",
-        help="what to time: the operator; `replknet bench model --help` is of whole networks",
+        help="what to time: the operator, or whole networks, whose options `replknet bench model --help` shows",
     )
     p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; else layers")
     p.add_argument("--case", type=str, nargs="+", default=[], metavar="NAME", help="only these; * and ? are wildcards")
@@ -69,7 +66,17 @@ def main(argv: list[str]) -> int:
     p.add_argument("--output", type=Path | None, help="file to which the records are appended as JSON lines")
     p.add_argument("--plot", type=Path | None, help="picture of time against kernel size, for the suite table1")
     p.add_argument("--json", action="store_true", help="print the records as JSON lines instead of tables")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["model"]:
+        from replknet.cli import bench_model  # ONNX and the runtimes are optional
+
+        return bench_model.main(argv[1:])
+    args = arguments().parse_args(argv)
+    if args.subject == "model":
+        raise ValueError("name it before the options: replknet bench model ...")
     if args.list:
         print("\n".join(_listed()))
         return 0
@@ -81,14 +88,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: Namespace) -> int:
-    plan = dict(_plan(args))
+    todo = dict(_measurements(args))
     if args.plot is not None:
-        if "table1" not in plan:
-            raise ValueError(f"--plot draws time against kernel size: it needs --suite table1, got {', '.join(plan)}")
+        if "table1" not in todo:
+            raise ValueError(f"--plot draws time against kernel size: it needs --suite table1, got {', '.join(todo)}")
         from replknet.analysis import plots  # matplotlib is optional, and should be missed before the timing
     records: list[Record] = []
     wrong = False
-    for suite, measurements in plan.items():
+    for suite, measurements in todo.items():
         _say(args, f"{suite}: {_QUESTIONS[suite]}?", _HEADERS.get(suite, tables.HEADER))
         for found in measurements:
             new = [record for record in found if isinstance(record, Record)]
@@ -115,7 +122,7 @@ def _say(args: Namespace, *lines: str) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _plan(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
+def _measurements(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
     """The suites, and for each a generator that measures a workload a step."""
     if args.suite in _OTHERS:
         names = _OTHERS[args.suite]

@@ -11,14 +11,15 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
 from replknet.bench.against import AGAINST, Comparison, Part, compare, parts
-from replknet.cli.main import CHECKPOINT, Parser
-from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm, timm_names, unknown
+from replknet.cli.networks import SEED, is_checkpoint, of_timm, timm_names, unknown
+from replknet.cli.options import CHECKPOINT, Parser
 from replknet.deploy.inference import optimize
+from replknet.tasks.files import load_network
 
 _EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# classes of networks with random weights
-_CLASSES = {"classification": 1000, "segmentation": 150}
+# of a UperNet with random weights, as ADE20K has
+_UPERNET_CLASSES = 150
 
 
 def main(argv: list[str]) -> int:
@@ -37,8 +38,7 @@ def main(argv: list[str]) -> int:
     p.add_argument(
         "--task",
         choices=["classification", "features", "segmentation"],
-        default="classification",
-        help="what the network does; a model of timm's becomes its backbone or that of a UperNet",
+        help="what a model of timm's becomes: a classifier by default, its backbone, or a UperNet on it",
     )
     p.add_argument("--size", type=PositiveInt, nargs="+", default=[224], help="height and width, pixels; one for both")
     p.add_argument("--batch", type=PositiveInt, default=1, help="images")
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     divided = parts(optimize(model, x, dtype=dtype), x) if args.parts else []
     record = {
         "suite": "model",
-        "task": args.task,
+        "task": args.task or "classification",
         "keep_memory": args.keep_memory,
         **asdict(found),
         "parts": [asdict(part) for part in divided],
@@ -93,14 +93,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _network(word: str, task: str) -> nn.Module:
+def _network(word: str, task: str | None) -> nn.Module:
     if is_checkpoint(word):
         if task == "features":
             raise ValueError(f"{word} is a whole network: features are of a model of timm's, such as replknet_31b")
-        return checkpoint(word, task).model  # type: ignore[arg-type]  # one of its tasks
+        return load_network(word, task).model
     if not timm_names(word):
         raise ValueError(unknown(word))
-    if task == "classification":
+    if task in (None, "classification"):
         return of_timm(word, False, "name another").eval()
     torch.manual_seed(SEED)
     backbone = timm.create_model(word, features_only=True).eval()
@@ -108,7 +108,7 @@ def _network(word: str, task: str) -> nn.Module:
         return backbone
     from replknet.tasks.segmentation.heads import UperNet  # transformers is optional
 
-    return UperNet(backbone, _CLASSES[task]).eval()
+    return UperNet(backbone, _UPERNET_CLASSES).eval()
 
 
 def _table(found: Comparison) -> list[str]:

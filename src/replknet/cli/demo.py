@@ -2,15 +2,20 @@
 
 from pathlib import Path
 
-from replknet.cli.main import parser
+from replknet.cli.options import Parser, parser
 
 
-def main(argv: list[str]) -> int:
+def arguments() -> Parser:
+    """The options of the command."""
     p = parser("demo", "replknet demo --output runs/demo")
     p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
     p.add_argument("--data", type=Path | None, help="where CIFAR-10 is kept; the cache by default")
     p.add_argument("--epochs", type=int, default=5, help="passes over the training images, for each network")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     from replknet.explore.demo import run  # Lightning and matplotlib take seconds to import
 
     print(run(args.output, args.data, args.epochs))

@@ -2,7 +2,7 @@
 
 import json
 
-from replknet.cli.main import parser
+from replknet.cli.options import Parser, parser
 from replknet.ops import doctor
 from replknet.ops.call import DTYPES
 from replknet.ops.doctor import Diagnosis, Explanation, explain
@@ -17,7 +17,8 @@ def _numbers(text: str, option: str, form: str, counts: tuple[int, ...]) -> list
     return [int(word) for word in words]
 
 
-def main(argv: list[str]) -> int:
+def arguments() -> Parser:
+    """The options of the command."""
     p = parser("doctor", "replknet doctor --shape 1,128,56,56 --kernel 31 --channels-last")
     p.add_argument(
         "--shape", type=str, metavar="N,C,H,W", help="explain the choice for one call: the sizes of its images"
@@ -27,7 +28,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--channels-last", action="store_true", help="with --shape: layout of the images")
     p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: cpu, cuda or cuda:1 and so on")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     if (args.shape is None) != (args.kernel is None):
         raise ValueError("--shape N,C,H,W and --kernel KH[,KW] explain a call together; only one of them was given")
     if args.shape is None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from replknet.cli.main import parser
-from replknet.tasks.recipes import Hardware
+from replknet.cli.options import Parser, parser
+from replknet.train.hardware import Hardware
 
 
-def main(argv: list[str]) -> int:
+def arguments() -> Parser:
+    """The options of the command."""
     p = parser("explore", "replknet explore --only shortcut 'reparam/13x13*' --seeds 2")
     p.add_argument(
         "--only",
@@ -34,7 +35,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--estimate", action="store_true", help="estimate the time of what is left, run nothing")
     p.add_argument("--report", action="store_true", help="write the report from the records in OUTPUT, run nothing")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     from replknet.explore import program, report  # Lightning takes seconds to import
     from replknet.explore.experiment import Site
 

@@ -1,67 +1,95 @@
 """replknet export"""
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
-import torch
+from tqdm import tqdm
 
-from replknet.cli.main import CHECKPOINT, TASK, parser
-from replknet.data import images, transforms
-from replknet.deploy.files import BOUND, ENDINGS, Format, opened
-from replknet.deploy.verify import Difference
-from replknet.models import load_model
-from replknet.tasks.classification.export import card_of, export_classifier
+from replknet.cli.options import CHECKPOINT, TASK, Parser, add_settings, parser, refuse_settings, settings_of
+from replknet.data import images
+from replknet.data.download import quiet
+from replknet.deploy.files import ENDINGS, Format, card_in, is_exported
+from replknet.deploy.verify import AccuracyError
+from replknet.tasks import TASKS
+from replknet.tasks.files import load_network
+from replknet.tasks.task import Int8, Network
 
-# detectors have functions of their own: replknet.tasks.detection.export
-_Task = Literal["classification", "segmentation"]
+
+def _int8() -> dict[str, Int8]:
+    """The tasks that have int8."""
+    found = {name: task.export.int8 for name, task in TASKS.items()}
+    return {name: int8() for name, int8 in found.items() if int8 is not None}
 
 
-def main(argv: list[str]) -> int:
+def _settings() -> dict[str, type[Any]]:
+    return {f"{name} with --int8": int8.settings for name, int8 in _int8().items()}
+
+
+def arguments() -> Parser:
+    """The options of the command; those of int8 are the settings of each task that has it."""
     p = parser("export", "replknet export replknet_cifar_l --to onnx -o cifar.onnx")
     p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     p.add_argument("--to", choices=get_args(Format), required=True, help="format of the file; aoti is for this machine")
-    p.add_argument("--task", type=_Task, default="classification", help=TASK)
+    p.add_argument("--task", choices=list(TASKS), help=TASK)
     p.add_argument("-o", "--output", type=Path | None, help="file to write; named after the checkpoint by default")
     p.add_argument("--images", type=Path, nargs="+", default=[], help="images to check on, beside the two shipped")
     p.add_argument("--licence", type=str, default="unknown", help="of the weights, to stand in the file")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    p.add_argument("--int8", action="store_true", help="a classifier in int8, scored and timed before and after")
+    add_settings(p, _settings())
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
+    if is_exported(args.checkpoint):
+        raise ValueError(f"{args.checkpoint} is a file for another runtime already: give the weights")
+    if not args.int8:
+        refuse_settings(args, _settings(), "without --int8")
+    network = load_network(args.checkpoint, args.task)
+    return _quantized(network, args) if args.int8 else _exported(network, args)
+
+
+def _exported(network: Network, args: Any) -> int:
+    export = network.task.export
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{ENDINGS[args.to]}")
-    files = images.files([*images.PHOTOS, *args.images])
-    difference = _TASKS[args.task](args.checkpoint, output, args.to, files, args.licence)
+    files = images.files([*args.images, *images.PHOTOS])
+    difference = export.write(network, output, args.to, [images.read(file) for file in files], args.licence)
     if args.json:
-        found = {"output": str(output), "difference": asdict(difference), "bound": BOUND, "images": len(files)}
-        print(json.dumps({**found, "card": opened(output, args.task)[0]}))
+        found = {"output": str(output), "difference": asdict(difference), "bound": export.bound, "images": len(files)}
+        print(json.dumps({**found, "card": card_in(output)[0]}))
         return 0
     print(
-        f"{output}: the logits of {len(files)} images and of noise in two other sizes differ by at most "
-        f"{difference.absolute:.1e}, {difference.relative:.1e} of their norm ({BOUND:.0e} is allowed)"
+        f"{output}: {export.compared.format(images=len(files))} differ by at most {difference.absolute:.1e}, "
+        f"{difference.relative:.1e} of their norm ({export.bound:.0e} is allowed)"
     )
     return 0
 
 
-_Exporter = Callable[[Path, Path, Format, Sequence[Path], str], Difference]
+def _quantized(network: Network, args: Any) -> int:
+    known = _int8()
+    if network.task.name not in known:
+        raise ValueError(f"int8 is for {', '.join(known)}, and {args.checkpoint} is {network.task.noun}")
+    int8 = known[network.task.name]
+    if args.to not in int8.endings:
+        raise ValueError(f"int8 is written for {', '.join(int8.endings)}, got --to {args.to}")
+    settings = settings_of(args, int8.settings, {}, "")
+    output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{int8.endings[args.to]}")
+    try:
+        found = int8.write(network, output, args.to, settings, args.licence, _shown)
+    except AccuracyError as error:
+        print(f"replknet export: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found.record) if args.json else "\n".join(found.lines))
+    if found.problem is not None:
+        print(found.problem, file=sys.stderr)
+        return 1
+    return 0
 
 
-def _classification(checkpoint: Path, output: Path, to: Format, files: Sequence[Path], licence: str) -> Difference:
-    model, description = load_model(checkpoint, torch.float32)
-    card = card_of(description, licence)
-    transform = transforms.eval_transform(card.image_size, card.mean, card.std, card.crop_pct)
-    examples = [images.batch([file], transform) for file in files]
-    return export_classifier(model, card, output, to, examples)
-
-
-def _segmentation(checkpoint: Path, output: Path, to: Format, files: Sequence[Path], licence: str) -> Difference:
-    from replknet.tasks.segmentation.export import example_of, export_segmenter, segmentation_card
-    from replknet.tasks.segmentation.files import load_segmentation  # its packages are optional
-
-    model, description = load_segmentation(checkpoint, torch.float32)
-    card = segmentation_card(description, licence)
-    examples = [example_of(images.read(file), description) for file in files]
-    return export_segmenter(model, card, output, to, examples)
-
-
-_TASKS: dict[_Task, _Exporter] = {"classification": _classification, "segmentation": _segmentation}
+def _shown(batches: Iterable[Any], name: str) -> Iterable[Any]:
+    return tqdm(batches, desc=name, disable=quiet())

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from replknet.analysis import cost
-from replknet.cli.main import parser
+from replknet.cli.options import Parser, parser
 from replknet.models import NETWORKS
 from replknet.nn import merge
 
@@ -36,10 +36,15 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def arguments() -> Parser:
+    """The options of the command."""
     p = parser("info", "replknet info --json")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     found = rows()
     if args.json:
         print(json.dumps(found, indent=1))

@@ -1,56 +1,64 @@
-"""The `replknet` command: one file a command, found by name."""
+"""The `replknet` command: one file a command, found by name and imported when it is called."""
 
 import difflib
 import importlib
 import os
 import sys
-from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser
-
-from replknet import __version__
+from replknet.cli.colour import bold, red
 from replknet.data.download import DownloadError
 
-COMMANDS = {
-    "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
-    "info": "list the models with their parameters and multiply-adds",
-    "recipes": "list the trainings that `train` knows, with command, hardware and score",
-    "plan": "estimate memory and steps of a training before it runs",
-    "train": "train a classifier, a segmentation network or a detector from a recipe",
-    "eval": "score a trained network on a data set",
-    "predict": "name the likeliest classes of image files, the class of each of their pixels, or the objects in them",
-    "merge": "turn a checkpoint into the inference form",
-    "export": "write a network for other runtimes, checked there against torch",
-    "quantize": "write a classifier in int8 for other runtimes, with its accuracy, size and speed before and after",
-    "erf": "compute and draw the effective receptive field",
-    "kernels": "draw the learned kernels, and say where their weight lies and what the small branch added",
-    "explore": "run the experiments of the paper and write what they say",
-    "shape-bias": "measure whether classifiers go by shape or by texture, and draw it",
-    "bench": "time the depthwise operator, or a network, against torch and other runtimes",
-    "doctor": "show what this machine can do and which backend takes which call",
+# commands by what people want to do; each is a file of this folder
+GROUPS = {
+    "learn": {
+        "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
+        "info": "list the models with their parameters and multiply-adds",
+        "explore": "run the experiments of the paper and write what they say",
+    },
+    "train": {
+        "train": "train a classifier, a segmentation network or a detector from a recipe; --list shows the recipes",
+        "eval": "score a trained network on a data set",
+    },
+    "deploy": {
+        "predict": "name the classes of images or of their pixels, or the objects in them",
+        "merge": "turn a checkpoint into the inference form",
+        "export": "write a network for other runtimes, checked there against torch; in int8 with --int8",
+    },
+    "analyse": {
+        "analyze": "effective receptive fields (erf), learned kernels (kernels), shape or texture (shape-bias)",
+    },
+    "machine": {
+        "bench": "time the depthwise operator, or a network, against torch and other runtimes",
+        "doctor": "show what this machine can do and which backend takes which call",
+    },
 }
-
-# help of the argument of every command that reads a network
-CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of some that come with the package"
-# and of those that run one
-TASK = "what the network does"
-WINDOW = "side of the windows that segmentation takes of an image, pixels; the network's own if none is given"
-Task = Literal["classification", "segmentation", "detection"]
-
-
-class Parser(ArgumentParser):
-    """Options are never abbreviated, and an unknown one gets its nearest match."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        for word in message.replace("=", " ").split():
-            nearest = difflib.get_close_matches(word, known, 1)
-            if word.startswith("--") and word not in known and nearest:
-                message += f"; did you mean {nearest[0]}?"
-        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help shows every option\n")
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
+# names of before version 0.2, each with the words that it stands for; they go with 1.0
+OLD = {
+    "recipes": (["train", "--list"], []),
+    "plan": (["train"], ["--plan"]),
+    "quantize": (["export", "--int8"], []),
+    "erf": (["analyze", "erf"], []),
+    "kernels": (["analyze", "kernels"], []),
+    "shape-bias": (["analyze", "shape-bias"], []),
+}
+SHELLS = ("bash", "zsh", "tcsh")
+# extra that brings a package
+_EXTRAS = {
+    "matplotlib": "viz",
+    "pytorch_lightning": "train",
+    "tensorboard": "train",
+    "torchmetrics": "det",
+    "transformers": "seg",
+    "monai": "seg",
+    "pycocotools": "det",
+    "faster_coco_eval": "det",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "openvino": "export",
+    "nncf": "quant",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,57 +69,75 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name == "--version":
+        from replknet import __version__  # looked up in the installed package
+
         print(__version__)
         return 0
+    if name == "--completion":
+        return _completion(rest)
+    if name in OLD:
+        before, after = OLD[name]
+        name, *rest = [*before, *rest, *after]
+        told = " ".join(["replknet", *before, *after])
+        print(f"replknet {words[0]}: this is now `{told}`; the old name goes with version 1.0", file=sys.stderr)
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(COMMANDS)}"
-        print(f"replknet: no command is called {name!r}{hint}", file=sys.stderr)
+        print(f"{red('replknet')}: no command is called {name!r}{_hint(name, list(COMMANDS))}", file=sys.stderr)
         return 2
+    return _run(name, rest)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    prefix = red(f"replknet {name}")
     try:
-        code: int = importlib.import_module(f"replknet.cli.{name.replace('-', '_')}").main(rest)
+        code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
         sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader closed the pipe, as `head` does; Python's own flush at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, FileNotFoundError, DownloadError) as error:
-        print(f"replknet {name}: {error}", file=sys.stderr)
+        print(f"{prefix}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("replknet"):
             raise
-        extra = {
-            "matplotlib": "viz",
-            "pytorch_lightning": "train",
-            "torchmetrics": "train",
-            "transformers": "seg",
-            "monai": "seg",
-            "pycocotools": "det",
-            "faster_coco_eval": "det",
-            "onnx": "export",
-            "onnxscript": "export",
-            "onnxruntime": "export",
-            "openvino": "export",
-            "nncf": "quant",
-        }.get(error.name or "", "all")
-        print(f'replknet {name}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "all")
+        print(f'{prefix}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nreplknet {name}: interrupted", file=sys.stderr)
+        print(f"\n{prefix}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # who read the output has enough of it, as `head` does; Python's own flush at the end must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return code
 
 
-def parser(name: str, example: str) -> Parser:
-    """The parser of a command, with an example below its help."""
-    return Parser(prog=f"replknet {name}", description=COMMANDS[name], epilog=f"example: {example}")
+def _hint(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"
+
+
+def _completion(words: list[str]) -> int:
+    if words[:1] not in [[shell] for shell in SHELLS]:
+        print(f"{red('replknet')}: --completion takes a shell: {', '.join(SHELLS)}", file=sys.stderr)
+        return 2
+    from replknet.cli.completion import script  # it imports every command
+
+    print(script(words[0]))
+    return 0
 
 
 def _overview() -> str:
-    lines = ["usage: replknet COMMAND [options]; replknet COMMAND --help shows them", ""]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "example: replknet demo"])
+    lines = ["usage: replknet COMMAND [options]; replknet COMMAND --help shows them"]
+    for title, group in GROUPS.items():
+        lines += ["", bold(title)]
+        lines += [f"  {name:<8} {text}" for name, text in group.items()]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "replknet --version shows the version; replknet --completion bash writes completions for your shell",
+            "example: replknet demo",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,41 +1,17 @@
 """Networks that commands look at: files, weights that come with the package, and timm's models by their names."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, resolve_model_input_args
 from torch import nn
 
-from replknet.cli.main import Task
-from replknet.models import load_model, shipped
+from replknet.models import shipped
 from replknet.models.model_files import weights_file
 
 # of all random weights
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The network of a checkpoint.
-
-    Args:
-        model: in eval mode, float32.
-        name: of the network, or of the backbone that it stands on.
-        mean: per channel, for values from 0 to 1.
-        std: per channel.
-        build: makes the same network with random weights.
-    """
-
-    model: nn.Module
-    name: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    build: Callable[[], nn.Module]
 
 
 def is_checkpoint(word: str) -> bool:
@@ -45,28 +21,6 @@ def is_checkpoint(word: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def checkpoint(path: str | Path, task: Task) -> Loaded:
-    """Read a checkpoint of a task.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is of another task, or no weights of ours.
-    """
-    d: Any
-    if task == "segmentation":
-        from replknet.tasks.segmentation.files import load_segmentation  # its packages are optional
-
-        segmentation, d = load_segmentation(path, torch.float32)
-        return Loaded(segmentation, d.backbone, d.mean, d.std, d.build)
-    if task == "detection":
-        from replknet.tasks.detection.files import load_detection  # the same
-
-        detector, d = load_detection(path, torch.float32)
-        return Loaded(detector, d.backbone, d.mean, d.std, d.build)
-    classifier, d = load_model(path, torch.float32)
-    return Loaded(classifier, d.name, d.mean, d.std, d.build)
 
 
 def of_timm(name: str, pretrained: bool, way_out: str, size: int | None = None) -> nn.Module:

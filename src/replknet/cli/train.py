@@ -1,92 +1,105 @@
 """replknet train"""
 
 import dataclasses
-import difflib
 import json
-import re
 import shlex
 import sys
-import typing
-from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from replknet.cli.main import Parser, parser
-from replknet.tasks.recipes import RECIPES, AnyRecipe, Hardware
+from jsonargparse import SUPPRESS
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-# the arguments in a docstring, and what it says of them
-_FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
+from replknet.cli.options import Parser, add_fields, nearest, option_of, parser
+from replknet.tasks import RECIPES, TASKS
+from replknet.train.hardware import Hardware
+from replknet.train.recipe import Recipe
+
+# fields that few people change: --help-all shows them
+_RARE = (
+    *("finetune", "normalization", "evaluate", "sync_bn", "evaluate_every", "clip_grad"),
+    *("momentum", "min_lr", "mixup_prob", "mixup_off_epoch", "crop_padding", "color_jitter", "precise_bn"),
+    *("unreadable_images", "layer_decay", "largest_share", "auxiliary_channels", "align_corners"),
+    *("malformed", "crop_scales", "flip", "distort", "warmup", "warmup_start"),
+    *("save_steps", "grad_checkpointing", "shard", "log_steps"),
+)
 
 
-def _train_options(p: Parser) -> None:
+def arguments(recipe: Recipe | None = None, everything: bool = False) -> Parser:
+    """The options: every field of a recipe, with the recipe's value as its default, and those of the hardware.
+
+    Args:
+        recipe: whose fields; None for the first preset.
+        everything: show fields that few people change.
+    """
+    recipe = recipe or next(iter(RECIPES.values()))()
+    hidden = () if everything else _RARE
+    p = parser("train", "replknet train cifar10 --epochs 12 --output runs/longer")
+    p.usage = "replknet train RECIPE [options]"
+    p.add_argument("recipe", nargs="?", type=str, help="what to train; --list shows every recipe")
+    p.add_argument("--help-all", action="store_true", help="show the options that few people change as well")
+    p.add_argument("--list", action="store_true", help="show the recipes; with the name of one, its text")
     p.add_argument("--output", type=Path | None, help="folder of the result; runs/RECIPE by default")
-    p.add_argument("--data", type=Path | None, help="folder of the images, or where CIFAR-10 is kept")
+    p.add_argument("--data", type=Path | None, help="folder or archive of the images, or where CIFAR-10 is kept")
     p.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
-    p.add_argument("--print-config", action="store_true", help="print the resolved recipe as JSON and stop")
-
-
-def _plan_options(p: Parser) -> None:
-    p.add_argument("--gpus", type=int | None, help="processes on a machine, one a GPU; the same as --devices")
-    p.add_argument("--gpu-memory", type=float | None, help="of each, in GB")
-    p.add_argument("--images", type=int | None, help="of the training set, where the recipe does not say")
-    p.add_argument("--classes", type=int | None, help="of the training set")
-    p.add_argument("--json", action="store_true", help="machine-readable output, in bytes")
-
-
-# commands that take a recipe: an example, and their own options
-_COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
-    "train": ("replknet train cifar10 --epochs 12 --output runs/longer", _train_options),
-    "plan": ("replknet plan imagenet1k_31b_224 --nodes 4 --gpus 8 --gpu-memory 80", _plan_options),
-}
-
-
-def recipe_parser(command: str, recipe: AnyRecipe) -> Parser:
-    """Every field of a recipe is an option, with the recipe's value as its default."""
-    example, add_options = _COMMANDS[command]
-    p = parser(command, example)
-    p.add_argument("recipe", choices=list(RECIPES), help="what to train")
-    add_options(p)
     p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
-    for defaults in (recipe, Hardware()):
-        kind = type(defaults)
-        texts = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
-        types = typing.get_type_hints(kind)
-        for name in _names(kind):
-            p.add_argument(
-                "--" + name.replace("_", "-"),
-                type=types[name],
-                default=getattr(defaults, name),
-                help=" ".join(texts[name].split()),
-            )
+    p.add_argument("--print-config", action="store_true", help="print the resolved recipe as JSON and stop")
+    p.add_argument("--plan", action="store_true", help="estimate memory of a device and steps, train nothing")
+    p.add_argument("--gpu-memory", type=PositiveFloat | None, help="with --plan: of each GPU, in GB")
+    p.add_argument("--images", type=PositiveInt | None, help="with --plan: of the training set, if they are yours")
+    p.add_argument("--classes", type=PositiveInt | None, help="with --plan: of the training set, if they are yours")
+    p.add_argument("--json", action="store_true", help="with --plan or --list: machine-readable output")
+    # another name of --devices
+    p.add_argument("--gpus", type=PositiveInt | None, help=SUPPRESS)
+    add_fields(p, recipe, without=_not_of(recipe), hidden=hidden)
+    add_fields(p, recipe.options, hidden=hidden)
+    add_fields(p, Hardware(), hidden=hidden)
     return p
 
 
-def _names(kind: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
+def _not_of(recipe: Recipe) -> tuple[str, ...]:
+    """Fields that are no options: the task's own record, and the length in the unit that the recipe does not use."""
+    other = "samples" if recipe.samples is None else "epochs"
+    return "options", other, f"warmup_{other}"
 
 
-def resolved(command: str, argv: list[str]) -> tuple[AnyRecipe, Hardware, Any]:
-    """The recipe after its preset, a --config file and the options, the machine, and the other arguments."""
+def resolved(argv: list[str]) -> tuple[Recipe, Hardware, Any]:
+    """The recipe after its preset, a --config file and the options, the hardware, and the other arguments."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
-        nearest = difflib.get_close_matches(argv[0], RECIPES, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(RECIPES)}"
-        raise ValueError(f"no recipe is called {argv[0]!r}; {hint}")
+        raise ValueError(f"no recipe is called {argv[0]!r}{nearest(argv[0], RECIPES)}; replknet train --list")
     # a recipe decides which options there are; any will do for --help alone
     named = next((word for word in argv if word in RECIPES), None)
     preset = RECIPES[named or next(iter(RECIPES))]()
-    p = recipe_parser(command, preset)
+    p = arguments(preset, everything="--help-all" in argv)
+    if "--help-all" in argv:
+        p.print_help()
+        p.exit()
     args = p.parse_args(argv)
+    if args.list:
+        return preset, Hardware(), args
+    if args.recipe is None:
+        raise ValueError("name a recipe; replknet train --list shows them")
     if args.recipe != named:
-        raise ValueError(f"name the recipe before the options: replknet {command} {args.recipe} ...")
+        raise ValueError(f"name the recipe before the options: replknet train {args.recipe} ...")
     if args.config is not None:
         args = p.parse_args([*_options(args.config, preset), *argv])
-    recipe = type(preset)(**{name: getattr(args, name) for name in _names(type(preset))})
-    return recipe, Hardware(**{name: getattr(args, name) for name in _names(Hardware)}), args
+    recipe = preset.changed(**{name: getattr(args, name) for name in _names(preset)})
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Hardware)}
+    if args.gpus is not None:
+        values["devices"] = args.gpus
+    return recipe, Hardware(**values), args
 
 
-def _options(file: Path, preset: AnyRecipe) -> list[str]:
+def _names(recipe: Recipe) -> list[str]:
+    """The fields of a recipe that are options."""
+    fields = (*dataclasses.fields(recipe), *dataclasses.fields(recipe.options))
+    return [field.name for field in fields if field.name not in _not_of(recipe)]
+
+
+def _options(file: Path, preset: Recipe) -> list[str]:
     """The fields in a file that --print-config wrote, as the options that they stand for."""
-    names = _names(type(preset))
+    names = _names(preset)
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -97,20 +110,30 @@ def _options(file: Path, preset: AnyRecipe) -> list[str]:
     if unknown:
         raise ValueError(f"{file} has {', '.join(unknown)}, which no recipe knows; there are {', '.join(names)}")
     return [
-        f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in content.items()
+        f"{option_of(name)}={value if isinstance(value, str) else json.dumps(value)}" for name, value in content.items()
     ]
 
 
 def main(argv: list[str]) -> int:
-    recipe, hardware, args = resolved("train", argv)
+    recipe, hardware, args = resolved(argv)
+    if args.list:
+        return _list(args.recipe, args.json)
     if args.print_config:
-        print(json.dumps(dataclasses.asdict(recipe), indent=1))
+        print(json.dumps(recipe.plain, indent=1))
         return 0
+    if args.plan:
+        from replknet.cli.estimate import tell  # torch takes seconds to import
+
+        return tell(args.recipe, recipe, hardware, args)
+    return _train(recipe, hardware, args, argv)
+
+
+def _train(recipe: Recipe, hardware: Hardware, args: Any, argv: list[str]) -> int:
     # Lightning takes seconds to import
     from pytorch_lightning.utilities import rank_zero_only
 
-    from replknet.train import LossError, StateError, fit
+    from replknet.tasks.fit import fit
+    from replknet.train.callbacks import LossError, StateError
 
     output = args.output or Path("runs") / args.recipe
     try:
@@ -127,4 +150,27 @@ def main(argv: list[str]) -> int:
         return 130
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it
         print(weights)
+    return 0
+
+
+def _list(name: str | None, as_json: bool) -> int:
+    """The recipes, a line each by task; with a name the text of one."""
+    chosen = {name: RECIPES[name]} if name else RECIPES
+    told = {name: cleandoc(recipe.__doc__ or "") for name, recipe in chosen.items()}
+    if as_json:
+        found = [{"name": name, "text": told[name], **recipe().plain} for name, recipe in chosen.items()]
+        print(json.dumps(found, indent=1))
+        return 0
+    if name:
+        print(told[name])
+        return 0
+    print(f"{'recipe':<28} {'model':<16} {'pixels':>8} {'length':>17} {'batch':>6}  what")
+    for task in TASKS.values():
+        for build in task.recipes:
+            r = build()
+            height, width = r.options.size
+            pixels = str(height) if height == width else f"{height}x{width}"
+            length = f"{r.epochs} epochs" if r.samples is None else f"{r.samples:,} images"
+            what = told[build.__name__].splitlines()[0]
+            print(f"{build.__name__:<28} {r.model:<16} {pixels:>8} {length:>17} {r.batch_size:>6}  {what}")
     return 0

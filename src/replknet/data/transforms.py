@@ -13,10 +13,20 @@ from timm.data import (
 )
 from torchvision.transforms import InterpolationMode, v2
 
+from replknet.data import cifar10
+from replknet.models.replknet import evaluation_crop
+
 IMAGENET_MEAN: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
 IMAGENET_STD: tuple[float, ...] = IMAGENET_DEFAULT_STD
 INCEPTION_MEAN: tuple[float, ...] = IMAGENET_INCEPTION_MEAN
 INCEPTION_STD: tuple[float, ...] = IMAGENET_INCEPTION_STD
+
+# mean and std of the pixels by name, per channel, for values from 0 to 1
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": (cifar10.MEAN, cifar10.STD),
+    "inception": (INCEPTION_MEAN, INCEPTION_STD),
+}
 
 
 def small_image_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Any]:
@@ -55,13 +65,13 @@ def train_transform(
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float], crop_pct: float) -> Callable[[Any], Any]:
-    """The official evaluation: up to 383 pixels a resize by 1 / crop_pct and a centre crop, above a warp."""
-    squash = size >= 384
+    """The official evaluation of a classifier: fitted into the size as `evaluation_crop` says, and normalised."""
+    crop_mode, crop_pct = evaluation_crop(size, crop_pct)
     return create_transform(
         size,
         interpolation="bicubic",
         mean=tuple(mean),
         std=tuple(std),
-        crop_pct=1.0 if squash else crop_pct,
-        crop_mode="squash" if squash else "center",
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
     )

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from replknet.deploy.verify import Difference, Run, compared, in_onnxruntime, in_openvino, kept, worst
+from replknet.models.model_files import as_tuples
 
+Card = TypeVar("Card")
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
 # endings of the files; that of aoti, a library for this machine in torch's archive, tells it from a graph
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "aoti": ".aoti.pt2"}
@@ -19,9 +22,6 @@ BOUND = 1e-5
 LARGEST_SIDE = 8192
 
 _KEY = "replknet"
-# cards of before there were two kinds say nothing of it
-_DEFAULT_TASK = "classification"
-
 _Program = torch.export.ExportedProgram
 
 
@@ -84,16 +84,15 @@ def _program(network: nn.Module, stride: int) -> _Program:
     return torch.export.export(network, (torch.zeros(2, 3, 3 * stride, 4 * stride),), dynamic_shapes=(shapes,))
 
 
-def opened(path: Path, task: str) -> tuple[dict[str, Any], Run]:
+def card_in(path: Path) -> tuple[dict[str, Any], Run]:
     """The card of a file, lists as tuples, and its network in the file's own runtime.
 
     Args:
         path: a file of `write_checked`.
-        task: what its network does.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its ending is not one of `ENDINGS`, it has no card of ours, or it is for another task.
+        ValueError: its ending is not one of `ENDINGS`, or it has no card of ours.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no exported network at {path}")
@@ -102,10 +101,7 @@ def opened(path: Path, task: str) -> tuple[dict[str, Any], Run]:
         raise ValueError(
             f"{path} says nothing of its classes and images: it was not written by `replknet export`, which does"
         )
-    card: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
-    found = card.get("task", _DEFAULT_TASK)
-    if found != task:
-        raise ValueError(f"{path} is a network for {found}, not for {task}: `replknet predict --task {found}` runs it")
+    card: dict[str, Any] = {key: as_tuples(value) for key, value in json.loads(text).items()}
     smallest, largest = card.get("sides", sides_of(0))
 
     def run_checked(x: Tensor) -> Sequence[Tensor]:
@@ -118,13 +114,67 @@ def opened(path: Path, task: str) -> tuple[dict[str, Any], Run]:
     return card, run_checked
 
 
+def parsed_card(kind: type[Card], card: Mapping[str, Any], path: Path) -> Card:
+    """The card of a file as a task's own record.
+
+    Raises:
+        ValueError: it has other fields.
+    """
+    try:
+        return kind(**card)
+    except TypeError as error:
+        raise ValueError(f"{path} has a card that this version cannot read: {error}") from error
+
+
+def described_card(kind: type[Card], description: type[Any], card: Mapping[str, Any], path: Path) -> Card:
+    """The card of a file whose fields stand beside those of a description; see `parsed_card`."""
+    theirs = {field.name for field in fields(description)}
+    inner = parsed_card(description, {name: value for name, value in card.items() if name in theirs}, path)
+    outer = {name: value for name, value in card.items() if name not in theirs}
+    return parsed_card(kind, {"description": inner, **outer}, path)
+
+
+def plain_card(card: Any) -> dict[str, Any]:
+    """A card with a description as it stands in a file, in one object."""
+    values = asdict(card)
+    return {**values.pop("description"), **values}
+
+
+def add_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Write a card into an ONNX file."""
+    import onnx
+
+    model = onnx.load(path)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = _KEY, json.dumps(card)
+    onnx.save(model, path)
+
+
+class Exported(nn.Module):
+    """A network with one output in a file, run by the file's own runtime.
+
+    Args:
+        run: from `card_in`.
+
+    Input: `[N,3,H,W]`, float32, on the CPU.
+    Output: the file's first output; an image whose sides are not those of the card is a ValueError.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)[0]
+
+
 def format_of(path: Path) -> Format:
     """The format of a file, by its ending.
 
     Raises:
         ValueError: it is none of `ENDINGS`.
     """
-    # the longest first: that of aoti ends as that of pt2
+    # the longest first: `.aoti.pt2` also ends in `.pt2`
     for to, ending in sorted(ENDINGS.items(), key=lambda item: -len(item[1])):
         if path.name.endswith(ending):
             return to
@@ -134,10 +184,6 @@ def format_of(path: Path) -> Format:
 def is_exported(path: str | Path) -> bool:
     """Whether a path has the ending of an exported network."""
     return str(path).endswith(tuple(ENDINGS.values()))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 # ---- formats
@@ -154,7 +200,7 @@ def _write_openvino(program: _Program, card: str, path: Path) -> None:
     import openvino
 
     converted = openvino.convert_model(program)
-    # they would be those of torch's graph
+    # else the names of torch's graph remain
     converted.inputs[0].tensor.set_names({"image"})
     converted.outputs[0].tensor.set_names({"logits"})
     converted.set_rt_info(card, _KEY)

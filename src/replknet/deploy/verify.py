@@ -15,6 +15,10 @@ from replknet.difference import largest_difference
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
+class AccuracyError(RuntimeError):
+    """int8 costs more accuracy than is allowed, whichever layers stay in float32; no file was written."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far a file's outputs are from torch's: the largest of all outputs and of all images it was checked on.

@@ -3,7 +3,6 @@
 A twin with 3x3 kernels and the same recipe is trained beside it, so that the receptive fields compare.
 """
 
-import dataclasses
 import html
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from replknet.analysis import ERF, effective_receptive_field, plots
+from replknet.data.batches import batches
 from replknet.data.cifar10 import CLASSES, load
 from replknet.difference import largest_difference
 from replknet.explore.fields import enlarged
@@ -23,10 +23,11 @@ from replknet.models import CONFIGS, load_model, save_model
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 from replknet.tasks.classification.infer import Scores, evaluate
-from replknet.tasks.recipes import Recipe, cifar10
+from replknet.tasks.classification.recipes import cifar10
+from replknet.tasks.classification.sets import evaluation_set
+from replknet.tasks.fit import fit
 from replknet.timing import Timing, interleaved
-from replknet.train import fit
-from replknet.train.loaders import batches, evaluation_set
+from replknet.train.recipe import Recipe
 
 # the receptive field is measured on enlarged images, as the paper does, so that it does not end at their border
 _FIELD_PIXELS = 96
@@ -66,8 +67,8 @@ def run(output: Path, data: Path | None = None, epochs: int = 5) -> Path:
     """
     started = time.perf_counter()
     load(data)
-    large = dataclasses.replace(cifar10(), epochs=epochs, warmup_epochs=min(1, epochs - 1))
-    small = dataclasses.replace(large, kernels=_SMALL_KERNELS)
+    large = cifar10().changed(epochs=epochs, warmup_epochs=min(1, epochs - 1))
+    small = large.changed(kernels=_SMALL_KERNELS)
     outcomes = [
         _outcome("large kernels", large, output / "large", data),
         _outcome("3x3 kernels", small, output / "small", data),
@@ -164,7 +165,7 @@ def _sides(recipe: Recipe) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    return "\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(recipe).items())
+    return "\n".join(f"{key} = {value!r}" for key, value in recipe.plain.items())
 
 
 def _table(outcomes: list[Outcome]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from replknet.tasks.recipes import Hardware
+from replknet.train.hardware import Hardware
 
 Scale = Literal["small", "full"]
 # what a run measures: numbers, and whatever else JSON takes

@@ -1,13 +1,13 @@
 """Guidelines 2, 3 and 5 and the comparison with dilation, on MobileNetV2 as in the paper's section 3."""
 
-from dataclasses import replace
 from typing import Any
 
+from replknet.data.published import IMAGES
 from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
 from replknet.explore.training_arms import draw_scores, score_columns, trained
 from replknet.tasks.classification.imagenet import imagenet1k_mobilenetv2_100
-from replknet.tasks.recipes import Recipe
-from replknet.train.estimate import IMAGES
+from replknet.tasks.classification.recipes import ClassificationOptions
+from replknet.train.recipe import Recipe
 
 _SEEDS = 3
 _SMALL_SCALE = (
@@ -21,20 +21,18 @@ _FULL_SCALE = "ImageNet at 224 pixels, 100 epochs, the recipe imagenet1k_mobilen
 
 def _recipe(scale: Scale, kernels: tuple[int, ...], **network: Any) -> Recipe:
     if scale == "full":
-        return replace(imagenet1k_mobilenetv2_100(), kernels=kernels, network=network)
+        return imagenet1k_mobilenetv2_100().changed(kernels=kernels, network=network)
     return Recipe(
         model="mobilenetv2_lk",
-        dataset="cifar10",
-        image_size=28,
         kernels=kernels,
         network={"width": 0.25, "stem_stride": 2, "strides": [1, 1, 1, 2, 1, 1, 1], **network},
         epochs=1,
         batch_size=128,
         lr=5e-3,
-        min_lr=0.0,
         warmup_epochs=0.2,
         # batches are made at once, faster than another process could pass them on
         workers=0,
+        options=ClassificationOptions(dataset="cifar10", image_size=28, min_lr=0.0),
     )
 
 

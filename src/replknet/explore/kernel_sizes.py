@@ -1,13 +1,12 @@
 """The study of kernel sizes (Table 5 of the paper): RepLKNet with 3 to 31 on classification and segmentation."""
 
-from dataclasses import replace
-
+from replknet.data.published import IMAGES
 from replknet.explore.experiment import Arm, Claim, Experiment, Scale, compared
 from replknet.explore.training_arms import draw_scores, score_columns, trained
 from replknet.tasks.classification.imagenet import imagenet1k_b_120
-from replknet.tasks.recipes import Recipe, SegmentationRecipe, cifar10
+from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.segmentation.recipes import ade20k_31b_512, camvid
-from replknet.train.estimate import IMAGES
+from replknet.train.recipe import Recipe
 
 SIDES = (3, 7, 13, 25, 31)
 _FULL = {3: "replknet_b_k3", 7: "replknet_b_k7", 13: "replknet_b_k13", 25: "replknet_b_k25", 31: "replknet_31b"}
@@ -27,10 +26,10 @@ def kernels_of(side: int) -> tuple[int, ...]:
 
 def _recipe(scale: Scale, side: int) -> Recipe:
     if scale == "full":
-        return replace(imagenet1k_b_120(), model=_FULL[side])
+        return imagenet1k_b_120().changed(model=_FULL[side])
     # the paper's 3-3-3-3 has no small branch
     network = {"small_kernel": None if side == 3 else 3}
-    return replace(cifar10(), kernels=kernels_of(side), network=network, epochs=2, warmup_epochs=0.4)
+    return cifar10().changed(kernels=kernels_of(side), network=network, epochs=2, warmup_epochs=0.4)
 
 
 def classifiers(scale: Scale) -> dict[int, Arm]:
@@ -109,11 +108,10 @@ def _images(scale: Scale) -> tuple[int, int]:
     return (IMAGES["ade20k"], 1) if scale == "full" else (_CAMVID, 2)
 
 
-def _segmentation(scale: Scale, side: int) -> SegmentationRecipe:
+def _segmentation(scale: Scale, side: int) -> Recipe:
     if scale == "full":
-        return replace(ade20k_31b_512(), model=_FULL[side], finetune=False)
-    return replace(
-        camvid(),
+        return ade20k_31b_512().changed(model=_FULL[side], finetune=False)
+    return camvid().changed(
         model="replknet_cifar",
         weights=None,
         kernels=kernels_of(side),

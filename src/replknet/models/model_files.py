@@ -6,7 +6,7 @@ A file without that description, such as the released weights, is understood fro
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +24,13 @@ from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 
 Network = TypeVar("Network", bound=nn.Module)
+Described = TypeVar("Described")
 
 # every network that is registered with timm
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
 
-_FIELD = "replknet"
-# those of files of networks with another task, which is how eval and predict call it
-SEGMENTATION_FIELD, DETECTION_FIELD = "replknet_segmentation", "replknet_detection"
-_OTHERS = {SEGMENTATION_FIELD: "segmentation", DETECTION_FIELD: "detection"}
+# key of a classifier's description in a file's header; other tasks have keys that begin like it
+FIELD = "replknet"
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
 # weights that are part of the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
@@ -82,7 +81,7 @@ def save_model(model: StagedNet, path: str | Path, description: Description) -> 
         path: the file; its folder is made.
         description: what is needed to build the network again and to feed it, written into the file's header.
     """
-    write(model, path, {_FIELD: json.dumps(_plain(description))})
+    write(model, path, {FIELD: json.dumps(_plain(description))})
 
 
 def write(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
@@ -126,8 +125,34 @@ def weights_file(path: str | Path) -> Path:
     return _SHIPPED / f"{named[0]}.safetensors"
 
 
+@dataclass(frozen=True)
+class Source:
+    """A file of weights that was read.
+
+    Args:
+        path: the file.
+        state: its tensors under our keys.
+        texts: the fields of its header; empty for files without one.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    texts: dict[str, str]
+
+
+def read(path: str | Path) -> Source:
+    """Read a file of weights, of any known key format, or weights that come with the package.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds no weights.
+    """
+    path = weights_file(path)
+    return Source(path, read_state_dict(path), read_metadata(path))
+
+
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[StagedNet, Description]:
-    """The network of a checkpoint file, in the file's form and in eval mode, and its description.
+    """The classifier of a checkpoint file, in the file's form and in eval mode, and its description.
 
     Args:
         path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
@@ -140,24 +165,28 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file holds no weights of a network of replknet's.
+        CheckpointError: the file holds no classifier of replknet's.
     """
-    path = weights_file(path)
-    state = read_state_dict(path)
-    metadata = read_metadata(path)
-    for task in (task for field, task in _OTHERS.items() if field in metadata):
+    return classifier_of(read(path), dtype)
+
+
+def classifier_of(source: Source, dtype: torch.dtype | None = None) -> tuple[StagedNet, Description]:
+    """The classifier of a file that was read, and its description; see `load_model`."""
+    text = source.texts.get(FIELD)
+    other = next((field for field in source.texts if field.startswith(f"{FIELD}_")), None)
+    if text is None and other is not None:
         raise CheckpointError(
-            f"{path} holds a {task} network and no classifier: it is read by eval and predict with --task {task}, and "
-            f"by replknet.tasks.{task}_saved.load_{task}"
+            f"{source.path} holds no classifier but a network for {other.removeprefix(f'{FIELD}_')}: "
+            "replknet.load reads networks of any task"
         )
-    text = metadata.get(_FIELD)
-    description = _parsed(text, path) if text is not None else described(state, str(path))
+    where = source.path
+    description = described(source.state, str(where)) if text is None else parsed(text, where, _classifier)
     options = {}
-    if any(re.match(r"stages\.\d\.norm\.", key) for key in state):
+    if any(re.match(r"stages\.\d\.norm\.", key) for key in source.state):
         options["norm_intermediate_features"] = True
     with torch.device("meta"):
         model = description.build(**options)
-    return filled(model, state, path, type(model).__name__).to(dtype), description
+    return filled(model, source.state, where, type(model).__name__).to(dtype), description
 
 
 def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what: str) -> Network:
@@ -182,18 +211,35 @@ def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what:
     return model.eval()
 
 
-def _parsed(text: str, path: str | Path) -> Description:
+def parsed(text: str, path: Path, make: Callable[..., Described]) -> Described:
+    """The description in the header of a file.
+
+    Args:
+        text: JSON of its fields; lists become tuples.
+        path: what the error calls the file.
+        make: from the fields to the description.
+
+    Raises:
+        CheckpointError: it is no such description.
+    """
     try:
         fields: dict[str, Any] = json.loads(text)
-        # files of earlier versions are all of one family
-        family = fields.pop("family", "replknet")
-        config = next(config for config, name in _FAMILY.items() if name == family)
-        fields["config"] = config(**fields["config"])
-        for name in ("classes", "mean", "std"):
-            fields[name] = tuple(fields[name])
-        return Description(**fields)
-    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        return make(**{name: as_tuples(value) for name, value in fields.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+
+
+def as_tuples(value: Any) -> Any:
+    """JSON's lists as tuples, to any depth; other values as they are."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _classifier(*, config: dict[str, Any], family: str = "replknet", **others: Any) -> Description:
+    # files of earlier versions are all of one family
+    kinds = {name: kind for kind, name in _FAMILY.items()}
+    if family not in kinds:
+        raise ValueError(f"no family is called {family!r}; there are {', '.join(kinds)}")
+    return Description(config=kinds[family](**config), **others)
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Description:

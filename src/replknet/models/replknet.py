@@ -230,15 +230,26 @@ _BY_HAND = {
 }
 
 
+def evaluation_crop(size: int, crop_pct: float = 0.875) -> tuple[str, float]:
+    """How the official evaluation fits an image into a size: timm's `crop_mode` and `crop_pct`.
+
+    Args:
+        size: side of the network's images, pixels. From 384 on an image is warped to the size, and nothing is cropped.
+        crop_pct: share of the resized image that the centre crop takes, for smaller sizes.
+    """
+    return ("squash", 1.0) if size >= 384 else ("center", crop_pct)
+
+
 def _cfg(mirrored: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """timm's facts about weights; at 384 pixels the official evaluation warps to the size and crops nothing."""
+    """timm's facts about weights."""
+    crop_mode, crop_pct = evaluation_crop(size)
     return {
         "url": _MIRROR + mirrored if mirrored else "",
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
         "num_classes": 1000,
-        "crop_pct": 1.0 if size >= 384 else 0.875,
-        "crop_mode": "squash" if size >= 384 else "center",
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -1,1 +1,19 @@
-"""Tasks: loss, prediction and metric."""
+"""What networks are for: a folder and a record a task, and all that is the same whatever the task.
+
+A new task is a folder with a `TASK`, and its name in the tuple below.
+"""
+
+from collections.abc import Callable
+
+from replknet.tasks import classification, detection, segmentation
+from replknet.tasks.task import Task
+from replknet.train.recipe import Recipe
+
+TASKS: dict[str, Task] = {task.TASK.name: task.TASK for task in (classification, segmentation, detection)}
+
+# every preset that `replknet train` knows
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for task in TASKS.values() for recipe in task.recipes
+}
+
+__all__ = ["RECIPES", "TASKS", "Task"]

@@ -1,6 +1,6 @@
 """What a training needs before anyone pays for it: memory of a device, and steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,20 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from replknet.data.masks import Classes, shipped_classes
-from replknet.models.timm_model import StagedNet
-from replknet.tasks.classification import train as classification
-from replknet.tasks.classification.infer import fallback_of
-from replknet.tasks.recipes import Hardware, Recipe, SegmentationRecipe
+from replknet.train.hardware import Hardware
+from replknet.train.job import Train, check_model
+from replknet.train.optimisers import fallback_of
+from replknet.train.recipe import Recipe
 
-# images for training; ImageNet-22K is the whole of its 2011 release
-IMAGES = {
-    "cifar10": 50_000,
-    "imagenet1k": 1_281_167,
-    "imagenet22k": 14_197_122,
-    "ade20k": 20_210,
-    "cityscapes": 2_975,
-}
 # share of a device's memory that the tensors may take; libraries, fragments and what a framework keeps take some, too
 USABLE = 0.9
 
@@ -59,7 +50,8 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe | SegmentationRecipe,
+    recipe: Recipe,
+    train: Train,
     hardware: Hardware,
     images: int,
     classes: int,
@@ -77,17 +69,19 @@ def estimate(
     Raises:
         ValueError: the images of a step cannot be divided so, or the weights are to be divided, which is not counted.
     """
+    check_model(recipe.model)
     if hardware.shard:
-        raise ValueError("a plan counts whole weights on every device; it cannot tell what --shard saves, leave it out")
+        raise ValueError("whole weights are counted on every device; what --shard saves is not known, leave it out")
     per_process, rest = divmod(recipe.batch_size, hardware.processes)
     if rest or per_process == 0:
         hardware.accumulated(recipe.batch_size)  # says what is wrong
     choices = [n for n in range(1, per_process + 1) if per_process % n == 0]
-    if isinstance(recipe, SegmentationRecipe):
-        recipe.check_at_once(hardware.at_once(recipe.batch_size), hardware.processes)
-        choices = [n for n in choices if n > 1 or (recipe.sync_bn and hardware.processes > 1)]
+    refused = train.refusal(recipe, hardware, hardware.at_once(recipe.batch_size))
+    if refused is not None:
+        raise ValueError(refused)
+    choices = [n for n in choices if train.refusal(recipe, hardware, n) is None]
     small, large = choices[max(0, len(choices) // 2 - 1)], choices[len(choices) // 2]
-    known = {n: step_memory(recipe, hardware, n, classes).total for n in {small, large}}
+    known = {n: step_memory(recipe, train, hardware, n, classes).total for n in {small, large}}
     slope = (known[large] - known[small]) / (large - small) if large > small else 0.0
     estimated = {n: known.get(n, round(known[small] + slope * (n - small))) for n in choices}
     limit = None if device_memory is None else USABLE * device_memory * 1e9
@@ -95,9 +89,9 @@ def estimate(
     if device_batch is None:
         fitting = [n for n in choices if limit is None or estimated[n] <= limit]
         device_batch = max(fitting, default=1)
-    memory = step_memory(recipe, hardware, device_batch, classes)
+    memory = step_memory(recipe, train, hardware, device_batch, classes)
     steps_per_epoch = images // recipe.batch_size
-    epochs = recipe.epochs if isinstance(recipe, Recipe) else recipe.epochs_of(images)
+    epochs = recipe.epochs_of(images)
     return Estimate(
         device_batch=device_batch,
         accumulate=Hardware(devices=hardware.devices, nodes=hardware.nodes, device_batch=device_batch).accumulated(
@@ -112,15 +106,16 @@ def estimate(
     )
 
 
-def step_memory(recipe: Recipe | SegmentationRecipe, hardware: Hardware, images: int, classes: int) -> Memory:
+def step_memory(recipe: Recipe, train: Train, hardware: Hardware, images: int, classes: int) -> Memory:
     """Memory of one step with so many images on a device, without torch.compile.
 
     Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. What the
     optimiser's own step takes beside its state comes when the activations are gone. Scratch memory inside an operator
     is not seen.
     """
+    assert train.step is not None
     with FakeTensorMode():
-        step = step_of(recipe, hardware, images, classes)
+        step = train.step(recipe, hardware, images, classes)
         model = step.model
         tracker = MemTracker()
         tracker.track_external(model, step.x, step.target)
@@ -140,66 +135,10 @@ def step_memory(recipe: Recipe | SegmentationRecipe, hardware: Hardware, images:
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        average=weights if isinstance(recipe, Recipe) and recipe.ema_decay is not None else 0,
+        average=weights if step.average else 0,
         buckets=parameters if hardware.processes > 1 else 0,
         activations=peak["Total"] - weights - gradients,
     )
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """A step of a training on made-up images.
-
-    Args:
-        model: the network, in training.
-        x: images `[N,3,H,W]`.
-        target: what its outputs are compared with.
-        loss: from the three to the loss.
-    """
-
-    model: nn.Module
-    x: Tensor
-    target: Tensor
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def step_of(recipe: Recipe | SegmentationRecipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
-    """A step of a recipe with so many images at once, its network untrained.
-
-    Raises:
-        ValueError: the network cannot be built so.
-    """
-    if isinstance(recipe, Recipe):
-        return _classification(recipe, hardware, images, classes)
-    return _segmentation(recipe, hardware, images, classes)
-
-
-def _classification(recipe: Recipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
-    model = classification.create_network(recipe, classes)
-    assert isinstance(model, StagedNet)
-    model.set_grad_checkpointing(hardware.grad_checkpointing)
-    side = recipe.image_size
-    x = torch.zeros(images, model.in_chans, side, side).contiguous(memory_format=torch.channels_last)
-    return TrainStep(model, x, torch.full((images, classes), 1 / classes), _soft_cross_entropy)
-
-
-def _soft_cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    return -(model(x).float().log_softmax(1) * target).sum(1).mean()
-
-
-def _segmentation(recipe: SegmentationRecipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
-    from replknet.tasks.segmentation import train as segmentation
-    from replknet.tasks.segmentation.infer import training_loss  # its packages are optional
-
-    # their names and colours take no memory
-    some = Classes(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
-    model = segmentation.create_network(recipe, segmentation.description_of(recipe, some), hardware)
-    if images == 1:
-        # their map of one pixel has no variance in one image; the memory is the same
-        model.decode_head.psp_modules.eval()
-    x = torch.zeros(images, 3, *recipe.crop).contiguous(memory_format=torch.channels_last)
-    mask = torch.zeros(images, *recipe.crop, dtype=torch.uint8)
-    return TrainStep(model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None))
 
 
 def _bytes(t: Tensor) -> int:
@@ -235,22 +174,3 @@ def autocast(precision: str, device: str = "cpu") -> Iterator[None]:
     dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
-
-
-def training_images(recipe_name: str, recipe: Recipe | SegmentationRecipe) -> int | None:
-    """Images of the recipe's training set, None where they are the user's own."""
-    if recipe.dataset in IMAGES:
-        return IMAGES[recipe.dataset]
-    if "imagenet" not in recipe_name:
-        return None
-    return IMAGES["imagenet22k" if recipe_name.startswith("imagenet22k_31") else "imagenet1k"]
-
-
-def training_classes(recipe: Recipe | SegmentationRecipe) -> int | None:
-    """Classes of the recipe's training set, None where they are the user's own."""
-    if isinstance(recipe, SegmentationRecipe):
-        return None if recipe.dataset == "masks" else len(shipped_classes(recipe.dataset).names)
-    if recipe.dataset == "cifar10":
-        return 10
-    # what nobody evaluates is ImageNet-22K
-    return 1000 if recipe.evaluate else 21841

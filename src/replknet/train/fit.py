@@ -8,9 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,59 +18,42 @@ from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
 from replknet.kernels.malloc import keep_freed_memory
-from replknet.tasks.classification import train as classification
-from replknet.tasks.recipes import AnyRecipe, DetectionRecipe, Hardware, Recipe
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
-from replknet.train.job import Job
+from replknet.train.hardware import Hardware
+from replknet.train.job import Job, Train, check_model
 from replknet.train.loaders import Batches
 from replknet.train.progress import Bar, Progress
+from replknet.train.recipe import Recipe
 
 
 class ResumeError(ValueError):
     """A training that cannot go on from where it is asked to; the text says why and what to do."""
 
 
-def fit(
-    recipe: AnyRecipe,
+def run(
+    recipe: Recipe,
+    train: Train,
     folder: Path,
     data: Path | None = None,
     resume: bool = False,
     hardware: Hardware | None = None,
 ) -> Path:
-    """Train a network; Ctrl-C keeps the state after the step under way, and `resume` goes on from it.
-
-    A second Ctrl-C stops at once, with the last state that was written. However a training ends, it goes on as if it
-    had not: images, mixing and drop path are functions of the seed, the epoch, the image and the step. On the same
-    machine and as many threads and processes the weights are the same to the bit.
+    """Train a network of a job; `replknet.tasks.fit` is for callers, and says what the arguments are.
 
     Args:
         recipe: what to train.
-        folder: where the result goes: `model.safetensors` (weights with their description), `last.ckpt`
-            (the state to go on from), `recipe.json` and `metrics.json` (a row an epoch), `best.safetensors` (weights
-            of the epoch with the best score), `steps.csv` and `tensorboard/` (loss, learning rate and
-            speed every few steps), `curve.png`.
-        data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
+        train: of the recipe's task.
+        folder: where the result goes.
+        data: folder or archive of the images.
         resume: go on from `folder/last.ckpt`.
-        machine: devices and the like; by default all GPUs, or one process on a CPU.
-
-    Returns:
-        The path of the weights.
-
-    Raises:
-        ResumeError: there is a result in the folder already and `resume` is not asked for, or there is
-            none to go on from, or it is of another recipe.
-        StateError: the state to go on from is damaged, or one cannot be written.
-        LossError: the loss is no number.
-        ValueError: the images of a step cannot be divided among the devices, or the checkpoint to start from is not
-            named or does not fit.
-        ImageError, DownloadError: the data cannot be had.
-        KeyboardInterrupt: the training was interrupted.
+        hardware: devices and the like.
     """
+    check_model(recipe.model)
     if recipe.finetune and recipe.weights is None:
         raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
     hardware = hardware or Hardware()
     if hardware.shard:
-        _check_shardable(recipe, hardware)
+        _check_shardable(hardware)
     if recipe.sync_bn and not torch.cuda.is_available():
         raise ValueError(
             "sync_bn needs GPUs: torch has no SyncBatchNorm on a CPU; without it each process takes the statistics of "
@@ -84,15 +65,15 @@ def fit(
     done = _steps_done(last, recipe, resume)
     keep_freed_memory()
     pl.seed_everything(recipe.seed, verbose=False)
-    job = _job(recipe, data, hardware)
+    job = train.job(recipe, data, hardware)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    keep = KeepLast(folder, job.kept, _plain(recipe), hardware.save_steps, job.score)
+    (folder / "recipe.json").write_text(json.dumps(recipe.plain, indent=1) + "\n")
+    keep = KeepLast(folder, job.kept, recipe.plain, hardware.save_steps, job.score)
     with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
         _ignore_lightnings_advice()
         trainer = _trainer(recipe, job, folder, keep, hardware, accumulate)
         trainer.fit(
-            job.task,
+            job.module,
             datamodule=Batches(job.sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
@@ -105,7 +86,7 @@ def fit(
     return folder / "model.safetensors"
 
 
-def _warn_of_emulation(recipe: AnyRecipe) -> None:
+def _warn_of_emulation(recipe: Recipe) -> None:
     """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
@@ -158,13 +139,7 @@ def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _plain(recipe: AnyRecipe) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
-    return plain
-
-
-def _steps_done(last: Path, recipe: AnyRecipe, resume: bool) -> int:
+def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
     """Steps of the training that goes on, 0 for a new one."""
     if not resume:
         if last.exists():
@@ -178,8 +153,7 @@ def _steps_done(last: Path, recipe: AnyRecipe, resume: bool) -> int:
     check_whole(last)
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     # a state of an earlier version lacks options that came later
-    defaults = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
-    before, now = {**defaults, **state.get("replknet_recipe", {})}, _plain(recipe)
+    before, now = {**recipe.defaults, **state.get("replknet_recipe", {})}, recipe.plain
     differing = sorted(key for key in now if before.get(key) != now[key])
     if differing:
         told = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in differing)
@@ -187,22 +161,7 @@ def _steps_done(last: Path, recipe: AnyRecipe, resume: bool) -> int:
     return int(state["global_step"])
 
 
-def _job(recipe: AnyRecipe, data: Path | None, hardware: Hardware) -> Job:
-    if isinstance(recipe, Recipe):
-        return classification.job(recipe, data, hardware)
-    # the packages of the others are optional
-    if isinstance(recipe, DetectionRecipe):
-        from replknet.tasks.detection import train as detection
-
-        return detection.job(recipe, data, hardware)
-    from replknet.tasks.segmentation import train as segmentation
-
-    return segmentation.job(recipe, data, hardware)
-
-
-def _trainer(
-    recipe: AnyRecipe, job: Job, folder: Path, keep: KeepLast, hardware: Hardware, accumulate: int
-) -> pl.Trainer:
+def _trainer(recipe: Recipe, job: Job, folder: Path, keep: KeepLast, hardware: Hardware, accumulate: int) -> pl.Trainer:
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, hardware.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -237,16 +196,9 @@ def _trainer(
     )
 
 
-def _check_shardable(recipe: AnyRecipe, hardware: Hardware) -> None:
+def _check_shardable(hardware: Hardware) -> None:
     if hardware.processes == 1:
         raise ValueError("shard divides the weights among processes, and there is one: give --devices or --nodes")
-    if isinstance(recipe, DetectionRecipe):
-        raise ValueError("shard was never tried with a detector; leave it out")
-    if isinstance(recipe, Recipe) and recipe.ema_decay is not None:
-        raise ValueError(
-            "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
-            "has them; --ema-decay null trains without, or leave out --shard"
-        )
     if hardware.compile:
         raise ValueError("shard with compile was never tried; leave out one of them")
 

@@ -1,4 +1,4 @@
-"""Optimisers of networks that stand on a backbone."""
+"""Optimisers: of networks that stand on a backbone, and what those for matrices leave to another."""
 
 from typing import Any
 
@@ -34,3 +34,16 @@ def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr:
         weight_decay=weight_decay,
         filter_bias_and_bn=False,
     )
+
+
+def fallback_of(model: nn.Module, optimizer: str) -> dict[str, Any]:
+    """The option that tells timm what AdamW moves beside an optimiser for matrices; none for others."""
+    return {"fallback_list": _no_inner_matrices(model)} if "muon" in optimizer else {}
+
+
+def _no_inner_matrices(model: nn.Module) -> list[str]:
+    """Parameters that Muon is not for: anything but the weights of dense convolutions and linear layers, and of
+    those the first and the last (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks")."""
+    dense = [name for name, p in model.named_parameters() if p.ndim > 1 and p.shape[1] > 1]
+    inner = set(dense[1:-1])
+    return [name for name, _ in model.named_parameters() if name not in inner]

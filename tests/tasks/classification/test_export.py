@@ -13,17 +13,11 @@ from torch import nn
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.deploy import files
+from replknet.deploy.files import BOUND, ENDINGS, format_of, is_exported
 from replknet.models import Description, save_model
 from replknet.models.replknet import CONFIGS
-from replknet.tasks.classification.export import (
-    BOUND,
-    ENDINGS,
-    Exported,
-    card_of,
-    export_classifier,
-    format_of,
-    is_exported,
-)
+from replknet.tasks.classification.export import card_of, export_classifier
+from replknet.tasks.files import load_network
 
 DESCRIPTION = Description(
     config=CONFIGS["replknet_test"],
@@ -52,8 +46,8 @@ def test_a_file_is_the_network_at_any_size_and_says_what_it_is(to, tmp_path):
     found = export_classifier(model, card_of(DESCRIPTION, "mit"), path, to, [torch.randn(1, 3, 64, 64)])
     assert found.relative <= BOUND
     assert found.absolute > 0, "both may not come from one computation"
-    exported = Exported(path)
-    card = exported.card
+    network_in_file = load_network(path)
+    exported, card = network_in_file.model, network_in_file.description
     assert (card.classes, card.num_classes, card.name, card.licence) == (("a", "b", "c"), 3, "replknet_test", "mit")
     assert (card.image_size, card.crop_pct, card.crop_mode, card.interpolation) == (64, 0.875, "center", "bicubic")
     assert (card.mean, card.std) == ((0.4,) * 3, (0.2,) * 3)
@@ -116,7 +110,7 @@ def test_wrong_calls_say_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"ends in .onnx, .xml, .pt2, .aoti.pt2, got net.tflite"):
         format_of(tmp_path / "net.tflite")
     with pytest.raises(FileNotFoundError, match=r"no exported network at nowhere\.onnx"):
-        Exported("nowhere.onnx")
+        load_network("nowhere.onnx")
     assert format_of(tmp_path / "net.aoti.pt2") == "aoti"
     assert not is_exported("model.safetensors")
 
@@ -129,7 +123,7 @@ def test_a_file_of_others_has_no_card(tmp_path):
     torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "other.onnx")
     for ending in ("pt2", "xml", "onnx"):
         with pytest.raises(ValueError, match=rf"other\.{ending} says nothing of its classes and images"):
-            Exported(tmp_path / f"other.{ending}")
+            load_network(tmp_path / f"other.{ending}")
 
 
 def test_commands_export_and_predict_the_same_classes(tmp_path, capsys):

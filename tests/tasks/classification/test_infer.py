@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import replknet  # noqa: F401  # registers the networks
-from replknet.tasks.classification.infer import Guess, _no_inner_matrices, evaluate, predict
+from replknet.tasks.classification.infer import Guess, evaluate, predict
+from replknet.train.optimisers import _no_inner_matrices
 
 LOGITS = nn.Flatten()  # images [N,classes,1,1] are taken for the logits
 

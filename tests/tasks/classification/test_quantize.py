@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from replknet.cli.main import main
-from replknet.cli.quantize import _text
+from replknet.deploy.verify import AccuracyError
 from replknet.models import Description, save_model
 from replknet.models.replknet import CONFIGS
 from replknet.nn import merge
 from replknet.tasks.classification import quantize
-from replknet.tasks.classification.export import Exported, card_of
-from replknet.tasks.classification.quantize import ENDINGS, AccuracyError, _fewest, quantize_classifier, ranges
+from replknet.tasks.classification.export import card_of
+from replknet.tasks.classification.int8 import _text
+from replknet.tasks.classification.quantize import ENDINGS, _fewest, quantize_classifier, ranges
+from replknet.tasks.files import load_network
 
 STEPS = 40
 FORM = {"kernels": (23, 9), "depths": (1, 1), "channels": (8, 16), "stem_stride": 2, "small_kernel": 3}
@@ -101,8 +103,8 @@ def test_a_file_has_every_layer_in_int8_and_classifies_as_torch_does(to, network
     assert len(found.layers) == layers_in_int8(path) == LAYERS
     assert [layer for layer in found.layers if layer.kept or layer.sensitivity is not None] == []
     assert found.bytes_after == sum(file.stat().st_size for file in tmp_path.iterdir())
-    exported = Exported(path)
-    assert (exported.card.classes, exported.card.licence, exported.card.mean) == (("a", "b", "c"), "mit", (0.4,) * 3)
+    exported, card = load_network(path).model, load_network(path).description
+    assert (card.classes, card.licence, card.mean) == (("a", "b", "c"), "mit", (0.4,) * 3)
     with torch.no_grad():
         got, wanted = exported(images), network(images)
     # it is not the network in float32, and not far from it
@@ -163,7 +165,7 @@ def test_one_scale_a_weight_is_coarser_than_one_a_channel(network, images, score
         path = tmp_path / f"{per_channel}.int8.onnx"
         quantize_classifier(model, card_of(DESCRIPTION), path, "onnx", [images[:64]], scored, 100, per_channel)
         with torch.no_grad():
-            errors[per_channel] = (Exported(path)(images) - network(images)).norm().item()
+            errors[per_channel] = (load_network(path).model(images) - network(images)).norm().item()
     assert errors[False] > 2 * errors[True]
 
 
@@ -238,7 +240,7 @@ def saved(network, tmp_path_factory):
 def test_the_command_says_what_int8_costs(saved, cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CI", "true")
     path = tmp_path / "net.int8.onnx"
-    command = ["quantize", saved, "--to", "onnx", "--data", str(cifar), "-o", str(path), "--licence", "mit"]
+    command = ["export", saved, "--int8", "--to", "onnx", "--data", str(cifar), "-o", str(path), "--licence", "mit"]
     # the weights of an OpenVINO file of this name
     path.with_suffix(".bin").write_text("more bytes")
     few = ["--calibration", "32", "--search", "100", "--loss", "100"]
@@ -256,7 +258,7 @@ def test_the_command_says_what_int8_costs(saved, cifar, tmp_path, capsys, monkey
     assert "layers kept in float32: none" in text
     # a loss that shows on the test images alone
     monkeypatch.setattr(
-        "replknet.cli.quantize._quantized", lambda args: {**told, "top1_before": 0.5, "top1_after": 0.49}
+        "replknet.tasks.classification.int8._quantized", lambda *args: {**told, "top1_before": 0.5, "top1_after": 0.49}
     )
     assert main([*command, "--loss", "0.5"]) == 1
     assert "the test images lose 1.00 points, more than the 0.5" in capsys.readouterr().err
@@ -268,7 +270,7 @@ def test_the_command_says_what_int8_costs(saved, cifar, tmp_path, capsys, monkey
 def test_the_command_fails_in_a_line(saved, cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CI", "true")
     path = tmp_path / "net.int8.onnx"
-    command = ["quantize", saved, "--to", "onnx", "--data", str(cifar), "-o", str(path)]
+    command = ["export", saved, "--int8", "--to", "onnx", "--data", str(cifar), "-o", str(path)]
     assert main(command) == 2
     assert "expected more training images than the 512 for calibration, got 240" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "net.onnx"), "--calibration", "32"]) == 2
@@ -277,7 +279,7 @@ def test_the_command_fails_in_a_line(saved, cifar, tmp_path, capsys, monkeypatch
     def refused(*args):
         raise AccuracyError("the reason")
 
-    monkeypatch.setattr("replknet.cli.quantize.quantize_classifier", refused)
+    monkeypatch.setattr("replknet.tasks.classification.int8.quantize_classifier", refused)
     assert main([*command, "--calibration", "32"]) == 1
     assert capsys.readouterr().err == "replknet quantize: the reason\n"
     assert list(tmp_path.iterdir()) == []

@@ -18,18 +18,23 @@ from replknet.data.images import PHOTOS, ImageError
 from replknet.models import CheckpointError, Description, load_model, save_model
 from replknet.models.detection_keys import to_mmdet
 from replknet.models.replknet import CONFIGS
+from replknet.tasks import RECIPES
 from replknet.tasks.detection.cascade import CascadeRCNN
 from replknet.tasks.detection.fcos import FCOS
 from replknet.tasks.detection.files import DetectionDescription, load_detection, save_detection
-from replknet.tasks.detection.infer import Detection, predict
-from replknet.tasks.recipes import RECIPES, DetectionRecipe, Hardware
-from replknet.train import LossError, fit
+from replknet.tasks.detection.infer import predict
+from replknet.tasks.detection.recipes import DetectionOptions
+from replknet.tasks.detection.train import Detection
+from replknet.tasks.fit import fit
+from replknet.train.callbacks import LossError
+from replknet.train.hardware import Hardware
+from replknet.train.recipe import Recipe
 
 CLASSES = ("square", "bar")
 COLOURS = ((220, 40, 40), (40, 40, 220))
-RECIPE = DetectionRecipe(
-    model="replknet_test", detector="fcos", scales=((96, 64), (120, 80)), scale=(96, 64), channels=32, samples=24,
-    batch_size=4, lr=5e-3, workers=0,
+RECIPE = Recipe(
+    model="replknet_test", samples=24, batch_size=4, lr=5e-3, workers=0,
+    options=DetectionOptions(detector="fcos", scales=((96, 64), (120, 80)), scale=(96, 64), channels=32),
 )  # fmt: skip
 
 
@@ -78,8 +83,8 @@ def curve(folder):
 
 
 def test_it_learns_and_the_commands_use_it(shapes, tmp_path, capsys):
-    recipe = dataclasses.replace(
-        RECIPE, scales=((96, 64),), samples=40 * 11, drops=(32 * 11,), lr=4e-3, evaluate_every=20, warmup_samples=22
+    recipe = RECIPE.changed(
+        scales=((96, 64),), samples=40 * 11, drops=(32 * 11,), lr=4e-3, evaluate_every=20, warmup_samples=22
     )
     weights = str(fit(recipe, tmp_path, shapes))
     rows = curve(tmp_path)
@@ -141,7 +146,7 @@ def _check_predict(weights, shapes, folder, capsys):
 def test_every_detector_trains_and_comes_back(detector, shapes, tmp_path, capsys):
     # torchvision's norms refuse two channels a group on a map of one pixel
     channels = 64 if detector == "torchvision_fcos" else 32
-    recipe = dataclasses.replace(RECIPE, detector=detector, channels=channels, samples=11, precision="bf16-mixed")
+    recipe = RECIPE.changed(detector=detector, channels=channels, samples=11, precision="bf16-mixed")
     weights = fit(recipe, tmp_path, shapes)
     (row,) = curve(tmp_path)
     assert ("val_map_masks" in row) == ("mask" in detector)
@@ -179,7 +184,7 @@ def test_interrupted_it_goes_on_to_the_same_weights(shapes, tmp_path, monkeypatc
 
 def test_two_processes_train_and_count_what_one_does(shapes, tmp_path, monkeypatch):
     # one size, so that no process fills up its batch to another one; the validation has five images
-    recipe = dataclasses.replace(RECIPE, scales=((96, 64),), optimizer="sgd", lr=1e-3)
+    recipe = RECIPE.changed(scales=((96, 64),), optimizer="sgd", lr=1e-3)
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", without_statistics)
     fit(recipe, tmp_path / "one", shapes)
     train_in_two(recipe, tmp_path / "two", shapes)
@@ -199,10 +204,10 @@ def test_it_starts_from_a_classifier_and_malformed_annotations_are_left_out_when
         content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
         content["annotations"][0]["bbox"][2] = -3
         (broken / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    recipe = dataclasses.replace(RECIPE, weights=str(file), samples=11, lr=1e-9)
+    recipe = RECIPE.changed(weights=str(file), samples=11, lr=1e-9)
     with pytest.raises(ImageError, match=r"box without width or height \(1\): 1; correct it, or leave it out"):
         fit(recipe, tmp_path / "run", broken)
-    weights = fit(dataclasses.replace(recipe, malformed="skip"), tmp_path / "run", broken)
+    weights = fit(recipe.changed(malformed="skip"), tmp_path / "run", broken)
     assert "left out of train: annotation with a box without width or height (1): 1" in capsys.readouterr().err
     own = load_detection(weights)[0].state_dict()
     key = "stages.2.blocks.0.pw1.conv.weight"
@@ -305,7 +310,7 @@ def test_what_cannot_be_trained_is_an_error(shapes, tmp_path, capsys):
         ({"finetune": True}, "name the checkpoint it starts from with --weights FILE"),
     ):
         with pytest.raises(ValueError, match=text):
-            fit(dataclasses.replace(RECIPE, **changes), tmp_path, shapes)
+            fit(RECIPE.changed(**changes), tmp_path, shapes)
     with pytest.raises(ValueError, match="name their folder or zip with --data"):
         fit(RECIPE, tmp_path, None)
     with pytest.raises(ValueError, match="shard was never tried with a detector"):
@@ -320,7 +325,7 @@ def test_what_cannot_be_trained_is_an_error(shapes, tmp_path, capsys):
         ({"workers": -1}, "workers must not be negative"),
     ):
         with pytest.raises(ValueError, match=text):
-            dataclasses.replace(RECIPE, **changes)
+            RECIPE.changed(**changes)
     assert main(["plan", "bccd"]) == 2
     assert "a plan counts no detectors" in capsys.readouterr().err
 
@@ -330,6 +335,6 @@ def test_a_loss_that_is_no_number_leaves_its_batch(shapes, tmp_path, monkeypatch
     monkeypatch.setattr(Detection, "training_step", lambda self, *args: real(self, *args) * float("nan"))
     monkeypatch.setattr(Detection, "last_loss", torch.tensor(float("nan")), raising=False)
     with pytest.raises(LossError, match="its batch is in"):
-        fit(dataclasses.replace(RECIPE, lr=1e30, clip_grad=None), tmp_path, shapes)
+        fit(RECIPE.changed(lr=1e30, clip_grad=None), tmp_path, shapes)
     batch = load_file(tmp_path / "bad_batch.safetensors")
     assert {"images.0", "labels.0.boxes", "labels.0.labels"} <= set(batch)

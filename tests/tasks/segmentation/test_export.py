@@ -14,8 +14,9 @@ from torch import nn
 from replknet.cli.main import main
 from replknet.data import images
 from replknet.deploy import files
-from replknet.deploy.files import BOUND, ENDINGS
-from replknet.tasks.segmentation.export import ExportedSegmenter, example_of, export_segmenter, segmentation_card
+from replknet.deploy.files import BOUND, ENDINGS, card_in
+from replknet.tasks.files import load_network
+from replknet.tasks.segmentation.export import example_of, export_segmenter, segmentation_card
 from replknet.tasks.segmentation.files import SegmentationDescription, load_segmentation, save_segmentation
 from replknet.tasks.segmentation.infer import inference_of, predict
 
@@ -70,7 +71,7 @@ def file(checkpoint):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_is_the_network_at_any_size(to, checkpoint, file):
-    model, exported = load_segmentation(checkpoint)[0], ExportedSegmenter(file(to))
+    model, exported = load_segmentation(checkpoint)[0], load_network(file(to)).model
     with torch.no_grad():
         large = torch.randn(2, 3, 130, 96)
         # a window is a part of an image, and predict gives channels last
@@ -83,10 +84,10 @@ def test_a_file_is_the_network_at_any_size(to, checkpoint, file):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_says_how_it_is_used(to, file):
-    card = ExportedSegmenter(file(to)).card
-    assert card.description == DESCRIPTION
-    assert (card.task, card.sides, card.licence) == ("segmentation", (33, 8192), "mit")
-    assert card.made_by.startswith("replknet ")
+    assert load_network(file(to)).description == DESCRIPTION
+    card, _ = card_in(file(to))
+    assert (card["task"], card["sides"], card["licence"]) == ("segmentation", (33, 8192), "mit")
+    assert card["made_by"].startswith("replknet ")
     beside = sorted(path.suffix for path in file(to).parent.iterdir())
     assert beside == ([".bin", ".xml"] if to == "openvino" else [file(to).suffix])
 
@@ -118,12 +119,13 @@ def test_onnx_has_standard_nodes_alone(file):
 @pytest.mark.parametrize("to", FORMATS)
 def test_classes_are_those_of_the_checkpoint(to, checkpoint, file):
     model, description = load_segmentation(checkpoint)
-    exported = ExportedSegmenter(file(to))
+    network_in_file = load_network(file(to))
+    exported, described = network_in_file.model, network_in_file.description
     for inference in (inference_of(description), replace(inference_of(description), window=None, stride=None)):
         for photo in images.PHOTOS:
             image = images.read(photo)
             wanted = predict(model, image, description, inference)
-            got = predict(exported, image, exported.card.description, inference)
+            got = predict(exported, image, described, inference)
             assert len(wanted.unique()) > 1, "one class alone tells nothing"
             # where two logits are equal but for rounding either may win
             assert (got != wanted).float().mean() < 1e-4
@@ -147,7 +149,7 @@ def test_commands_predict_the_same_classes(to, checkpoint, file, tmp_path, capsy
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_size_that_a_file_does_not_take_is_an_error(to, file):
-    exported = ExportedSegmenter(file(to))
+    exported = load_network(file(to)).model
     with pytest.raises(ValueError, match=r"takes images with sides from 33 to 8192 pixels, got 32x64"):
         exported(torch.zeros(1, 3, 32, 64))
     with pytest.raises(ValueError, match=r"from 33 to 8192 pixels, got 40x8193"):
@@ -215,12 +217,14 @@ def test_wrong_calls_say_what_was_expected(checkpoint, file, tmp_path, capsys):
         export_segmenter(network(), segmentation_card(DESCRIPTION), tmp_path / "net.onnx", "onnx", examples)
     path = str(file("onnx"))
     capsys.readouterr()
-    assert main(["predict", path, PHOTOS[0]]) == 2
-    assert "is a network for segmentation, not for classification: `replknet predict --task segm" in (
+    assert main(["predict", path, PHOTOS[0], "--task", "detection"]) == 2
+    assert "holds a segmentation network, and a detector is asked for: leave out --task detection" in (
         capsys.readouterr().err
     )
+    assert main(["predict", path, PHOTOS[0], "--top", "2"]) == 2
+    assert "is a segmentation network: leave out --top" in capsys.readouterr().err
     assert main(["export", str(checkpoint), "--task", "segmentation", "--to", "onnx", "-o", "net.xml"]) == 2
     assert "a file for onnx ends in .onnx, got net.xml" in capsys.readouterr().err
     assert main(["export", "replknet_cifar_l", "--task", "segmentation", "--to", "onnx"]) == 2
-    assert "holds no UperNet" in capsys.readouterr().err
+    assert "holds a classifier, and a segmentation network is asked for" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Segmentation trained through `fit`: from weights, resumed, in two processes; and the commands around it."""
 
-import dataclasses
 import json
 import signal
 
@@ -15,18 +14,24 @@ from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.replknet import CONFIGS
-from replknet.tasks.recipes import RECIPES, SegmentationRecipe
+from replknet.tasks import RECIPES
+from replknet.tasks.fit import fit
 from replknet.tasks.segmentation import heads
 from replknet.tasks.segmentation.files import load_segmentation
-from replknet.tasks.segmentation.infer import Inference, Segmentation
+from replknet.tasks.segmentation.infer import Inference
 from replknet.tasks.segmentation.infer import predict as predicted
-from replknet.train import ResumeError, fit
+from replknet.tasks.segmentation.recipes import SegmentationOptions
+from replknet.tasks.segmentation.train import Segmentation
 from replknet.train.backbones import load_backbone
+from replknet.train.fit import ResumeError
+from replknet.train.recipe import Recipe
 from scenes import CLASSES
 
-RECIPE = SegmentationRecipe(
-    model="replknet_test", dataset="masks", crop=(32, 48), ratio=(0.75, 1.5), channels=16, auxiliary_channels=8,
-    samples=24, batch_size=4, lr=5e-3, workers=0,
+RECIPE = Recipe(
+    model="replknet_test", samples=24, batch_size=4, lr=5e-3, workers=0,
+    options=SegmentationOptions(
+        dataset="masks", crop=(32, 48), ratio=(0.75, 1.5), channels=16, auxiliary_channels=8
+    ),
 )  # fmt: skip
 
 
@@ -43,7 +48,7 @@ def curve(folder):
 
 
 def test_it_learns_and_the_commands_use_it(scenes, tmp_path, capsys):
-    recipe = dataclasses.replace(RECIPE, samples=12 * 12, lr=2e-2, evaluate_every=5, ratio=(1.0, 1.0))
+    recipe = RECIPE.changed(samples=12 * 12, lr=2e-2, evaluate_every=5, ratio=(1.0, 1.0))
     weights = str(fit(recipe, tmp_path, scenes))
     rows = curve(tmp_path)
     # scored every fifth epoch and at the end
@@ -74,7 +79,7 @@ def _check_predict(weights, scenes, folder, capsys):
     model, description = load_segmentation(weights)
     source = Image.open(image)
     labels = predicted(model, source, description, Inference())
-    assert found["overlay"] == str(folder / "overlay.png")
+    assert found["picture"] == str(folder / "overlay.png")
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["shares"]["grass"] == pytest.approx((labels == 0).float().mean().item())
     with Image.open(folder / "overlay.png") as overlay:
@@ -129,7 +134,7 @@ def test_interrupted_it_goes_on_to_the_same_weights(scenes, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             fit(RECIPE, tmp_path / "parts", scenes)
     with pytest.raises(ResumeError, match=r"lr was 0\.005, now 0\.1"):
-        fit(dataclasses.replace(RECIPE, lr=0.1), tmp_path / "parts", scenes, resume=True)
+        fit(RECIPE.changed(lr=0.1), tmp_path / "parts", scenes, resume=True)
     fit(RECIPE, tmp_path / "parts", scenes, resume=True)
     states = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts")]
     assert states[0]["global_step"] == states[1]["global_step"] == 6
@@ -141,7 +146,7 @@ def test_interrupted_it_goes_on_to_the_same_weights(scenes, tmp_path, monkeypatc
 def test_two_processes_train_and_count_what_one_does(scenes, tmp_path, monkeypatch):
     # what differs are sums in another order; each of the pixels of five images is counted once, and one of the
     # processes has three of them
-    recipe = dataclasses.replace(RECIPE, optimizer="sgd", lr=1e-3)
+    recipe = RECIPE.changed(optimizer="sgd", lr=1e-3)
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", without_statistics)
     monkeypatch.setattr(heads, "_DROPOUT", 0.0)
     fit(recipe, tmp_path / "one", scenes)
@@ -207,7 +212,7 @@ def test_what_cannot_be_trained_is_an_error(scenes, tmp_path):
         if "sync_bn" in changes and torch.cuda.is_available():
             continue
         with pytest.raises(ValueError, match=text):
-            fit(dataclasses.replace(RECIPE, **changes), tmp_path, scenes)
+            fit(RECIPE.changed(**changes), tmp_path, scenes)
     with pytest.raises(ValueError, match="name their folder or zip with --data"):
         fit(RECIPE, tmp_path, None)
     for changes, text in (
@@ -219,7 +224,7 @@ def test_what_cannot_be_trained_is_an_error(scenes, tmp_path):
         ({"workers": -1}, "workers must not be negative"),
     ):
         with pytest.raises(ValueError, match=text):
-            dataclasses.replace(RECIPE, **changes)
+            RECIPE.changed(**changes)
 
 
 def test_the_command_trains_and_its_config_is_read(scenes, tmp_path, capsys):

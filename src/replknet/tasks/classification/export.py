@@ -8,37 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from replknet.deploy.files import (
-    BOUND,
-    ENDINGS,
-    LARGEST_SIDE,
-    Format,
-    format_of,
-    is_exported,
-    opened,
-    sides_of,
-    write_checked,
-)
-from replknet.deploy.verify import Difference
+from replknet.data import transforms
+from replknet.deploy.files import BOUND, LARGEST_SIDE, Exported, Format, parsed_card, sides_of, write_checked
+from replknet.deploy.verify import Difference, Run
 from replknet.models import Description
+from replknet.models.replknet import evaluation_crop
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
-
-__all__ = [
-    "BOUND",
-    "ENDINGS",
-    "Card",
-    "Exported",
-    "Format",
-    "card_of",
-    "export_classifier",
-    "format_of",
-    "is_exported",
-]
+from replknet.tasks.task import Export, Int8, Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +49,7 @@ class Card:
     num_classes: int
     image_size: int
     crop_pct: float
-    crop_mode: Literal["center", "squash"]
+    crop_mode: str
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -80,14 +62,14 @@ class Card:
 
 def card_of(description: Description, licence: str = "unknown") -> Card:
     """The card of a network, from its description."""
-    squash = description.image_size >= 384
+    crop_mode, crop_pct = evaluation_crop(description.image_size, description.crop_pct)
     return Card(
         name=description.name,
         classes=description.classes,
         num_classes=description.num_classes,
         image_size=description.image_size,
-        crop_pct=1.0 if squash else description.crop_pct,
-        crop_mode="squash" if squash else "center",
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
         interpolation="bicubic",
         mean=description.mean,
         std=description.std,
@@ -122,24 +104,30 @@ def export_classifier(
     return write_checked(network, stride, asdict(card), Path(path), to, examples)
 
 
-class Exported(nn.Module):
-    """A classifier in a file, run by the file's own runtime.
+# ---- the task's record
 
-    Args:
-        path: a file of `export_classifier`.
 
-    Input: `[N,3,H,W]`, float32, on the CPU.
-    Output: logits `[N,classes]`; an image whose sides are not those of the card is a ValueError.
+def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:
+    card = card_of(network.description, licence)
+    transform = transforms.eval_transform(card.image_size, card.mean, card.std, card.crop_pct)
+    model: StagedNet = network.model  # type: ignore[assignment]  # a classifier of ours
+    return export_classifier(model, card, path, to, [transform(image)[None] for image in examples])
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: its ending is not one of `ENDINGS`, it has no card of ours, or it is no classifier.
-    """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        fields, self._run = opened(Path(path), "classification")
-        self.card = Card(**fields)
+def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[Exported, Card]:
+    return Exported(run), parsed_card(Card, card, path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)[0]
+
+def _int8() -> Int8:
+    from replknet.tasks.classification.int8 import INT8  # it exports a classifier itself
+
+    return INT8
+
+
+EXPORT = Export(
+    write=_write,
+    open=_open,
+    compared="the logits of {images} images and of noise in two other sizes",
+    bound=BOUND,
+    int8=_int8,
+)

@@ -4,8 +4,7 @@ Every score below is the paper's; none was trained here. Images lie in {train,va
 size is the global one, which `--devices`, `--nodes` and `--device-batch` divide.
 """
 
-from dataclasses import replace
-
+from replknet.tasks.classification.recipes import ClassificationOptions
 from replknet.train.recipe import Recipe
 
 _AUGMENTED = "rand-m9-mstd0.5-inc1"
@@ -19,18 +18,20 @@ def imagenet1k_31b_224() -> Recipe:
     """
     return Recipe(
         model="replknet_31b",
-        dataset="folder",
         epochs=300,
         batch_size=2048,
         lr=4e-3,
         warmup_epochs=10,
         drop_path=0.5,
-        mixup=0.8,
-        cutmix=1.0,
-        auto_augment=_AUGMENTED,
-        random_erasing=0.25,
-        ema_decay=0.9999,
         workers=10,
+        options=ClassificationOptions(
+            dataset="folder",
+            mixup=0.8,
+            cutmix=1.0,
+            auto_augment=_AUGMENTED,
+            random_erasing=0.25,
+            ema_decay=0.9999,
+        ),
     )
 
 
@@ -40,7 +41,7 @@ def imagenet1k_31b_384() -> Recipe:
     Command: `replknet train imagenet1k_31b_384 --weights FILE --data DIR --nodes 4 --devices 8`. Hardware of the
     paper: 32 GPUs with 32 images each. 30 epochs. The paper's top-1: 84.8 %.
     """
-    return replace(_fine_tuned("replknet_31b", 384), batch_size=1024, drop_path=0.8)
+    return _fine_tuned("replknet_31b", 384).changed(batch_size=1024, drop_path=0.8)
 
 
 def imagenet22k_31b_224() -> Recipe:
@@ -49,8 +50,7 @@ def imagenet22k_31b_224() -> Recipe:
     Command: `replknet train imagenet22k_31b_224 --data DIR --nodes 16 --devices 8`. Hardware of the paper: 128 GPUs
     with 32 images each. 90 epochs; nothing is scored, and there is no average of the weights.
     """
-    return replace(
-        imagenet1k_31b_224(),
+    return imagenet1k_31b_224().changed(
         epochs=90,
         batch_size=4096,
         warmup_epochs=5,
@@ -65,7 +65,7 @@ def imagenet22k_31l_224() -> Recipe:
 
     Command: `replknet train imagenet22k_31l_224 --data DIR --nodes 16 --devices 8`.
     """
-    return replace(imagenet22k_31b_224(), model="replknet_31l")
+    return imagenet22k_31b_224().changed(model="replknet_31l")
 
 
 def imagenet22k_to_1k_31b_224() -> Recipe:
@@ -74,7 +74,7 @@ def imagenet22k_to_1k_31b_224() -> Recipe:
     Command: `replknet train imagenet22k_to_1k_31b_224 --weights FILE --data DIR --nodes 2 --devices 8`. Hardware of
     the paper: 16 GPUs with 32 images each. 30 epochs. The paper's top-1: 85.2 %.
     """
-    return replace(_fine_tuned("replknet_31b", 224), batch_size=512, drop_path=0.2)
+    return _fine_tuned("replknet_31b", 224).changed(batch_size=512, drop_path=0.2)
 
 
 def imagenet22k_to_1k_31b_384() -> Recipe:
@@ -83,7 +83,7 @@ def imagenet22k_to_1k_31b_384() -> Recipe:
     Command: `replknet train imagenet22k_to_1k_31b_384 --weights FILE --data DIR --nodes 4 --devices 8`. Hardware of
     the paper: 32 GPUs with 16 images each. 30 epochs, the learning rate ends at 3e-4. The paper's top-1: 86.0 %.
     """
-    return replace(_fine_tuned("replknet_31b", 384), batch_size=512, drop_path=0.3, min_lr=3e-4)
+    return _fine_tuned("replknet_31b", 384).changed(batch_size=512, drop_path=0.3, min_lr=3e-4)
 
 
 def imagenet22k_to_1k_31l_384() -> Recipe:
@@ -91,7 +91,7 @@ def imagenet22k_to_1k_31l_384() -> Recipe:
 
     Command: `replknet train imagenet22k_to_1k_31l_384 --weights FILE --data DIR --nodes 4 --devices 8`.
     """
-    return replace(imagenet22k_to_1k_31b_384(), model="replknet_31l")
+    return imagenet22k_to_1k_31b_384().changed(model="replknet_31l")
 
 
 def imagenet1k_xl_320() -> Recipe:
@@ -101,7 +101,7 @@ def imagenet1k_xl_320() -> Recipe:
     no command for it, and its pre-training data (MegData-73M) is private: apart from model, size, mean and std this
     is `imagenet22k_to_1k_31l_384`, our guess. The paper's top-1: 87.8 %.
     """
-    return replace(imagenet22k_to_1k_31l_384(), model="replknet_xl", image_size=320, normalization="inception")
+    return imagenet22k_to_1k_31l_384().changed(model="replknet_xl", image_size=320, normalization="inception")
 
 
 def imagenet1k_b_120() -> Recipe:
@@ -112,7 +112,7 @@ def imagenet1k_b_120() -> Recipe:
     `imagenet1k_31b_224`. The paper's top-1 by kernels: 3-3-3-3 82.11 %, 7-7-7-7 82.73 %, 13-13-13-13 83.02 %,
     25-25-25-13 83.00 %, 31-29-27-13 83.07 %.
     """
-    return replace(imagenet1k_31b_224(), epochs=120)
+    return imagenet1k_31b_224().changed(epochs=120)
 
 
 def imagenet1k_mobilenetv2_100() -> Recipe:
@@ -127,24 +127,25 @@ def imagenet1k_mobilenetv2_100() -> Recipe:
     """
     return Recipe(
         model="mobilenetv2_lk",
-        dataset="folder",
         epochs=100,
         batch_size=256,
         optimizer="sgd",
         lr=0.1,
-        min_lr=0.0,
         warmup_epochs=5,
         weight_decay=4e-5,
-        label_smoothing=0.0,
-        color_jitter=0.0,
         workers=10,
+        options=ClassificationOptions(
+            dataset="folder",
+            min_lr=0.0,
+            label_smoothing=0.0,
+            color_jitter=0.0,
+        ),
     )
 
 
 def _fine_tuned(model: str, image_size: int) -> Recipe:
     """What the paper's fine-tunings have in common: no mixing, almost no decay, a lower rate for earlier layers."""
-    return replace(
-        imagenet1k_31b_224(),
+    return imagenet1k_31b_224().changed(
         model=model,
         finetune=True,
         image_size=image_size,
@@ -156,3 +157,17 @@ def _fine_tuned(model: str, image_size: int) -> Recipe:
         mixup=0.0,
         cutmix=0.0,
     )
+
+
+RECIPES = (
+    imagenet1k_31b_224,
+    imagenet1k_31b_384,
+    imagenet22k_31b_224,
+    imagenet22k_31l_224,
+    imagenet22k_to_1k_31b_224,
+    imagenet22k_to_1k_31b_384,
+    imagenet22k_to_1k_31l_384,
+    imagenet1k_xl_320,
+    imagenet1k_b_120,
+    imagenet1k_mobilenetv2_100,
+)

@@ -1,185 +1,18 @@
-"""Image classification: loss and optimisation for training, scores, and predictions."""
+"""Image classification: predictions and scores."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from replknet.train.sharding import gather, shard
-
-
-class Classification(pl.LightningModule):
-    """A classifier in training: timm's losses, mixing, optimiser, schedule and weight average.
-
-    Args:
-        model: images `[N,3,H,W]` to logits `[N,classes]`.
-        num_classes: number of outputs.
-        epochs: length of the schedule.
-        optimizer: timm's name of it; Muon leaves what is no dense matrix inside the network to AdamW.
-        momentum: of optimizers that have one.
-        lr: peak learning rate.
-        min_lr: learning rate at the end of the cosine.
-        warmup_epochs: epochs of linear warm-up.
-        weight_decay: decay of weights; biases and norms are exempt.
-        layer_decay: factor of the learning rate from one layer group to the one before it, or None.
-        label_smoothing: probability spread over all classes.
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of CutMix; 0 for none.
-        mixup_prob: share of the batches that are mixed.
-        mixup_off_epoch: epoch from which none is mixed; 0 for never.
-        ema_decay: decay of the average of the weights, which is then what is kept; validation scores it (val_top1) and
-            the network beside it (val_top1_raw). None for none.
-        compile: train through torch.compile.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        num_classes: int,
-        epochs: int,
-        optimizer: str = "adamw",
-        momentum: float = 0.9,
-        lr: float,
-        min_lr: float = 1e-6,
-        warmup_epochs: float = 0,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        label_smoothing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mixup_prob: float = 1.0,
-        mixup_off_epoch: int = 0,
-        ema_decay: float | None = None,
-        compile: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
-        # in a tuple, since as a child of its own it would double the weights' names
-        self._trained = (torch.compile(self.model) if compile else self.model,)
-        self.epochs, self.warmup_epochs = epochs, warmup_epochs
-        self.optimizer, self.momentum = optimizer, momentum
-        self.lr, self.min_lr = lr, min_lr
-        self.weight_decay, self.layer_decay = weight_decay, layer_decay
-        self.mix: Mixup | None = None
-        self.loss: nn.Module = LabelSmoothingCrossEntropy(label_smoothing)
-        if mixup > 0 or cutmix > 0:
-            self.mix = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                label_smoothing=label_smoothing,
-                num_classes=num_classes,
-            )
-            self.loss = SoftTargetCrossEntropy()
-        self.mixup_off_epoch = mixup_off_epoch
-        # a short training would never reach a long average, so its decay grows with the steps
-        self.last_loss = torch.zeros(())
-        self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
-        if self.ema is not None:
-            # DDP would wait for its gradients
-            self.ema.requires_grad_(False)
-
-    def configure_model(self) -> None:
-        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
-        shard(self.model, getattr(self, "_device_mesh", None))
-
-    @property
-    def weights(self) -> nn.Module:
-        """The network to be scored and kept: the average if there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        x, target = batch
-        if self.mix is not None:
-            self.mix.mixup_enabled = self.mixup_off_epoch == 0 or self.current_epoch < self.mixup_off_epoch
-            x, target = self.mix(x, target)
-        loss: Tensor = self.loss(self._trained[0](_channels_last(x)), target)
-        self.log("loss", loss, prog_bar=True)
-        self.last_loss = loss.detach()
-        return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.ema.update(self.model, step=self.global_step)
-
-    def on_validation_epoch_start(self) -> None:
-        gather(self.model, True)
-        # of what is kept, and of the network beside its average: images, those that were right, and the sum of losses
-        self._scored = torch.zeros(1 if self.ema is None else 2, 3, dtype=torch.float64, device=self.device)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor] | None, index: int) -> None:
-        if batch is None:
-            # all of its images were unreadable
-            return
-        x, target = batch
-        for model, scored in zip((self.weights, self.model), self._scored, strict=False):
-            logits = model.eval()(_channels_last(x)).float()
-            loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-            right = (logits.argmax(1) == target).sum()
-            scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
-
-    def on_validation_epoch_end(self) -> None:
-        gather(self.model, False)
-        # each image is with one process
-        all_scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
-        for (images, right, loss), of in zip(all_scored, ("", "_raw"), strict=False):
-            self.log(f"val_loss{of}", loss / images)
-            self.log(f"val_top1{of}", right / images, prog_bar=not of)
-
-    def configure_optimizers(self) -> Any:
-        optimiser = create_optimizer_v2(
-            self.model,
-            self.optimizer,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            layer_decay=self.layer_decay,
-            **fallback_of(self.model, self.optimizer),
-        )
-        steps = max(1, int(self.trainer.estimated_stepping_batches) // self.epochs)
-        scheduler, _ = create_scheduler_v2(
-            optimiser,
-            "cosine",
-            num_epochs=self.epochs,
-            min_lr=self.min_lr,
-            warmup_lr=0.0,
-            warmup_epochs=self.warmup_epochs,  # type: ignore[arg-type]  # timm takes parts of epochs as well
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-        scheduler.step_update(0)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        # timm's schedulers take the number of the step
-        scheduler.step_update(self.global_step)
-
-
-def fallback_of(model: nn.Module, optimizer: str) -> dict[str, Any]:
-    """The option that tells timm what AdamW moves beside an optimiser for matrices; none for others."""
-    return {"fallback_list": _no_inner_matrices(model)} if "muon" in optimizer else {}
-
-
-def _no_inner_matrices(model: nn.Module) -> list[str]:
-    """Parameters that Muon is not for: anything but the weights of dense convolutions and linear layers, and of
-    those the first and the last (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks")."""
-    dense = [name for name, p in model.named_parameters() if p.ndim > 1 and p.shape[1] > 1]
-    inner = set(dense[1:-1])
-    return [name for name, _ in model.named_parameters() if name not in inner]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+from replknet.data import transforms
+from replknet.data.batches import batches
+from replknet.tasks.classification import sets
+from replknet.tasks.task import Comparison, Infer, Network, Prediction, Scored, random_images
 
 
 @dataclass(frozen=True)
@@ -204,7 +37,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) 
     model = model.eval()
     logits, labels = [], []
     for x, target in filter(None, batches):
-        logits.append(model(_channels_last(x)).float())
+        logits.append(model(x.contiguous(memory_format=torch.channels_last)).float())
         labels.append(target)
     if not logits:
         raise ValueError("no images to evaluate")
@@ -212,7 +45,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) 
     classes = y.shape[1]
     if int(t.max()) >= classes:
         raise ValueError(f"the data set has a class {int(t.max())}, the network has {classes} outputs")
-    confusion = multiclass_confusion_matrix(y.argmax(1), t, classes)
+    confusion = torch.bincount(t * classes + y.argmax(1), minlength=classes**2).view(classes, classes)
     top5 = None if classes <= 5 else (y.topk(5).indices == t[:, None]).any(1).double().mean().item()
     return Scores(
         images=len(t),
@@ -248,9 +81,78 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
     """
     if top < 1:
         raise ValueError(f"top must be positive, got {top}")
-    p = model.eval()(_channels_last(x)).softmax(1)
+    p = model.eval()(x.contiguous(memory_format=torch.channels_last)).softmax(1)
     found = p.topk(min(top, p.shape[1]))
     return [
         [Guess(label, classes[label] if classes else str(label), q) for label, q in zip(labels, values, strict=True)]
         for labels, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     ]
+
+
+# ---- the task's record
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How the classes of an image are told.
+
+    Args:
+        top: classes an image.
+    """
+
+    top: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """On what a classifier is scored, and how.
+
+    Args:
+        dataset: "cifar10" for its test images, or "folder" for val/<class>/.
+        batch_size: images at a time.
+        unreadable_images: that may be skipped; one more is an error.
+    """
+
+    dataset: Literal["cifar10", "folder"] = "cifar10"
+    batch_size: int = 256
+    unreadable_images: int = 0
+
+
+def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
+    d = network.description
+    transform = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
+
+    def found(image: Image.Image) -> Prediction:
+        guesses = predict(network.model, transform(image)[None], d.classes, settings.top)[0]
+        text = ", ".join(f"{guess.name} {100 * guess.probability:.1f} %" for guess in guesses)
+        return Prediction({"top": [asdict(guess) for guess in guesses]}, text)
+
+    return found
+
+
+def _evaluate(
+    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Scored:
+    d = network.description
+    dataset = sets.evaluation_set(settings.dataset, data, d, settings.unreadable_images)
+    found = evaluate(network.model, shown(batches(dataset, settings.batch_size)))
+    top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
+    lines = [f"{found.images} images  top-1 {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}"]
+    lines += [
+        f"  {d.classes[label] if d.classes else label:<12} {100 * share:.1f} %"
+        for label, share in enumerate(found.per_class)
+    ]
+    return Scored(asdict(found), tuple(lines))
+
+
+def _comparison(network: Network) -> Comparison:
+    d = network.description
+    transform = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
+    return Comparison(
+        random=random_images(d.in_chans, d.image_size),
+        image=lambda image: transform(image)[None],
+        output=lambda model, x: model(x),
+    )
+
+
+INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from replknet.analysis.learned_kernels import distances, mean_magnitude
+from replknet.deploy.files import ENDINGS as FLOAT_ENDINGS
 from replknet.deploy.quantizers import QUANTIZERS, Quantizer, Target, layers, loaded
-from replknet.deploy.verify import kept
+from replknet.deploy.verify import AccuracyError, kept
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
-from replknet.tasks.classification import export as classifiers
 from replknet.tasks.classification.export import Card, export_classifier
 from replknet.timing import Timing, interleaved
 
@@ -33,10 +33,6 @@ MOST_FLOAT = 0.5
 _PROBES = 512
 
 Scored = Iterable[tuple[Tensor, Tensor] | None]
-
-
-class AccuracyError(RuntimeError):
-    """int8 costs more accuracy than is allowed, whichever layers stay in float32; no file was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +152,7 @@ def quantize_classifier(
         raise ValueError("ranges are measured on images: expected some for calibration, got none")
     network = merge(model).float().cpu().eval()
     with TemporaryDirectory() as folder, kept(path) as part:
-        source = Path(folder) / f"float{classifiers.ENDINGS[to]}"
+        source = Path(folder) / f"float{FLOAT_ENDINGS[to]}"
         export_classifier(network, card, source, to)
         search = _Search(path.name, Path(folder), QUANTIZERS[to](source, network, calibration, per_channel), scored)
         names = [name for name, _ in layers(network)]

@@ -1,19 +1,187 @@
-"""A recipe of a classifier, made ready."""
+"""A classifier in training: loss and optimisation, and the job of a recipe."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import timm
-from torch import nn
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
+from replknet.data.batches import Splits
+from replknet.data.published import CLASSES, IMAGES
 from replknet.models import Description, load_checkpoint, read_state_dict, save_model
 from replknet.models.timm_model import StagedNet
-from replknet.tasks.classification.infer import Classification
-from replknet.tasks.recipes import Hardware, Recipe
+from replknet.tasks.classification.recipes import ClassificationOptions
+from replknet.tasks.classification.sets import splits
 from replknet.train.callbacks import Kept, PreciseBN
-from replknet.train.job import Job, built, network_options
-from replknet.train.loaders import Splits, splits
+from replknet.train.hardware import Hardware
+from replknet.train.job import Job, Train, TrainStep, built, check_unit, network_options
+from replknet.train.optimisers import fallback_of
+from replknet.train.recipe import Recipe
+from replknet.train.sharding import gather, shard
+
+
+class Classification(pl.LightningModule):
+    """A classifier in training: timm's losses, mixing, optimiser, schedule and weight average.
+
+    Args:
+        model: images `[N,3,H,W]` to logits `[N,classes]`.
+        num_classes: number of outputs.
+        epochs: length of the schedule.
+        optimizer: timm's name of it; Muon leaves what is no dense matrix inside the network to AdamW.
+        momentum: of optimizers that have one.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: decay of weights; biases and norms are exempt.
+        layer_decay: factor of the learning rate from one layer group to the one before it, or None.
+        label_smoothing: probability spread over all classes.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        mixup_prob: share of the batches that are mixed.
+        mixup_off_epoch: epoch from which none is mixed; 0 for never.
+        ema_decay: decay of the average of the weights, which is then what is kept; validation scores it (val_top1) and
+            the network beside it (val_top1_raw). None for none.
+        compile: train through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        epochs: int,
+        optimizer: str = "adamw",
+        momentum: float = 0.9,
+        lr: float,
+        min_lr: float = 1e-6,
+        warmup_epochs: float = 0,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_off_epoch: int = 0,
+        ema_decay: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        # in a tuple, since as a child of its own it would double the weights' names
+        self._trained = (torch.compile(self.model) if compile else self.model,)
+        self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.optimizer, self.momentum = optimizer, momentum
+        self.lr, self.min_lr = lr, min_lr
+        self.weight_decay, self.layer_decay = weight_decay, layer_decay
+        self.mix: Mixup | None = None
+        self.loss: nn.Module = LabelSmoothingCrossEntropy(label_smoothing)
+        if mixup > 0 or cutmix > 0:
+            self.mix = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+            self.loss = SoftTargetCrossEntropy()
+        self.mixup_off_epoch = mixup_off_epoch
+        # a short training would never reach a long average, so its decay grows with the steps
+        self.last_loss = torch.zeros(())
+        self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
+        if self.ema is not None:
+            # DDP would wait for its gradients
+            self.ema.requires_grad_(False)
+
+    def configure_model(self) -> None:
+        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        shard(self.model, getattr(self, "_device_mesh", None))
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network to be scored and kept: the average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, target = batch
+        if self.mix is not None:
+            self.mix.mixup_enabled = self.mixup_off_epoch == 0 or self.current_epoch < self.mixup_off_epoch
+            x, target = self.mix(x, target)
+        loss: Tensor = self.loss(self._trained[0](x.contiguous(memory_format=torch.channels_last)), target)
+        self.log("loss", loss, prog_bar=True)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.ema.update(self.model, step=self.global_step)
+
+    def on_validation_epoch_start(self) -> None:
+        gather(self.model, True)
+        # two rows, averaged weights and raw weights: images, right answers, sum of the losses
+        self._scored = torch.zeros(1 if self.ema is None else 2, 3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor] | None, index: int) -> None:
+        if batch is None:
+            # all of its images were unreadable
+            return
+        x, target = batch
+        for model, scored in zip((self.weights, self.model), self._scored, strict=False):
+            logits = model.eval()(x.contiguous(memory_format=torch.channels_last)).float()
+            loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+            right = (logits.argmax(1) == target).sum()
+            scored += torch.stack([torch.full_like(loss, len(x)), right, loss]).double()
+
+    def on_validation_epoch_end(self) -> None:
+        gather(self.model, False)
+        # each image is with one process
+        all_scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
+        for (images, right, loss), of in zip(all_scored, ("", "_raw"), strict=False):
+            self.log(f"val_loss{of}", loss / images)
+            self.log(f"val_top1{of}", right / images, prog_bar=not of)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = create_optimizer_v2(
+            self.model,
+            self.optimizer,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            **fallback_of(self.model, self.optimizer),
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches) // self.epochs)
+        scheduler, _ = create_scheduler_v2(
+            optimiser,
+            "cosine",
+            num_epochs=self.epochs,
+            min_lr=self.min_lr,
+            warmup_lr=0.0,
+            warmup_epochs=self.warmup_epochs,  # type: ignore[arg-type]  # timm takes parts of epochs as well
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        scheduler.step_update(0)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # timm's schedulers take the number of the step
+        scheduler.step_update(self.global_step)
+
+
+# ---- the task's record
+
+
+def _options(recipe: Recipe) -> ClassificationOptions:
+    assert isinstance(recipe.options, ClassificationOptions)
+    return recipe.options
 
 
 def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
@@ -23,6 +191,7 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
         ValueError: the network is none of ours or cannot be built so, or the checkpoint to start from does not fit.
         ImageError, DownloadError: the data cannot be had.
     """
+    _check(recipe, hardware)
     sets = splits(recipe, data)
     model = _network(recipe, sets)
     model.set_grad_checkpointing(hardware.grad_checkpointing)
@@ -30,19 +199,20 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
         config=model.cfg,
         classes=sets.classes,
         num_classes=len(sets.classes),
-        image_size=recipe.image_size,
+        image_size=_options(recipe).image_size,
         crop_pct=sets.crop_pct,
         mean=sets.mean,
         std=sets.std,
     )
     return Job(
-        task=_task(recipe, model, sets, hardware.compile),
+        module=_module(recipe, model, sets, hardware.compile),
         sets=sets,
-        epochs=recipe.epochs,
+        epochs=recipe.epochs_of(len(sets.train)),
         kept=Kept(partial(_save, description), description.build),
         score="val_top1",
+        score_every=recipe.evaluate_every,
         # statistics before what keeps them
-        callbacks=(PreciseBN(recipe.precise_bn),),
+        callbacks=(PreciseBN(_options(recipe).precise_bn),),
     )
 
 
@@ -70,23 +240,58 @@ def create_network(recipe: Recipe, classes: int, **options: Any) -> nn.Module:
     return built(build, recipe.model, network_options(recipe) | options)
 
 
-def _task(recipe: Recipe, model: StagedNet, sets: Splits, compile: bool) -> Classification:
+def _module(recipe: Recipe, model: StagedNet, sets: Splits, compile: bool) -> Classification:
+    options = _options(recipe)
     return Classification(
         model,
         num_classes=len(sets.classes),
-        epochs=recipe.epochs,
+        epochs=recipe.epochs_of(len(sets.train)),
         optimizer=recipe.optimizer,
-        momentum=recipe.momentum,
+        momentum=options.momentum,
         lr=recipe.lr,
-        min_lr=recipe.min_lr,
+        min_lr=options.min_lr,
         warmup_epochs=recipe.warmup_epochs,
         weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay,
-        label_smoothing=recipe.label_smoothing,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        mixup_prob=recipe.mixup_prob,
-        mixup_off_epoch=recipe.mixup_off_epoch,
-        ema_decay=recipe.ema_decay,
+        layer_decay=options.layer_decay,
+        label_smoothing=options.label_smoothing,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+        mixup_prob=options.mixup_prob,
+        mixup_off_epoch=options.mixup_off_epoch,
+        ema_decay=options.ema_decay,
         compile=compile,
     )
+
+
+def _check(recipe: Recipe, hardware: Hardware) -> None:
+    check_unit(recipe, "epochs")
+    if hardware.shard and _options(recipe).ema_decay is not None:
+        raise ValueError(
+            "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
+            "has them; --ema-decay null trains without, or leave out --shard"
+        )
+
+
+def _step(recipe: Recipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
+    model = create_network(recipe, classes)
+    assert isinstance(model, StagedNet)
+    model.set_grad_checkpointing(hardware.grad_checkpointing)
+    x = torch.zeros(images, model.in_chans, *recipe.options.size).contiguous(memory_format=torch.channels_last)
+    target = torch.full((images, classes), 1 / classes)
+    return TrainStep(model, x, target, _soft_cross_entropy, average=_options(recipe).ema_decay is not None)
+
+
+def _soft_cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return -(model(x).float().log_softmax(1) * target).sum(1).mean()
+
+
+def _training_set(name: str, recipe: Recipe) -> tuple[int | None, int | None]:
+    dataset: str = _options(recipe).dataset
+    if dataset == "folder":
+        # the trainings on ImageNet-22K score nothing
+        dataset = "imagenet1k" if recipe.evaluate else "imagenet22k"
+    # the classes of a folder are known when it is read; ImageNet's are as good a guess as any
+    return None if name == "folder" else IMAGES[dataset], CLASSES[dataset]
+
+
+TRAIN = Train(job=job, step=_step, refusal=lambda recipe, hardware, images: None, training_set=_training_set)

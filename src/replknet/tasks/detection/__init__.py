@@ -1,1 +1,13 @@
-"""Detection: its files, networks, inference, training, export and recipes."""
+"""Object detection and instance segmentation."""
+
+from replknet.tasks.detection import recipes
+from replknet.tasks.task import Task
+
+TASK = Task(
+    name="detection",
+    noun="a detector",
+    field="replknet_detection",
+    keys=r"bbox_head\.(conv_cls|0\.fc_cls)\.weight",
+    options=recipes.DetectionOptions,
+    recipes=recipes.RECIPES,
+)

@@ -5,12 +5,20 @@ convolution in exported files.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from replknet.data.box_transforms import ForEvaluation, Targets, rescaled
+from replknet.data.images import pixels
+from replknet.deploy.files import Format, add_card, described_card, plain_card
 from replknet.deploy.verify import (
     Difference,
     Run,
@@ -22,7 +30,10 @@ from replknet.deploy.verify import (
     worst,
 )
 from replknet.nn import merge
+from replknet.tasks.detection.batches import batched
+from replknet.tasks.detection.files import DetectionDescription
 from replknet.tasks.detection.pyramid import Pyramid
+from replknet.tasks.task import Export, Network
 
 # relative L2 difference from torch in float32 that is allowed; what is measured is below 1e-6 on small networks
 BOUND = 1e-5  # of each level of a pyramid
@@ -104,7 +115,9 @@ def export_pyramid(model: nn.Module, path: str | Path, example: Tensor) -> Diffe
     return worst(found)
 
 
-def export_detector(model: nn.Module, path: str | Path, example: Tensor) -> Difference:
+def export_detector(
+    model: nn.Module, path: str | Path, example: Tensor, card: Mapping[str, Any] | None = None
+) -> Difference:
     """Write a whole detector, merged, in float32, as ONNX for single images of one size.
 
     The file takes an image `image` `[3,H,W]` and gives `boxes` `[n,4]` (pixels), `labels` `[n]`, `scores` `[n]`, best
@@ -117,6 +130,7 @@ def export_detector(model: nn.Module, path: str | Path, example: Tensor) -> Diff
             checked.
         example: an image `[3,H,W]` in which the detector finds something, float32, normalised. The file takes images
             of its size. Its mirror image and an empty image are checked as well.
+        card: what else the file holds, as JSON can; None for nothing.
 
     Returns:
         The largest difference from torch, in onnxruntime on the CPU; `BOUNDS` are allowed, and labels are equal.
@@ -142,6 +156,8 @@ def export_detector(model: nn.Module, path: str | Path, example: Tensor) -> Diff
             raise ValueError("the detector finds nothing in the example: for a check, give an image with objects")
         names = _NAMES[: len(outputs)]
         _write_detector(detector, example, names, part)
+        if card is not None:
+            add_card(part, card)
         run = in_onnxruntime(part)
         for x in (example, example.flip(2), torch.zeros_like(example)):
             wanted, got = (dict(zip(names, outputs, strict=True)) for outputs in (detector(x), run(x)))
@@ -237,3 +253,100 @@ def _nearest(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Tensor:
     places = [torch.cat(columns, 1).double() for columns in rows]
     distances: Tensor = (places[0][:, None] - places[1]).abs().sum(2)
     return distances.argmin(1) if distances.numel() else wanted["labels"]
+
+
+# ---- the task's record
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionCard:
+    """What stands in an exported detector; the fields of the description stand beside the others.
+
+    Args:
+        description: of the network: classes, scale of an image, mean and std.
+        size: height and width of the images that the file takes, pixels.
+        task: what the network does.
+        input: what the network takes, in words.
+        output: what it gives, in words.
+        licence: of the weights, or "unknown".
+        made_by: this package and its version.
+    """
+
+    description: DetectionDescription
+    size: tuple[int, int]
+    task: str = "detection"
+    input: str = "image: float32 [3,H,W] of the size, RGB, (value / 255 - mean) / std, 0 beside a smaller image"
+    output: str = "boxes [n,4] (x1, y1, x2, y2) in pixels, labels [n], scores [n], perhaps masks [n,H,W]"
+    licence: str = "unknown"
+    made_by: str = ""
+
+
+class ExportedDetector(nn.Module):
+    """A detector in a file, run by the file's own runtime.
+
+    Args:
+        run: from `replknet.deploy.files.card_in`.
+        size: height and width of the images that the file takes, pixels.
+
+    Input: images `[3,H,W]` of any size, float32, normalised, on the CPU. A larger one is shrunk to fit, and a smaller
+        one is filled up with 0.
+    Output: of each image what the detector finds, in pixels of the image.
+    """
+
+    def __init__(self, run: Run, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._run, self.size = run, size
+
+    def forward(self, images: Sequence[Tensor]) -> list[Targets]:
+        return [self._one(image) for image in images]
+
+    def _one(self, image: Tensor) -> Targets:
+        given = (image.shape[1], image.shape[2])
+        factor = min(1.0, self.size[0] / given[0], self.size[1] / given[1])
+        inside = tuple(max(1, int(side * factor)) for side in given)
+        if inside != given:
+            image = F.interpolate(image[None], inside, mode="bilinear", align_corners=False)[0]
+        padded = F.pad(image, (0, self.size[1] - inside[1], 0, self.size[0] - inside[0]))
+        found = dict(zip(_NAMES, self._run(padded), strict=False))
+        # nothing is beside the image
+        limits = found["boxes"].new_tensor([inside[1], inside[0], inside[1], inside[0]])
+        found["boxes"] = found["boxes"].clamp(min=0).minimum(limits)
+        keep = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
+        found = {name: value[keep] for name, value in found.items()}
+        if "masks" in found:
+            found["masks"] = found["masks"][:, : inside[0], : inside[1]]
+        return rescaled(found, (inside[0], inside[1]), given)
+
+
+def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:
+    d = network.description
+    fit = ForEvaluation(d.scale, d.normalize)
+    prepared = [batched([fit(pixels(image), {})[0]])[0][0] for image in examples]
+    with torch.inference_mode():
+        # the file takes images of one size: those of the first one in which there is something
+        example = next((x for x in prepared if len(network.model([x])[0]["boxes"])), None)
+    if example is None:
+        raise ValueError(
+            f"the detector finds nothing in the {len(prepared)} images that it would be checked on: name one with "
+            "objects with --images; the file takes images of its size"
+        )
+    card = DetectionCard(
+        description=d,
+        size=(example.shape[1], example.shape[2]),
+        licence=licence,
+        made_by=f"replknet {version('replknet')}",
+    )
+    return export_detector(network.model, path, example, plain_card(card))
+
+
+def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[ExportedDetector, DetectionDescription]:
+    found = described_card(DetectionCard, DetectionDescription, card, path)
+    return ExportedDetector(run, found.size), found.description
+
+
+EXPORT = Export(
+    write=_write,
+    open=_open,
+    compared="boxes, labels and scores of an image, of its mirror image and of an empty one",
+    bound=BOUNDS["boxes"],
+)

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from replknet.data.coco import shipped_classes
 from replknet.data.mask_transforms import Normalize
-from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import read_metadata
-from replknet.models.model_files import DETECTION_FIELD, config_of, filled, named, statistics_of, weights_file, write
+from replknet.models import CheckpointError
+from replknet.models.model_files import Source, config_of, filled, named, parsed, read, statistics_of, write
 from replknet.tasks.detection.cascade import CascadeRCNN
 from replknet.tasks.detection.fcos import FCOS
 from replknet.tasks.detection.torchvision_detectors import mask_rcnn, torchvision_fcos
+from replknet.tasks.task import Files
+
+# key of the description in the header of a file
+FIELD = "replknet_detection"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ class DetectionDescription:
     def masks(self) -> bool:
         """Whether the detector finds masks."""
         return "mask" in self.detector
+
+    @property
+    def name(self) -> str:
+        """timm's name of the backbone."""
+        return self.backbone
 
     @property
     def normalize(self) -> Normalize:
@@ -83,7 +91,7 @@ def save_detection(model: nn.Module, path: str | Path, description: DetectionDes
         path: the file; its folder is made.
         description: what is needed to build and feed it, written into the file's header.
     """
-    write(model, path, {DETECTION_FIELD: json.dumps(asdict(description))})
+    write(model, path, {FIELD: json.dumps(asdict(description))})
 
 
 def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, DetectionDescription]:
@@ -101,22 +109,19 @@ def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[
         FileNotFoundError: there is no such file.
         CheckpointError: it holds no such network.
     """
-    path = weights_file(path)
-    state = read_state_dict(path)
-    text = read_metadata(path).get(DETECTION_FIELD)
-    description = described(state, str(path)) if text is None else _parsed(text, path)
+    return network_of(read(path), dtype)
+
+
+def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[nn.Module, DetectionDescription]:
+    """The detector of a file that was read, and its description; see `load_detection`."""
+    text = source.texts.get(FIELD)
+    if text is None:
+        description = described(source.state, str(source.path))
+    else:
+        description = parsed(text, source.path, DetectionDescription)
     # not on the meta device: torchvision's anchors are made with the network
-    return filled(description.build(), state, path, description.detector).to(dtype), description
-
-
-def _parsed(text: str, path: Path) -> DetectionDescription:
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("classes", "mean", "std", "scale"):
-            fields[name] = tuple(fields[name])
-        return DetectionDescription(**fields)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+    model = filled(description.build(), source.state, source.path, description.detector)
+    return model.to(dtype), description
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> DetectionDescription:
@@ -162,3 +167,6 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Det
         mean=mean,
         std=std,
     )
+
+
+FILES = Files(load=network_of, save=save_detection)

@@ -1,18 +1,34 @@
-"""Object detection and instance segmentation: prediction, scores, and training."""
+"""Object detection and instance segmentation: prediction and scores."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from replknet.data.box_transforms import ForEvaluation, Targets, rescaled
+from replknet.data.batches import batches
+from replknet.data.box_transforms import BoxSet, ForEvaluation, Targets, listed, rescaled
+from replknet.data.coco import CocoImages
 from replknet.data.images import pixels
-from replknet.tasks.detection.average_precision import AveragePrecision, DetectionScores
+from replknet.tasks.detection.average_precision import AveragePrecision, DetectionScores, as_coco_results
+from replknet.tasks.detection.batches import batched as one_batch
 from replknet.tasks.detection.files import DetectionDescription
-from replknet.train.optimisers import by_depth
+from replknet.tasks.detection.pyramid import Pyramid
+from replknet.tasks.task import (
+    Comparison,
+    Infer,
+    Network,
+    Prediction,
+    Scored,
+    check_classes,
+    percent,
+    random_images,
+)
 
 # ---- prediction
 
@@ -41,7 +57,7 @@ def predict(model: nn.Module, image: Image.Image, description: DetectionDescript
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[list[Tensor], list[Targets]]],
+    batched: Iterable[tuple[list[Tensor], list[Targets]]],
     classes: int,
     masks: bool = False,
 ) -> DetectionScores:
@@ -49,7 +65,7 @@ def evaluate(
 
     Args:
         model: the detector.
-        batches: images and targets as a `BoxSet` with `ForEvaluation` gives them, listed.
+        batched: images and targets as a `BoxSet` with `ForEvaluation` gives them, listed.
         classes: number of them.
         masks: whether masks are scored beside boxes.
 
@@ -58,12 +74,12 @@ def evaluate(
     """
     model.eval()
     precision = AveragePrecision(classes, masks)
-    for images, targets in batches:
-        precision.update(_found(model, images, targets), targets)
+    for images, targets in batched:
+        precision.update(found_in(model, images, targets), targets)
     return precision.compute()
 
 
-def _found(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Targets]) -> list[Targets]:
+def found_in(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Targets]) -> list[Targets]:
     """What is in each image, in the pixels of its file."""
     return [
         rescaled(found, (image.shape[1], image.shape[2]), tuple(target["size"].tolist()))
@@ -71,89 +87,99 @@ def _found(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Targets
     ]
 
 
-# ---- training
+# ---- the task's record
 
 
-class Detection(pl.LightningModule):
-    """A detector in training: its losses added up, AdamW, a learning rate that falls in steps.
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """Which objects of an image are told.
 
     Args:
-        model: a detector.
-        classes: number of them.
-        masks: whether masks are scored.
-        optimizer: timm's name of it.
-        lr: peak learning rate.
-        warmup: "linear" from `warmup_start` of the learning rate, or "constant" there.
-        warmup_start: from 0 to 1.
-        warmup_steps: its length.
-        drops: shares of the training after which the learning rate falls to a tenth, from 0 to 1.
-        weight_decay: decay of weights; biases and norms are exempt.
-        backbone_lr: learning rate of the backbone relative to the heads'.
+        min_score: of an object, from 0 to 1.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        classes: int,
-        masks: bool,
-        optimizer: str,
-        lr: float,
-        warmup: Literal["linear", "constant"] = "linear",
-        warmup_start: float = 1e-3,
-        warmup_steps: int = 0,
-        drops: Sequence[float] = (),
-        weight_decay: float,
-        backbone_lr: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
-        self.optimizer, self.lr, self.weight_decay, self.backbone_lr = optimizer, lr, weight_decay, backbone_lr
-        self.warmup, self.warmup_start, self.warmup_steps, self.drops = warmup, warmup_start, warmup_steps, drops
-        self.masks = masks
-        self.precision = AveragePrecision(classes, masks)
-        self.last_loss = torch.zeros(())
+    min_score: float = 0.3
 
-    @property
-    def weights(self) -> nn.Module:
-        """The network to be scored and kept."""
-        return self.model
 
-    def training_step(self, batch: tuple[list[Tensor], list[Targets]], index: int) -> Tensor:
-        losses: dict[str, Tensor] = self.model(*batch)
-        loss = torch.stack(list(losses.values())).sum()
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch[0]))
-        self.last_loss = loss.detach()
-        return loss
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """On what a detector is scored; the data is in COCO's layout.
 
-    def on_validation_epoch_start(self) -> None:
-        self.precision.reset()
+    Args:
+        split: of the images and annotations.
+        malformed: annotations that cannot be used are an "error", or left out ("skip").
+    """
 
-    def validation_step(self, batch: tuple[list[Tensor], list[Targets]], index: int) -> None:
-        images, targets = batch
-        self.precision.update(_found(self.model.eval(), images, targets), targets)
+    split: Literal["train", "val", "test"] = "val"
+    malformed: Literal["error", "skip"] = "error"
 
-    def on_validation_epoch_end(self) -> None:
-        found = self.precision.compute()
-        # where there is nothing to be found, nothing was
-        self.log("val_map", found.boxes.map or 0.0, prog_bar=True)
-        self.log("val_map50", found.boxes.map50 or 0.0)
-        if found.masks is not None:
-            self.log("val_map_masks", found.masks.map or 0.0)
 
-    def configure_optimizers(self) -> Any:
-        optimiser = by_depth(
-            self.model, "pyramid.backbone.", self.optimizer, self.lr, self.backbone_lr, self.weight_decay
+def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
+    d = network.description
+
+    def found(image: Image.Image) -> Prediction:
+        everything = predict(network.model, image, d)
+        keep = everything["scores"] >= settings.min_score
+        objects = {key: value[keep] for key, value in everything.items()}
+        labels, scores = objects["labels"].tolist(), objects["scores"].tolist()
+        # COCO's form but for the class, which has its name
+        told = as_coco_results([objects], [0], range(len(d.classes)))
+        for one in told:
+            one["class"] = d.classes[one.pop("category_id")]
+            del one["image_id"]
+
+        def draw() -> Any:
+            from replknet.analysis import plots  # matplotlib is optional
+
+            masks = objects["masks"] >= 0.5 if d.masks else None
+            return plots.boxes(image, objects["boxes"], labels, scores, d.classes, masks)
+
+        counts = Counter(d.classes[label] for label in labels)
+        text = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+        return Prediction({"objects": told}, text, draw)
+
+    return found
+
+
+def _evaluate(
+    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Scored:
+    if data is None:
+        raise ValueError("name the folder or zip of the images and annotations with --data")
+    d = network.description
+    images = CocoImages(data, settings.split, masks=d.masks, malformed=settings.malformed)
+    if images.problems:
+        print(f"left out: {'; '.join(map(str, images.problems))}", file=sys.stderr)
+    check_classes(d.classes, images.classes, data)
+    loader = batches(BoxSet(images, ForEvaluation(d.scale, d.normalize)), 1, collate=listed)
+    found = evaluate(network.model, shown(loader), len(d.classes), d.masks)
+    lines = [f"{found.images} images"]
+    for what, average in (("boxes", found.boxes), ("masks", found.masks)):
+        if average is None:
+            continue
+        lines.append(
+            f"{what}  AP {percent(average.map)}  AP50 {percent(average.map50)}  AP75 {percent(average.map75)}  "
+            f"small {percent(average.map_small)}  medium {percent(average.map_medium)}  large "
+            f"{percent(average.map_large)}  recall {percent(average.mar100)}"
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        drops = [round(share * steps) for share in self.drops]
+        lines += [f"  {label:<20} {percent(ap):>7}" for label, ap in zip(d.classes, average.ap, strict=True)]
+    return Scored(asdict(found), tuple(lines))
 
-        def factor(step: int) -> float:
-            rate = 0.1 ** sum(step >= drop for drop in drops)
-            if step >= self.warmup_steps:
-                return rate
-            risen = step / self.warmup_steps if self.warmup == "linear" else 0.0
-            return rate * (self.warmup_start + (1 - self.warmup_start) * risen)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+def _comparison(network: Network) -> Comparison:
+    d = network.description
+    fit = ForEvaluation(d.scale, d.normalize)
+    return Comparison(
+        random=random_images(3, 256),
+        image=lambda image: one_batch([fit(pixels(image), {})[0]])[0],
+        output=_levels,
+    )
+
+
+def _levels(model: nn.Module, x: Tensor) -> Tensor:
+    """Every level of the pyramid: boxes are chosen from what these give, and a choice has no bound."""
+    (pyramid,) = (module for module in model.modules() if isinstance(module, Pyramid))
+    return torch.cat([level.flatten() for level in pyramid(x)])
+
+
+INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)

@@ -1,1 +1,13 @@
-"""Segmentation: its files, networks, inference, training, export and recipes."""
+"""Semantic segmentation with UperNet."""
+
+from replknet.tasks.segmentation import recipes
+from replknet.tasks.task import Task
+
+TASK = Task(
+    name="segmentation",
+    noun="a segmentation network",
+    field="replknet_segmentation",
+    keys=r"decode_head\.classifier\.weight",
+    options=recipes.SegmentationOptions,
+    recipes=recipes.RECIPES,
+)

@@ -6,22 +6,32 @@ card says which. No file is kept that does not compute what torch does.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from replknet.data.images import pixels
 from replknet.data.mask_transforms import fitted
-from replknet.deploy.files import LARGEST_SIDE, Format, opened, sides_of, write_checked
-from replknet.deploy.verify import Difference
+from replknet.deploy.files import (
+    BOUND,
+    LARGEST_SIDE,
+    Exported,
+    Format,
+    described_card,
+    plain_card,
+    sides_of,
+    write_checked,
+)
+from replknet.deploy.verify import Difference, Run
 from replknet.nn import merge
 from replknet.tasks.segmentation.files import SegmentationDescription
 from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
+from replknet.tasks.task import Export, Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +89,7 @@ def export_segmenter(
     stride = max(model.backbone.feature_info.reduction())  # type: ignore[operator,union-attr]  # of every such model
     network = without_auxiliary(merge(model)).float().cpu().eval()
     card = replace(card, sides=sides_of(stride))
-    return write_checked(network, stride, _plain(card), Path(path), to, examples)
+    return write_checked(network, stride, plain_card(card), Path(path), to, examples)
 
 
 def example_of(image: Image.Image, description: SegmentationDescription) -> Tensor:
@@ -91,33 +101,22 @@ def example_of(image: Image.Image, description: SegmentationDescription) -> Tens
     return x[:, :, : description.window, : description.window]
 
 
-def _plain(card: SegmentationCard) -> dict[str, Any]:
-    """A card as it stands in a file, in one object."""
-    values = asdict(card)
-    return {**values.pop("description"), **values}
+# ---- the task's record
 
 
-class ExportedSegmenter(nn.Module):
-    """A segmentation network in a file, run by the file's own runtime.
+def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:
+    card = segmentation_card(network.description, licence)
+    prepared = [example_of(image, network.description) for image in examples]
+    return export_segmenter(network.model, card, path, to, prepared)  # type: ignore[arg-type]  # a UperNet
 
-    Args:
-        path: a file of `export_segmenter`.
 
-    Input: `[N,3,H,W]`, float32, on the CPU.
-    Output: logits `[N,classes,H,W]`; an image whose sides are not those of the card is a ValueError.
+def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[Exported, SegmentationDescription]:
+    return Exported(run), described_card(SegmentationCard, SegmentationDescription, card, path).description
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: its ending is not one of `ENDINGS`, it has no card of ours, or it is no segmentation network.
-    """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        values, self._run = opened(Path(path), "segmentation")
-        described = {field.name: values.pop(field.name) for field in fields(SegmentationDescription)}
-        self.card = SegmentationCard(description=SegmentationDescription(**described), **values)
-        # logits of another size than the image's are resized in the same way
-        self.align_corners = self.card.description.align_corners
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)[0]
+EXPORT = Export(
+    write=_write,
+    open=_open,
+    compared="the logits of {images} images and of noise in two other sizes",
+    bound=BOUND,
+)

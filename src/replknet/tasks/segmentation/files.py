@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from replknet.data.mask_transforms import Normalize
 from replknet.data.masks import Classes, shipped_classes
-from replknet.models import CheckpointError, read_state_dict
-from replknet.models.checkpoints import read_metadata
-from replknet.models.model_files import SEGMENTATION_FIELD, config_of, filled, named, statistics_of, weights_file, write
+from replknet.models import CheckpointError
+from replknet.models.model_files import Source, config_of, filled, named, parsed, read, statistics_of, write
 from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
+from replknet.tasks.task import Files
+
+# key of the description in the header of a file
+FIELD = "replknet_segmentation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,11 @@ class SegmentationDescription:
         return UperNet(backbone, len(self.classes), self.channels, self.auxiliary_channels, self.align_corners)
 
     @property
+    def name(self) -> str:
+        """timm's name of the backbone."""
+        return self.backbone
+
+    @property
     def normalize(self) -> Normalize:
         """What an image goes through before the network."""
         return Normalize(self.mean, self.std)
@@ -73,7 +81,7 @@ def save_segmentation(model: nn.Module, path: str | Path, description: Segmentat
         path: the file; its folder is made.
         description: what is needed to build and feed it, written into the file's header.
     """
-    write(model, path, {SEGMENTATION_FIELD: json.dumps(asdict(description))})
+    write(model, path, {FIELD: json.dumps(asdict(description))})
 
 
 def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
@@ -91,25 +99,20 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
         FileNotFoundError: there is no such file.
         CheckpointError: it holds no such network.
     """
-    path = weights_file(path)
-    state = read_state_dict(path)
-    text = read_metadata(path).get(SEGMENTATION_FIELD)
-    description = described(state, str(path)) if text is None else _parsed(text, path)
+    return network_of(read(path), dtype)
+
+
+def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
+    """The network of a file that was read, and its description; see `load_segmentation`."""
+    text = source.texts.get(FIELD)
+    if text is None:
+        description = described(source.state, str(source.path))
+    else:
+        description = parsed(text, source.path, SegmentationDescription)
     with torch.device("meta"):
         model = without_auxiliary(description.build())
-    state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
-    return filled(model, state, path, "UperNet").to(dtype), description
-
-
-def _parsed(text: str, path: Path) -> SegmentationDescription:
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("classes", "mean", "std", "scale"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        fields["palette"] = tuple(tuple(colour) for colour in fields["palette"])
-        return SegmentationDescription(**fields)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+    state = {key: value for key, value in source.state.items() if not key.startswith("auxiliary_head.")}
+    return filled(model, state, source.path, "UperNet").to(dtype), description
 
 
 # classes of a pixel -> data set, the scale of its images, and whether corners are aligned, in the official networks
@@ -165,3 +168,6 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Seg
         mean=mean,
         std=std,
     )
+
+
+FILES = Files(load=network_of, save=save_segmentation)

@@ -1,29 +1,31 @@
-"""Semantic segmentation: prediction whole and by windows, scores, and training."""
+"""Semantic segmentation: prediction whole and by windows, and scores."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from monai.inferers.utils import sliding_window_inference
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from replknet.data.batches import batches
 from replknet.data.images import pixels
-from replknet.data.mask_transforms import fitted
-from replknet.data.masks import IGNORE
+from replknet.data.mask_transforms import ForEvaluation, fitted
+from replknet.data.masks import IGNORE, MaskSet, Pairs
 from replknet.tasks.segmentation.files import SegmentationDescription
-from replknet.tasks.segmentation.heads import UperNet
-from replknet.train.optimisers import by_depth
-from replknet.train.sharding import gather, shard
-
-# the loss of the auxiliary head counts so much beside the other's
-_AUXILIARY_WEIGHT = 0.4
-
+from replknet.tasks.task import (
+    Comparison,
+    Infer,
+    Network,
+    Prediction,
+    Scored,
+    check_classes,
+    percent,
+    random_images,
+)
 
 # ---- prediction
 
@@ -38,6 +40,7 @@ class Inference:
         ratios: sizes of the image relative to its own, or to `scale`, whose probabilities are averaged.
         flip: average with the mirrored image, too.
         scale: longer and shorter side, pixels, into which an image is fitted; None for its own size.
+        align_corners: how logits of another size than the result's are resized, as the network's own are.
 
     Raises:
         ValueError: a window without a stride, or values that are not positive.
@@ -48,6 +51,7 @@ class Inference:
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
     scale: tuple[int, int] | None = None
+    align_corners: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and not (self.stride and 0 < self.stride <= self.window):
@@ -87,13 +91,15 @@ class Inference:
         logits = self.logits(model, x).float()
         if tuple(logits.shape[-2:]) == size:
             return logits
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=getattr(model, "align_corners", False))
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Logits of the whole image, the mean of those of its windows: `[N,classes,H,W]`."""
         if self.window is None or self.stride is None:
             return model(x)
         sides = [min(self.window, side) for side in x.shape[-2:]]
+        from monai.inferers.utils import sliding_window_inference  # optional, and slow to import
+
         # monai takes the whole part of side * (1 - overlap) for its step; half a pixel more leaves no doubt
         overlap = [max(0.0, 1 - (self.stride + 0.5) / side) for side in sides]
         return sliding_window_inference(x, sides, 1, model, overlap=overlap)  # type: ignore[return-value]  # a tensor
@@ -111,13 +117,15 @@ def inference_of(
         window, stride = description.window, stride or description.stride
     # two thirds, as the paper has it
     stride = stride or (None if window is None else 2 * window // 3)
-    return Inference(window, stride, ratios, flip, description.scale)
+    return Inference(window, stride, ratios, flip, description.scale, description.align_corners)
 
 
 def predict(model: nn.Module, image: Image.Image, description: SegmentationDescription, inference: Inference) -> Tensor:
     """The class of each pixel of an image in RGB: `[H,W]`, uint8."""
     x = description.normalize(pixels(image))
-    return inference(model.eval(), _channels_last(x[None]), (image.height, image.width))[0]
+    return inference(model.eval(), x[None].contiguous(memory_format=torch.channels_last), (image.height, image.width))[
+        0
+    ]
 
 
 # ---- scores
@@ -161,7 +169,8 @@ def _mean(values: Sequence[float | None]) -> float:
 def confusion_of(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
     """Confusion matrix `[classes,classes]`, int64, of predictions and masks `[N,H,W]`; IGNORE counts nowhere."""
     labelled = mask != IGNORE
-    return multiclass_confusion_matrix(predicted[labelled].long(), mask[labelled].long(), classes)
+    places = mask[labelled].long() * classes + predicted[labelled].long()
+    return torch.bincount(places, minlength=classes**2).view(classes, classes)
 
 
 def evaluate(
@@ -175,7 +184,7 @@ def evaluate(
     model = model.eval()
     total, images = torch.zeros(classes, classes, dtype=torch.int64), 0
     for x, mask in batches:
-        predicted = inference(model, _channels_last(x), (mask.shape[-2], mask.shape[-1]))
+        predicted = inference(model, x.contiguous(memory_format=torch.channels_last), (mask.shape[-2], mask.shape[-1]))
         total += confusion_of(predicted, mask, classes).cpu()
         images += len(x)
     if images == 0:
@@ -183,109 +192,92 @@ def evaluate(
     return scores(total, images)
 
 
-# ---- training
+# ---- the task's record
 
 
-class Segmentation(pl.LightningModule):
-    """A segmentation network in training: cross entropy of both heads, AdamW, a learning rate that falls linearly.
-
-    Args:
-        model: with an auxiliary head, or without.
-        optimizer: timm's name of it.
-        lr: peak learning rate.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: decay of weights; biases and norms are exempt.
-        backbone_lr: learning rate of the backbone relative to the heads'.
-        inference: how validation runs the network.
-        compile: train through torch.compile.
-    """
-
-    def __init__(
-        self,
-        model: UperNet,
-        *,
-        optimizer: str,
-        lr: float,
-        warmup_steps: int,
-        weight_decay: float,
-        backbone_lr: float = 1.0,
-        inference: Inference,
-        compile: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
-        # in a tuple, since as a child of its own it would double the weights' names
-        self._trained = (torch.compile(self.model) if compile else self.model,)
-        self.optimizer, self.lr, self.warmup_steps = optimizer, lr, warmup_steps
-        self.weight_decay, self.backbone_lr, self.inference = weight_decay, backbone_lr, inference
-        self.last_loss = torch.zeros(())
-
-    @property
-    def weights(self) -> nn.Module:
-        """The network to be scored and kept."""
-        return self.model
-
-    def configure_model(self) -> None:
-        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
-        shard(self.model, getattr(self, "_device_mesh", None))
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        x, mask = batch
-        loss = training_loss(self._trained[0], _channels_last(x), mask, self.model.auxiliary_head is not None)
-        self.log("loss", loss, prog_bar=True)
-        self.last_loss = loss.detach()
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        gather(self.model, True)
-        classes = self.model.num_classes
-        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        x, mask = batch
-        predicted = self.inference(self.model.eval(), _channels_last(x), (mask.shape[-2], mask.shape[-1]))
-        self._confusion += confusion_of(predicted, mask, self.model.num_classes)
-
-    def on_validation_epoch_end(self) -> None:
-        gather(self.model, False)
-        # each image is with one process; float64 holds these counts exactly
-        total = self.trainer.strategy.reduce(self._confusion.double(), reduce_op="sum").long()
-        found = scores(total.cpu(), 0)
-        self.log("val_miou", found.miou, prog_bar=True)
-        self.log("val_accuracy", found.accuracy)
-
-    def configure_optimizers(self) -> Any:
-        optimiser = by_depth(self.model, "backbone.", self.optimizer, self.lr, self.backbone_lr, self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            rising = 1.0 if step >= self.warmup_steps else max(1e-6, step / self.warmup_steps)
-            return rising * max(0.0, 1 - step / steps)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary: bool) -> Tensor:
-    """Cross entropy of a UperNet, with that of its auxiliary head if it has one.
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How a network is run on an image.
 
     Args:
-        model: the network.
-        x: normalised images `[N,3,H,W]`.
-        mask: class of each pixel `[N,H,W]`, uint8, or IGNORE.
-        auxiliary: whether there is such a head.
+        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
+        stride: from one window to the next, pixels.
     """
-    target = mask.long()
-    if not auxiliary:
-        return _loss(model(x), target)
-    logits, others = model(x, auxiliary=True)
-    return _loss(logits, target) + _AUXILIARY_WEIGHT * _loss(others, target)
+
+    window: int | None = None
+    stride: int | None = None
 
 
-def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy; as in mmsegmentation 0.x the mean is over all pixels, of which those without a label add 0."""
-    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum") / target.numel()
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """On what a network is scored, and how it is run.
+
+    Args:
+        dataset: "ade20k", "cityscapes", or "masks" for images/, annotations/ and classes.json.
+        split: of the masks.
+        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
+        stride: from one window to the next, pixels.
+        ratios: sizes of the image to average, such as '[1, 1.5]'.
+        flip: average with the mirrored image.
+    """
+
+    dataset: Literal["ade20k", "cityscapes", "masks"] = "masks"
+    split: Literal["train", "val", "test"] = "val"
+    window: int | None = None
+    stride: int | None = None
+    ratios: tuple[float, ...] = (1.0,)
+    flip: bool = False
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
+    d = network.description
+    inference = inference_of(d, settings.window, settings.stride)
+
+    def found(image: Image.Image) -> Prediction:
+        labels = predict(network.model, image, d, inference)
+        shares = torch.bincount(labels.flatten().long(), minlength=len(d.classes)) / labels.numel()
+        named = {d.classes[i]: shares[i].item() for i in shares.argsort(descending=True).tolist() if shares[i] > 0}
+
+        def draw() -> Any:
+            from replknet.analysis import plots  # matplotlib is optional
+
+            return plots.overlay(image, labels, d.colours.names, d.colours.palette)
+
+        text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in named.items())
+        return Prediction({"shares": named}, text, draw)
+
+    return found
+
+
+def _evaluate(
+    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Scored:
+    if data is None:
+        raise ValueError("name the folder or zip of the images and masks with --data")
+    d = network.description
+    inference = inference_of(d, settings.window, settings.stride, settings.ratios, settings.flip)
+    pairs = Pairs(settings.dataset, data, settings.split)
+    check_classes(d.classes, pairs.classes.names, data)
+    loader = batches(MaskSet(pairs, ForEvaluation(d.normalize)), 1)
+    found = evaluate(network.model, shown(loader), len(d.classes), inference)
+    lines = [
+        f"{found.images} images  mIoU {100 * found.miou:.2f} %  pixel accuracy {100 * found.accuracy:.2f} %  "
+        f"mean class accuracy {100 * found.mean_accuracy:.2f} %",
+        f"  {'class':<20} {'IoU':>7} {'accuracy':>9}",
+    ]
+    lines += [
+        f"  {label:<20} {percent(iou):>7} {percent(accuracy):>9}"
+        for label, iou, accuracy in zip(d.classes, found.iou, found.class_accuracy, strict=True)
+    ]
+    return Scored(asdict(found), tuple(lines))
+
+
+def _comparison(network: Network) -> Comparison:
+    return Comparison(
+        random=random_images(3, 256),
+        image=lambda image: network.description.normalize(pixels(image))[None],
+        output=lambda model, x: model(x),
+    )
+
+
+INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)

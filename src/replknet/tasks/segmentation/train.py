@@ -1,24 +1,154 @@
-"""A recipe of a segmentation network, made ready."""
+"""A segmentation network in training: loss and optimisation, and the job of a recipe."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from replknet.data.batches import Splits
 from replknet.data.mask_transforms import ForEvaluation, ForTraining, Normalize
-from replknet.data.masks import Classes, MaskSet, Pairs
-from replknet.tasks.recipes import Hardware, SegmentationRecipe
+from replknet.data.masks import IGNORE, Classes, MaskSet, Pairs, shipped_classes
+from replknet.data.published import IMAGES
+from replknet.data.transforms import NORMALIZATIONS
 from replknet.tasks.segmentation.files import SegmentationDescription, save_segmentation
 from replknet.tasks.segmentation.heads import UperNet
-from replknet.tasks.segmentation.infer import Inference, Segmentation
+from replknet.tasks.segmentation.infer import Inference, confusion_of, scores
+from replknet.tasks.segmentation.recipes import SegmentationOptions
 from replknet.train.backbones import backbone_of, load_backbone
 from replknet.train.callbacks import Kept
-from replknet.train.job import Job, built, network_options
-from replknet.train.loaders import NORMALIZATIONS, Splits
+from replknet.train.hardware import Hardware
+from replknet.train.job import Job, Train, TrainStep, built, check_unit, network_options
+from replknet.train.optimisers import by_depth
+from replknet.train.recipe import Recipe
+from replknet.train.sharding import gather, shard
+
+# the loss of the auxiliary head counts so much beside the other's
+_AUXILIARY_WEIGHT = 0.4
 
 
-def job(recipe: SegmentationRecipe, data: Path | None, hardware: Hardware) -> Job:
+class Segmentation(pl.LightningModule):
+    """A segmentation network in training: cross entropy of both heads, AdamW, a learning rate that falls linearly.
+
+    Args:
+        model: with an auxiliary head, or without.
+        optimizer: timm's name of it.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decay of weights; biases and norms are exempt.
+        backbone_lr: learning rate of the backbone relative to the heads'.
+        inference: how validation runs the network.
+        compile: train through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: UperNet,
+        *,
+        optimizer: str,
+        lr: float,
+        warmup_steps: int,
+        weight_decay: float,
+        backbone_lr: float = 1.0,
+        inference: Inference,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        # in a tuple, since as a child of its own it would double the weights' names
+        self._trained = (torch.compile(self.model) if compile else self.model,)
+        self.optimizer, self.lr, self.warmup_steps = optimizer, lr, warmup_steps
+        self.weight_decay, self.backbone_lr, self.inference = weight_decay, backbone_lr, inference
+        self.last_loss = torch.zeros(())
+
+    @property
+    def weights(self) -> nn.Module:
+        """The network to be scored and kept."""
+        return self.model
+
+    def configure_model(self) -> None:
+        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        shard(self.model, getattr(self, "_device_mesh", None))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, mask = batch
+        loss = training_loss(
+            self._trained[0],
+            x.contiguous(memory_format=torch.channels_last),
+            mask,
+            self.model.auxiliary_head is not None,
+        )
+        self.log("loss", loss, prog_bar=True)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        gather(self.model, True)
+        classes = self.model.num_classes
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, mask = batch
+        predicted = self.inference(
+            self.model.eval(), x.contiguous(memory_format=torch.channels_last), (mask.shape[-2], mask.shape[-1])
+        )
+        self._confusion += confusion_of(predicted, mask, self.model.num_classes)
+
+    def on_validation_epoch_end(self) -> None:
+        gather(self.model, False)
+        # each image is with one process; float64 holds these counts exactly
+        total = self.trainer.strategy.reduce(self._confusion.double(), reduce_op="sum").long()
+        found = scores(total.cpu(), 0)
+        self.log("val_miou", found.miou, prog_bar=True)
+        self.log("val_accuracy", found.accuracy)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = by_depth(self.model, "backbone.", self.optimizer, self.lr, self.backbone_lr, self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            rising = 1.0 if step >= self.warmup_steps else max(1e-6, step / self.warmup_steps)
+            return rising * max(0.0, 1 - step / steps)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary: bool) -> Tensor:
+    """Cross entropy of a UperNet, with that of its auxiliary head if it has one.
+
+    Args:
+        model: the network.
+        x: normalised images `[N,3,H,W]`.
+        mask: class of each pixel `[N,H,W]`, uint8, or IGNORE.
+        auxiliary: whether there is such a head.
+    """
+    target = mask.long()
+    if not auxiliary:
+        return _loss(model(x), target)
+    logits, others = model(x, auxiliary=True)
+    return _loss(logits, target) + _AUXILIARY_WEIGHT * _loss(others, target)
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy; as in mmsegmentation 0.x the mean is over all pixels, of which those without a label add 0."""
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum") / target.numel()
+
+
+# ---- the task's record
+
+
+def _options(recipe: Recipe) -> SegmentationOptions:
+    assert isinstance(recipe.options, SegmentationOptions)
+    return recipe.options
+
+
+def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
     """Network, data and task of a recipe.
 
     Raises:
@@ -27,14 +157,18 @@ def job(recipe: SegmentationRecipe, data: Path | None, hardware: Hardware) -> Jo
     """
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder or zip with --data")
-    recipe.check_at_once(hardware.at_once(recipe.batch_size), hardware.processes)
+    refused = _refusal(recipe, hardware, hardware.at_once(recipe.batch_size))
+    if refused is not None:
+        raise ValueError(refused)
+    check_unit(recipe, "samples")
+    options = _options(recipe)
     mean, std = NORMALIZATIONS[recipe.normalization]
     normalize = Normalize(mean, std)
-    train = Pairs(recipe.dataset, data, "train")
-    moved = ForTraining(recipe.crop, recipe.scale, recipe.ratio, normalize, recipe.largest_share)
+    train = Pairs(options.dataset, data, "train")
+    moved = ForTraining(options.crop, options.scale, options.ratio, normalize, options.largest_share)
     val = None
     if recipe.evaluate:
-        val = MaskSet(Pairs(recipe.dataset, data, "val"), ForEvaluation(normalize))
+        val = MaskSet(Pairs(options.dataset, data, "val"), ForEvaluation(normalize))
     description = description_of(recipe, train.classes)
     model = create_network(recipe, description, hardware)
     if recipe.weights is not None:
@@ -42,14 +176,16 @@ def job(recipe: SegmentationRecipe, data: Path | None, hardware: Hardware) -> Jo
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Job(
-        task=Segmentation(
+        module=Segmentation(
             model,
             optimizer=recipe.optimizer,
             lr=recipe.lr,
             warmup_steps=recipe.warmup_samples // recipe.batch_size,
             weight_decay=recipe.weight_decay,
-            backbone_lr=recipe.backbone_lr,
-            inference=Inference(recipe.window, recipe.stride, scale=recipe.scale),
+            backbone_lr=options.backbone_lr,
+            inference=Inference(
+                options.window, options.stride, scale=options.scale, align_corners=options.align_corners
+            ),
             compile=hardware.compile,
         ),
         # sizes differ, so one image at a time is scored
@@ -61,26 +197,27 @@ def job(recipe: SegmentationRecipe, data: Path | None, hardware: Hardware) -> Jo
     )
 
 
-def description_of(recipe: SegmentationRecipe, classes: Classes) -> SegmentationDescription:
+def description_of(recipe: Recipe, classes: Classes) -> SegmentationDescription:
     """What the network of a recipe is, for these classes."""
+    options = _options(recipe)
     mean, std = NORMALIZATIONS[recipe.normalization]
     return SegmentationDescription(
         backbone=recipe.model,
         network=network_options(recipe),
         classes=classes.names,
         palette=classes.palette,
-        channels=recipe.channels,
-        auxiliary_channels=recipe.auxiliary_channels,
-        align_corners=recipe.align_corners,
-        scale=recipe.scale,
-        window=recipe.window,
-        stride=recipe.stride,
+        channels=options.channels,
+        auxiliary_channels=options.auxiliary_channels,
+        align_corners=options.align_corners,
+        scale=options.scale,
+        window=options.window,
+        stride=options.stride,
         mean=mean,
         std=std,
     )
 
 
-def create_network(recipe: SegmentationRecipe, description: SegmentationDescription, hardware: Hardware) -> UperNet:
+def create_network(recipe: Recipe, description: SegmentationDescription, hardware: Hardware) -> UperNet:
     """The network of a recipe, untrained.
 
     Raises:
@@ -94,3 +231,35 @@ def create_network(recipe: SegmentationRecipe, description: SegmentationDescript
 
 def _save(description: SegmentationDescription, model: nn.Module, path: Path) -> None:
     save_segmentation(model, path, description)
+
+
+def _refusal(recipe: Recipe, hardware: Hardware, images: int) -> str | None:
+    """UperNet's pooled map of one pixel has no variance in one crop."""
+    if images > 1 or (recipe.sync_bn and hardware.processes > 1):
+        return None
+    return (
+        "a process takes one crop at once, and a batch norm needs two of UperNet's pooled map of one pixel: a "
+        "larger --batch-size or --device-batch, or --sync-bn true on several GPUs"
+    )
+
+
+def _step(recipe: Recipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
+    # their names and colours take no memory
+    some = Classes(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
+    model = create_network(recipe, description_of(recipe, some), hardware)
+    if images == 1:
+        # their map of one pixel has no variance in one image; the memory is the same
+        model.decode_head.psp_modules.eval()
+    x = torch.zeros(images, 3, *recipe.options.size).contiguous(memory_format=torch.channels_last)
+    mask = torch.zeros(images, *recipe.options.size, dtype=torch.uint8)
+    return TrainStep(model, x, mask, lambda net, a, b: training_loss(net, a, b, model.auxiliary_head is not None))
+
+
+def _training_set(name: str, recipe: Recipe) -> tuple[int | None, int | None]:
+    dataset = _options(recipe).dataset
+    if dataset not in IMAGES:
+        return None, None
+    return IMAGES[dataset], len(shipped_classes(dataset).names)
+
+
+TRAIN = Train(job=job, step=_step, refusal=_refusal, training_set=_training_set)

@@ -1,4 +1,4 @@
-"""replknet kernels"""
+"""replknet analyze kernels"""
 
 import json
 from fnmatch import fnmatchcase
@@ -16,14 +16,17 @@ from replknet.analysis.learned_kernels import (
     magnitude_by_distance,
     small_share,
 )
-from replknet.cli.main import CHECKPOINT, TASK, Task, parser
-from replknet.cli.networks import checkpoint, is_checkpoint, of_timm, timm_names, unknown
+from replknet.cli.networks import is_checkpoint, of_timm, timm_names, unknown
+from replknet.cli.options import CHECKPOINT, TASK, Parser, parser
+from replknet.tasks import TASKS
+from replknet.tasks.files import load_network
 
 
-def main(argv: list[str]) -> int:
-    p = parser("kernels", "replknet kernels replknet_cifar_l -o kernels.png --layers 'stages.1.*'")
+def arguments() -> Parser:
+    """The options of the command."""
+    p = parser("analyze", "replknet analyze kernels replknet_cifar_l -o kernels.png --layers 'stages.1.*'", "kernels")
     p.add_argument("network", type=str, help=f"{CHECKPOINT}; or a timm model, with --pretrained or --untrained")
-    p.add_argument("--task", type=Task, default="classification", help=f"{TASK}, if it is a checkpoint")
+    p.add_argument("--task", choices=list(TASKS), help=TASK)
     p.add_argument("--pretrained", action="store_true", help="a timm model with its trained weights, downloaded")
     p.add_argument("--untrained", action="store_true", help="a timm model with random weights")
     p.add_argument(
@@ -32,7 +35,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--min-side", type=PositiveInt, default=5, help="of the smallest kernels to look at, pixels")
     p.add_argument("-o", "--output", type=Path, default=Path("kernels.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output, with the magnitudes by distance")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     if args.pretrained and args.untrained:
         raise ValueError("--pretrained and --untrained were both given; a network has trained weights or random ones")
     from replknet.analysis import plots  # matplotlib is optional
@@ -61,7 +68,7 @@ def _network(args: Any) -> nn.Module:
             f"{args.network} is a timm model and no file of weights: --pretrained downloads its trained weights, "
             "--untrained shows random ones"
         )
-    return checkpoint(args.network, args.task).model
+    return load_network(args.network, args.task).model
 
 
 def _chosen(layers: list[LayerKernels], patterns: list[str]) -> list[LayerKernels]:

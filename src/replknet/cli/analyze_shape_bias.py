@@ -1,4 +1,4 @@
-"""replknet shape-bias"""
+"""replknet analyze shape-bias"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from replknet.analysis.shape_bias import CATEGORIES, ShapeBias, decisions, likeliest, shape_bias
-from replknet.cli.main import parser
 from replknet.cli.networks import is_checkpoint, of_timm, timm_names
+from replknet.cli.options import Parser, parser
 from replknet.data import cifar10, cifar10_conflict, transforms
 from replknet.data.cue_conflict import CueConflicts, cue_conflicts
 from replknet.data.download import quiet
@@ -30,8 +30,13 @@ _LABEL = 22
 _Network = tuple[nn.Module, Callable[[Any], Tensor]]
 
 
-def main(argv: list[str]) -> int:
-    p = parser("shape-bias", "replknet shape-bias model.safetensors resnet50 --images style-transfer-preprocessed-512")
+def arguments() -> Parser:
+    """The options of the command."""
+    p = parser(
+        "analyze",
+        "replknet analyze shape-bias model.safetensors resnet50 --images stimuli",
+        "shape-bias",
+    )
     p.add_argument(
         "networks",
         nargs="+",
@@ -48,7 +53,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--batch-size", type=int, default=64, help="images at a time")
     p.add_argument("-o", "--output", type=Path, default=Path("shape-bias.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     if args.cifar10 == (args.images is not None):
         raise ValueError("name a folder of cue-conflict images with --images DIR, or take our own with --cifar10")
     from replknet.analysis import plots  # matplotlib is optional

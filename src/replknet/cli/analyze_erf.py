@@ -1,4 +1,4 @@
-"""replknet erf"""
+"""replknet analyze erf"""
 
 import json
 from collections import Counter
@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from replknet.analysis import ERF, effective_receptive_field
 from replknet.analysis.erf import Scale
-from replknet.cli.main import TASK, Task, parser
-from replknet.cli.networks import SEED, checkpoint, is_checkpoint, of_timm
+from replknet.cli.networks import SEED, is_checkpoint, of_timm
+from replknet.cli.options import TASK, Parser, parser
 from replknet.data import images, transforms
 from replknet.data.download import quiet
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
+from replknet.tasks import TASKS
+from replknet.tasks.files import load_network
+from replknet.tasks.task import Description
 
 NETWORK = (
     "weights, in any format that load_checkpoint reads, or the name of some that come with the package; else the name "
@@ -28,10 +31,11 @@ NETWORK = (
 )
 
 
-def main(argv: list[str]) -> int:
-    p = parser("erf", "replknet erf replknet_31b resnet101 --images DIR -o erf.png")
+def arguments() -> Parser:
+    """The options of the command."""
+    p = parser("analyze", "replknet analyze erf replknet_31b resnet101 --images DIR -o erf.png", "erf")
     p.add_argument("network", nargs="+", help=NETWORK)
-    p.add_argument("--task", type=Task, default="classification", help=f"{TASK}; of others the backbone is looked at")
+    p.add_argument("--task", choices=list(TASKS), help=TASK)
     p.add_argument("--pretrained", action="store_true", help="models of timm's with the weights that timm has of them")
     p.add_argument(
         "--untrained",
@@ -46,7 +50,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--scale", type=Scale, default="log", help="of the map that is measured; the paper's is log")
     p.add_argument("-o", "--output", type=Path, default=Path("erf.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     from replknet.analysis import plots  # matplotlib is optional
 
     files = images.files(args.images or list(images.PHOTOS))[: args.count]
@@ -81,10 +89,12 @@ class _Network:
 def _networks(word: str, args: Any) -> list[_Network]:
     """The network of a file or name, and its untrained twin if that is wanted."""
     build: Callable[[], nn.Module]
-    if args.task != "classification" or is_checkpoint(word):
-        loaded = checkpoint(word, args.task)
-        model, build = _backbone(loaded.model), lambda: _backbone(loaded.build())
-        name, trained, mean, std = loaded.name, True, loaded.mean, loaded.std
+    if is_checkpoint(word):
+        loaded = load_network(word, args.task)
+        d: Description = loaded.description
+        # of a segmentation network or a detector its backbone is looked at
+        model, build = _backbone(loaded.model), lambda: _backbone(d.build())
+        name, trained, mean, std = d.name, True, d.mean, d.std
     else:
         name, trained = word, args.pretrained
         way_out = "try it without --pretrained" if trained else "try it with another --size"

@@ -1,0 +1,273 @@
+"""Options of commands: from dataclasses, with help in plain words, and errors that say what was expected."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from argparse import Action
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
+
+from replknet.cli.colour import red
+from replknet.cli.main import COMMANDS
+
+# help of the argument of every command that reads a network
+CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of some that come with the package"
+EXPORTED = f"{CHECKPOINT}; or a file that `export` wrote"
+TASK = "what the network does, if you want to be sure; the file says it"
+
+# the arguments in a docstring, and what it says of them
+_FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
+# choices that are listed in an option's name; with more of them they are in its help
+_LISTED = 5
+
+
+class Parser(ArgumentParser):
+    """Options are never abbreviated; a wrong option or value gets what was expected and its nearest match."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = self._value_error(message) or message + self._nearest_option(message)
+        self.exit(2, f"{red(self.prog)}: {text}\n{self.prog} --help shows every option\n")
+
+    def _value_error(self, message: str) -> str | None:
+        """What a wrong value should have been, or None if the message is about something else."""
+        found = re.match(r'Parser key "([^"]+)"|argument ([^:]+): invalid choice', message)
+        if found is None:
+            return None
+        dest = (found[1] or found[2].split("/")[-1].lstrip("-")).replace("-", "_")
+        action = next((action for action in self._actions if action.dest == dest), None)
+        came = re.search(r"(?:[Vv]alue: |invalid choice: |Not of type \w+: )(.*?)(?: \(choose| does not|$)", message)
+        if action is None or came is None:
+            return None
+        value = came[1].strip("'")
+        name = action.option_strings[-1] if action.option_strings else action.dest
+        return f"{name} takes {_expected(action)}, got {value}{_nearest(value, _choices(action))}"
+
+    def _nearest_option(self, message: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.replace("=", " ").split():
+            nearest = difflib.get_close_matches(word, known, 1)
+            if word.startswith("--") and word not in known and nearest:
+                return f"; did you mean {nearest[0]}?"
+        return ""
+
+
+def parser(name: str, example: str, part: str = "") -> Parser:
+    """The parser of a command, with an example below its help.
+
+    Args:
+        name: of the command.
+        example: one call of it.
+        part: of a command that has several, such as erf of analyze.
+    """
+    prog = f"replknet {name} {part}".strip()
+    return Parser(prog=prog, description=COMMANDS[name], epilog=f"example: {example}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for an error: the known word that is most like another one, or all of them where there are few."""
+    listed = list(known)
+    return _nearest(word, listed) or (f"; there are {', '.join(listed)}" if len(listed) <= 30 else "")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# ---- options from dataclasses
+
+
+def texts(kind: type[Any]) -> dict[str, str]:
+    """What the docstring of a dataclass says of each field."""
+    found: dict[str, str] = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
+    return {name: " ".join(text.split()) for name, text in found.items()}
+
+
+def add_fields(p: Parser, defaults: Any, without: Collection[str] = (), hidden: Collection[str] = ()) -> None:
+    """Every field of a dataclass as an option, with the record's value as its default.
+
+    Args:
+        p: the parser.
+        defaults: the record.
+        without: fields that become no option.
+        hidden: fields whose option works, and is not in the help.
+    """
+    kind = type(defaults)
+    told, hints = texts(kind), typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
+        p.add_argument(
+            option_of(field.name),
+            type=hints[field.name],
+            default=getattr(defaults, field.name),
+            # commands write None as JSON does
+            help=SUPPRESS if field.name in hidden else re.sub(r"\bNone\b", "null", told[field.name]),
+        )
+
+
+def add_settings(p: Parser, kinds: Mapping[str, type[Any]]) -> None:
+    """The fields of several dataclasses as options that have no value unless they are given.
+
+    Args:
+        p: the parser.
+        kinds: a name for the help -> a dataclass. Fields of one name are one option.
+    """
+    fields: dict[str, dict[str, type[Any]]] = {}
+    for name, kind in kinds.items():
+        for field in dataclasses.fields(kind):
+            fields.setdefault(field.name, {})[name] = kind
+    for field_name, owners in fields.items():
+        hints = [typing.get_type_hints(kind)[field_name] for kind in owners.values()]
+        told = " / ".join(dict.fromkeys(texts(kind)[field_name] for kind in owners.values()))
+        whose = "" if len(owners) == len(kinds) else f"{', '.join(owners)}: "
+        flag = hints[0] is bool
+        p.add_argument(
+            option_of(field_name),
+            default=SUPPRESS,
+            help=f"{whose}{told}{_default_of(owners.values(), field_name)}",
+            **({"action": "store_true"} if flag else {"type": Union[tuple(hints)]}),  # noqa: UP007  # made here
+        )
+
+
+def settings_of(args: Any, kind: type[Any], kinds: Mapping[str, type[Any]], what: str) -> Any:
+    """The record of a dataclass with the options that were given.
+
+    Args:
+        args: as they were parsed.
+        kind: the dataclass.
+        kinds: all whose fields are options.
+        what: the error's words for what the options are not for.
+
+    Raises:
+        ValueError: an option of another dataclass was given.
+    """
+    ours = {field.name for field in dataclasses.fields(kind)}
+    refuse_settings(args, kinds, what, ours)
+    return kind(**{name: getattr(args, name) for name in ours if name in args})
+
+
+def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: Collection[str] = ()) -> None:
+    """Raise a ValueError where an option was given that stands for a field of these dataclasses."""
+    theirs = {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}.difference(but)
+    wrong = sorted(option_of(name) for name in theirs if name in args)
+    if wrong:
+        raise ValueError(f"{what}: leave out {', '.join(wrong)}")
+
+
+def option_of(field: str) -> str:
+    """The option of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def _default_of(kinds: Iterable[type[Any]], name: str) -> str:
+    values = [
+        field.default for kind in kinds for field in dataclasses.fields(kind) if field.name == name and field.default
+    ]
+    told = " or ".join(dict.fromkeys(_shown(value) for value in values if value is not dataclasses.MISSING))
+    return f" (default: {told})" if told else ""
+
+
+# ---- words for types
+
+
+def _hint(action: Action) -> Any:
+    return getattr(action, "_typehint", None) or action.type
+
+
+def _choices(action: Action) -> list[str]:
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    return [str(choice) for part in _parts(_hint(action)) for choice in _literals(part)]
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type itself."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return tuple(part for member in typing.get_args(hint) for part in _parts(member))
+    return (hint,)
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _expected(action: Action) -> str:
+    if action.choices is not None:
+        return f"one of {', '.join(map(str, action.choices))}"
+    return " or ".join(dict.fromkeys(_words(part) for part in _parts(_hint(action))))
+
+
+def _words(hint: Any) -> str:
+    if _literals(hint):
+        return f"one of {', '.join(map(str, _literals(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a list such as '{_form(hint)}'"
+    if typing.get_origin(hint) is dict:
+        return """an object such as '{"name": 1}'"""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "a text"}
+    if hint in plain:
+        return plain[hint]
+    if isinstance(hint, type) and issubclass(hint, Path):
+        return "a path"
+    # jsonargparse's numbers, such as PositiveInt
+    restriction = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", hint.__name__).lower()
+    return f"a {restriction}".replace(" int", " whole number").replace(" float", " number")
+
+
+def _form(hint: Any) -> str:
+    """JSON of the form of a type."""
+    if typing.get_origin(hint) is tuple:
+        members = typing.get_args(hint)
+        shown = [_form(members[0])] * 2 if members[-1] is Ellipsis else [_form(member) for member in members]
+        return f"[{', '.join(shown)}]"
+    return "0.5" if hint is float else "7"
+
+
+def _metavar(action: Action) -> str:
+    choices = _choices(action)
+    if choices:
+        return f"{{{','.join(choices)}}}" if len(choices) <= _LISTED else "NAME"
+    hints = [part for part in _parts(_hint(action)) if part is not type(None)]
+    hint = hints[0] if hints else None
+    if typing.get_origin(hint) is tuple:
+        return _form(hint).replace("7", "N").replace("0.5", "X")
+    if typing.get_origin(hint) is dict:
+        return "JSON"
+    if hint is bool:
+        return "{true,false}"
+    if isinstance(hint, type):
+        for kind, word in ((int, "N"), (float, "X"), (Path, "PATH")):
+            if issubclass(hint, kind):
+                return word
+    return "NAME"
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+class _Help(DefaultHelpFormatter):
+    """Help without types of Python: a word for the value in the option, and its default if it has one."""
+
+    def _get_help_string(self, action: Action) -> str:
+        told = action.help or ""
+        if action.required and action.option_strings:
+            return f"{told} (required)"
+        if action.default in (None, SUPPRESS, False) or action.default == [] or not action.option_strings:
+            return told
+        return f"{told} (default: {_shown(action.default)})".replace("%", "%%")
+
+    def _metavar_formatter(self, action: Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        named = action.metavar if isinstance(action.metavar, str) and action.metavar != "[ITEM,...]" else None
+        if action.option_strings and (named is None or named.startswith("{")):
+            named = _metavar(action)
+        return lambda size: (named or default_metavar,) * size

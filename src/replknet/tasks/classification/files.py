@@ -1,0 +1,6 @@
+"""Classifiers in files of weights: the layer of the models reads and writes them."""
+
+from replknet.models.model_files import classifier_of, save_model
+from replknet.tasks.task import Files
+
+FILES = Files(load=classifier_of, save=save_model)

@@ -1,0 +1,181 @@
+"""Classifiers in int8 for `replknet export --int8`: written, scored on test images and timed, before and after."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Subset
+
+from replknet.data import cifar10, images, transforms
+from replknet.data.batches import batches
+from replknet.deploy.files import ENDINGS as FLOAT_ENDINGS
+from replknet.deploy.files import Exported, card_in
+from replknet.deploy.quantizers import Target
+from replknet.models import Description
+from replknet.tasks.classification.export import card_of, export_classifier
+from replknet.tasks.classification.infer import evaluate
+from replknet.tasks.classification.quantize import ENDINGS, quantize_classifier, size, timed
+from replknet.tasks.classification.sets import evaluation_set
+from replknet.tasks.task import Int8, Network, Quantization
+from replknet.train.recipe import check_not_negative, check_positive
+
+_BATCH = 64
+# images at once whose time is measured
+_TIMED = (1, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Settings:
+    """How a file in int8 is found and measured.
+
+    Args:
+        dataset: images with labels: "cifar10", or "folder" for train/<class>/ and val/<class>/.
+        data: the folder, or where CIFAR-10 is kept.
+        calibration: training images that give the ranges.
+        search: other training images, on which layers are kept in float32.
+        loss: right answers that may be lost, points of top-1.
+        per_tensor: one scale a weight instead of one a channel, to compare.
+        unreadable_images: that may be skipped; one more is an error.
+    """
+
+    dataset: Literal["cifar10", "folder"] = "cifar10"
+    data: Path | None = None
+    calibration: int = 512
+    search: int = 4096
+    loss: float = 0.5
+    per_tensor: bool = False
+    unreadable_images: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "calibration", "search")
+        check_not_negative(self, "loss", "unreadable_images")
+
+
+def _write(
+    network: Network,
+    path: Path,
+    to: str,
+    settings: Int8Settings,
+    licence: str,
+    shown: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Quantization:
+    target = next(target for target in ENDINGS if target == to)
+    result = _quantized(network, path, target, settings, licence, shown)
+    lost = 100 * (result["top1_before"] - result["top1_after"])
+    problem = None
+    if lost > settings.loss:
+        problem = (
+            f"the test images lose {lost:.2f} points, more than the {settings.loss} that the search kept on training "
+            "images: a smaller --loss keeps more layers in float32"
+        )
+    return Quantization(result, tuple(_text(result).splitlines()), problem)
+
+
+def _quantized(
+    network: Network,
+    output: Path,
+    to: Target,
+    settings: Int8Settings,
+    licence: str,
+    shown: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> dict[str, Any]:
+    model, description = network.model, network.description
+    card = card_of(description, licence)
+    training = _training_set(settings.dataset, settings.data, description, settings.unreadable_images)
+    if len(training) <= settings.calibration:
+        raise ValueError(
+            f"expected more training images than the {settings.calibration} for calibration, got {len(training)}; "
+            "--calibration N takes fewer"
+        )
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
+    calibration = [batch[0] for batch in batches(Subset(training, order[: settings.calibration]), _BATCH) if batch]
+    search = Subset(training, order[settings.calibration : settings.calibration + settings.search])
+    found = quantize_classifier(
+        model,  # type: ignore[arg-type]  # a StagedNet
+        card,
+        output,
+        to,
+        calibration,
+        batches(search, _BATCH),
+        settings.loss,
+        not settings.per_tensor,
+    )
+    test = evaluation_set(settings.dataset, settings.data, description, settings.unreadable_images)
+    with TemporaryDirectory() as folder:
+        before = Path(folder) / f"float{FLOAT_ENDINGS[to]}"
+        export_classifier(model, card, before, to)  # type: ignore[arg-type]  # a StagedNet
+        scores = {
+            name: evaluate(Exported(card_in(file)[1]), shown(batches(test, _BATCH), name))
+            for name, file in (("before", before), ("after", output))
+        }
+        threads = torch.get_num_threads()
+        sides = (card.image_size, card.image_size)
+        times = [(n, timed({"before": before, "after": output}, torch.randn(n, 3, *sides), threads)) for n in _TIMED]
+    return {
+        "output": str(output),
+        "to": to,
+        "per_channel": not settings.per_tensor,
+        "images": scores["after"].images,
+        "top1_before": scores["before"].top1,
+        "top1_after": scores["after"].top1,
+        "loss_allowed": settings.loss,
+        "bytes_before": found.bytes_before,
+        "bytes_after": size(output),
+        "threads": threads,
+        "times": [
+            {"images": n, **{name: dataclasses.asdict(time) for name, time in both.items()}} for n, both in times
+        ],
+        "calibration": sum(map(len, calibration)),
+        "search": dataclasses.asdict(found),
+        "card": dataclasses.asdict(card),
+    }
+
+
+def _training_set(name: str, data: Path | None, d: Description, unreadable: int) -> Any:
+    """Training images as they are prepared for a test."""
+    if name == "cifar10":
+        still = transforms.small_image_transform(d.image_size, d.mean, d.std)
+        return cifar10.CIFAR10(cifar10.load(data), True, still)
+    if data is None:
+        raise ValueError("name the folder of the images with --data DIR")
+    still = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
+    return images.ImageSet(images.source_of(data, "train"), still, unreadable)
+
+
+def _text(result: dict[str, Any]) -> str:
+    search = result["search"]
+    before, after = (100 * result[f"top1_{when}"] for when in ("before", "after"))
+    small, large = (result[f"bytes_{when}"] / 1e6 for when in ("after", "before"))
+    lines = [
+        f"{result['output']}: top-1 of {result['images']} test images {before:.2f} % before, {after:.2f} % after",
+        f"size {large:.2f} MB before, {small:.2f} MB after",
+    ]
+    for times in result["times"]:
+        n, float_ms, int8_ms = times["images"], times["before"]["p50_ms"], times["after"]["p50_ms"]
+        lines.append(
+            f"{n} image{'s' if n > 1 else ''} in {float_ms:.2f} ms before, {int8_ms:.2f} ms after "
+            f"({float_ms / int8_ms:.2f} times as fast; threads: {result['threads']})"
+        )
+    lines.append(
+        f"search: {search['images']} training images, top-1 {100 * search['before']:.2f} % before, "
+        f"{100 * search['all_int8']:.2f} % with all {len(search['layers'])} layers in int8, "
+        f"{100 * search['after']:.2f} % in the file, which loses {100 * search['lost']:.2f} points of right answers"
+    )
+    kept = [layer for layer in search["layers"] if layer["kept"]]
+    lines.append(f"layers kept in float32: {len(kept) or 'none'}")
+    for layer in sorted(kept, key=lambda layer: -layer["sensitivity"]):
+        ranges = layer["ranges"]
+        centre = "" if ranges["centre"] is None else f", centre {ranges['centre']:.1f} times the taps around it"
+        lines.append(
+            f"  {layer['name']} {layer['shape']}: alone it changes the logits by {100 * layer['sensitivity']:.1f} %; "
+            f"largest weight {ranges['peak']:.1f} times the channel's rms, {ranges['spread']:.1f} times the median "
+            f"channel's largest{centre}"
+        )
+    return "\n".join(lines)
+
+
+INT8 = Int8(Int8Settings, {str(to): ending for to, ending in ENDINGS.items()}, _write)

@@ -1,0 +1,96 @@
+"""Networks of any task in files: which task a file is for, and the network in it."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from replknet.deploy.files import card_in, is_exported
+from replknet.models import CheckpointError
+from replknet.models.model_files import FIELD, Source, read
+from replknet.tasks import TASKS
+from replknet.tasks.task import Network, Task
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network in a file, whatever its task, in eval mode on the CPU.
+
+    Args:
+        path: weights that this package wrote, published weights of any known key format, the name of weights that
+            come with the package, or a file that `replknet export` wrote, which runs in its own runtime.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds no network of this package's.
+    """
+    return load_network(path).model
+
+
+def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype | None = torch.float32) -> Network:
+    """The network in a file with what is known of it.
+
+    Args:
+        path: see `load`.
+        task: name of the task that the caller wants; None for the file's own.
+        dtype: of the network; None for that of the file. An exported file keeps its own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it holds no network of this package's, or one of another task than is wanted.
+    """
+    if is_exported(path):
+        card, run = card_in(Path(path))
+        found = _named(card.pop("task", _FIRST), path)
+        _check(found, task, path)
+        model, description = found.export.open(Path(path), card, run)
+        return Network(found, model.eval(), description)
+    source = read(path)
+    found = task_of(source)
+    _check(found, task, path)
+    model, description = found.files.load(source, dtype)
+    return Network(found, model, description)
+
+
+def task_of(source: Source) -> Task:
+    """The task of a file of weights, from the description in its header, or from its keys.
+
+    Raises:
+        CheckpointError: its keys are of no task, or of several.
+    """
+    described = [field for field in source.texts if field == FIELD or field.startswith(f"{FIELD}_")]
+    found = [task for task in TASKS.values() if task.field in described]
+    if described and not found:
+        raise CheckpointError(
+            f"{source.path} has a description that this version does not know ({', '.join(described)}): it was "
+            "written by a later version of replknet"
+        )
+    found = found or [task for task in TASKS.values() if task.has(source.state)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{source.path} could be {' or '.join(task.noun for task in found)}, and does not say which: build the "
+            "network, load the file with replknet.load_checkpoint, and save it with its description"
+        )
+    expected = ", ".join(f"{task.keys} ({task.noun})" for task in TASKS.values())
+    raise CheckpointError(
+        f"{source.path} holds no network of a known task: expected a key like {expected}; got "
+        f"{', '.join(list(source.state)[:4])}, ..."
+    )
+
+
+# cards of exported files had no task when there was only one
+_FIRST = "classification"
+
+
+def _named(name: str, path: str | Path) -> Task:
+    if name not in TASKS:
+        raise CheckpointError(f"{path} is for {name}, which this version does not know: expected {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _check(found: Task, wanted: str | None, path: str | Path) -> None:
+    if wanted is not None and found.name != wanted:
+        raise CheckpointError(
+            f"{path} holds {found.noun}, and {TASKS[wanted].noun} is asked for: leave out --task {wanted}"
+        )
