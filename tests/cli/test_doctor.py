@@ -113,7 +113,7 @@ def test_a_refusal_has_its_reason_and_no_explanation(monkeypatch):
     monkeypatch.setattr("replknet.kernels._forced", "new")
     found = explain((1, 8, 14, 14), (5, 5))
     assert found.backend is None
-    assert "error: backend 'new', which is forced, does not take this call" in str(found)
+    assert "error: the forced backend 'new' does not take this call" in str(found)
 
 
 def test_a_layout_that_is_both_is_read_by_its_strides_as_in_the_operator():
