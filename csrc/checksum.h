@@ -1,4 +1,4 @@
-// A 64-bit checksum at the speed of memory, to tell whether prepared weights belong to the weights at hand.
+// A 64-bit checksum at the speed of memory. It tells whether prepared weights belong to the given weights.
 #pragma once
 
 #include "simd.h"
@@ -30,9 +30,9 @@ constexpr uint64_t scrambled(uint64_t a) {  // the finaliser of SplitMix64
   return a ^ (a >> 31);
 }
 
-// The sum of the products of neighbouring 32-bit words, each plus a key of its place (the NH hash of Black et
-// al., UMAC, 1999), plus the words themselves in another sum, so that a change of one word is always seen.
-// The keys repeat after STRETCH bytes, between which the state is scrambled.
+// Sums the products of neighbouring 32-bit words, each plus a key of its place (the NH hash of Black et al., UMAC,
+// 1999). Another sum takes the words themselves, so that a change of one word is always seen. The keys repeat every
+// STRETCH bytes, and the state is scrambled after each stretch.
 NOINLINE uint64_t checksum(const char* data, int64_t bytes) {
   constexpr int STATES = 2, WORDS = LANES / 2, STEP = STATES * 4 * LANES, STRETCH = 2048;
   struct Keys {

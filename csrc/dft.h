@@ -1,13 +1,13 @@
 // Discrete Fourier transforms of fixed small size, as straight-line code over vectors.
 //
 // transform<N>  X[k] = sum over n of x[n] w^(nk), w = exp(-2 pi i / N), in natural order
-// rdft<N>       the same for real x; gives k = 0 .. N/2
-// irdft<N>      x[n] = sum over k of X[k] w^(-nk) for Hermitian X of which k = 0 .. N/2 are given
+// rdft<N>       transform of real x; gives X[k] for k = 0 .. N/2
+// irdft<N>      x[n] = sum over k of X[k] w^(-nk) for Hermitian X, given for k = 0 .. N/2
 //
-// The inverse of transform is transform with the roles of the real and the imaginary part exchanged, and N
-// times too large. A zero that the compiler can see costs nothing: x + 0 and 0 * c are folded
-// (-fno-signed-zeros), and what is not stored is not computed. So one template serves inputs and outputs that
-// are only partly needed. Loops marked UNROLL vanish, and what depends on their counters is known then.
+// The inverse of transform is transform with real and imaginary parts exchanged; its result is N times too large.
+// A zero that the compiler can see costs nothing: x + 0 and 0 * c are folded (-fno-signed-zeros). Values that are not
+// stored are not computed. So one template serves inputs and outputs that are only partly needed. Loops marked UNROLL
+// vanish, so the compiler knows everything that depends on their counters.
 #pragma once
 
 #include "simd.h"
@@ -97,8 +97,8 @@ INLINE int crt(int i, int j) {
 }
 constexpr bool coprime(int a, int b) { return b == 0 ? a == 1 : coprime(b, a % b); }
 
-// In place, for N that is not split: 2, 4, and odd N, where pairs of inputs n and N-n are added, which sees the
-// cosines, and subtracted, which sees the sines.
+// In place, for N that is not split: 2, 4 and odd N. For odd N the sums of inputs n and N-n meet the cosines, and their
+// differences meet the sines.
 template <int N>
 INLINE void small_dft(V (&re)[N], V (&im)[N]) {
   if constexpr (N == 2) {
@@ -125,15 +125,15 @@ INLINE void small_dft(V (&re)[N], V (&im)[N]) {
         const float c = circle<N>.c[k * (j + 1) % N], s = circle<N>.s[k * (j + 1) % N];
         ar += c * sr[j], ai += c * si[j], br += s * dr[j], bi += s * di[j];
       }
-      // additions rather than fused ones: processors add on other units than they multiply
+      // separate additions, not fused ones: processors add and multiply on different units
       re[k] = ar + bi, im[k] = ai - br;
       re[N - k] = ar - bi, im[N - k] = ai + br;
     }
   }
 }
 
-// The general form: point n is asked for by in(n, re, im), and given back by out(k, re, im), each once, as late
-// and as early as possible: there are 16 registers at most, and what does not fit goes through memory.
+// The general form: in(n, re, im) reads input n, and out(k, re, im) takes result k. Each is called once, `in` as late
+// and `out` as early as possible: some processors have only 16 registers, and values beyond them go through memory.
 template <int N, typename In, typename Out>
 INLINE void transform(In in, Out out) {
   constexpr int A = factor(N), B = N / A;
@@ -177,7 +177,7 @@ INLINE void rdft(const V (&x)[N], V (&re)[N / 2 + 1], V (&im)[N / 2 + 1]) {
     rdft<M>(odd, r, i);
     UNROLL for (int k = 0; k <= M / 2; k++) {
       rotate<N>(k, r[k], i[k]);
-      re[M - k] = er[k] - r[k], im[M - k] = i[k] - ei[k];  // first: at k = M/2 both are the same bin
+      re[M - k] = er[k] - r[k], im[M - k] = i[k] - ei[k];  // before re[k]: at k = M/2 both are one bin
       re[k] = er[k] + r[k], im[k] = ei[k] + i[k];
     }
   } else {
@@ -195,7 +195,7 @@ INLINE void irdft(const V (&re)[N / 2 + 1], const V (&im)[N / 2 + 1], V (&x)[N])
   if constexpr (N == 1) {
     x[0] = re[0];
   } else if constexpr (N % 2 == 0) {
-    // even and odd outputs are inverse transforms of half the size, of folded spectra
+    // the even and the odd outputs are inverse transforms of folded spectra, of half the size
     V er[M / 2 + 1], ei[M / 2 + 1], r[M / 2 + 1], i[M / 2 + 1], even[M], odd[M];
     er[0] = re[0] + re[M], r[0] = re[0] - re[M], ei[0] = i[0] = V{};  // X[0] and X[M] are real
     UNROLL for (int k = 1; k <= M / 2; k++) {

@@ -1,8 +1,8 @@
 // The convolution as sums of products, for small kernels and small maps.
 //
-// Two forms. `tile`: T neighbouring outputs stay in registers while the taps go by; a line has zeros at both
-// ends. `dense`: a map so narrow that each output of a row sees every input of a row; the whole row stays in
-// registers and no padding is multiplied.
+// There are two forms. `tile` keeps T neighbouring outputs in registers while the taps go by; a line has zeros at both
+// ends. `dense` is for maps so narrow that each output of a row sees every input of a row. The whole row stays in
+// registers, and no padding is multiplied.
 #pragma once
 
 #include "spectral.h"
@@ -11,18 +11,18 @@ namespace {
 
 constexpr int WIDEST = 14;  // outputs in registers: two of the 16 registers are left for a tap and an input
 
-// The compiler is not to see that neighbouring steps of a loop load the same values: it would keep them in
-// registers from step to step, and the sums in memory.
+// Hides from the compiler that neighbouring steps of a loop load the same values. Otherwise it would keep these values
+// in registers from step to step, and the sums in memory.
 INLINE const float* forgotten(const float* p) {
   asm("" : "+r"(p));
   return p;
 }
 
 struct TileArgs {
-  const float* lines;  // of the first input row and the first output, of a group of channels
+  const float* lines;  // at the first input row and the first output, of a group of channels
   int64_t pitch;       // floats from line to line
   int rows;            // input rows that the outputs see
-  int before, after;   // of a pair of rows: how many of these only the first sees, and only the second
+  int before, after;   // of a pair of output rows: input rows that only the first sees, and only the second
   const float* taps;   // [row][column][LANES], from the row that meets the first line
   int columns;         // of the taps
   V bias, floor;
@@ -45,7 +45,7 @@ NOINLINE void tile(const TileArgs& a) {
   }
   float* const y = a.y;
   const int64_t stride = a.stride;
-  // last: added first, it would be in the rounding of each step
+  // the bias is added last: added first, it would take part in the rounding of each step
   const V floor = a.floor, bias = a.bias;
   if (a.outputs == T) {
     unrolled<T>([&](auto t) INLINE_LAMBDA { store(y + t * stride, at_least(floor, sum[t] + bias)); });
@@ -57,7 +57,7 @@ NOINLINE void tile(const TileArgs& a) {
   });
 }
 
-// the products of an input row with rows FIRST to LAST of the outputs; `taps` is the row that it meets for output row 0
+// adds the products of an input row to the output rows FIRST to LAST; for output row 0 it meets the tap row `taps`
 template <int FIRST, int LAST, int W, int R>
 INLINE void dense_row(const float* x, const float* taps, int64_t taps_row, V (&sum)[R][W]) {
   unrolled<W>([&](auto j) INLINE_LAMBDA {
@@ -67,11 +67,11 @@ INLINE void dense_row(const float* x, const float* taps, int64_t taps_row, V (&s
         unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * taps_row + (W - 1 + j - t) * LANES); });
       }
     });
-    barrier();  // or all taps of the row are loaded ahead, and spilled
+    barrier();  // else all taps of the row are loaded ahead, and spilled
   });
 }
 
-// R rows of W outputs; `taps` is the row that meets the first line for the first of the R
+// R rows of W outputs; for the first of these rows, the first line meets the tap row `taps`
 template <int W, int R>
 NOINLINE void dense(const TileArgs& a) {
   V sum[R][W] = {};
@@ -110,23 +110,23 @@ constexpr Tile* dense_pair_of(std::integer_sequence<int, I...>, int n) {
 }
 
 INLINE bool is_dense(const Axis& width) { return width.size <= WIDEST && width.reach == width.size - 1; }
-// equal tiles, as few as the registers allow
+// outputs of a tile: the tiles are equal, and as few as the registers allow
 INLINE int tile_outputs(int64_t n) {
   const int64_t tiles = (n + WIDEST - 1) / WIDEST;
   return static_cast<int>((n + tiles - 1) / tiles);
 }
-// pixels of a packed line: zeros at both ends, and what the last tile reads in vain
+// pixels of a packed line, with zeros at both ends and the pixels that the last tile reads in vain
 INLINE int64_t line_pixels(int64_t pixels, int reach) { return pixels + 2 * reach + WIDEST; }
 
-// Rows of images and of taps are packed, and results gathered, through a buffer at the start of the workspace.
+// A buffer at the start of the workspace: rows of images and of taps are packed, and results gathered, through it.
 INLINE int64_t buffer_floats(const Axis& width) { return BLOCK * (line_pixels(width.size, width.reach) + MOST_PIXELS); }
 
-// The taps of a block as [group][row][column][LANES]. False if products with the padding would not be zeros.
+// Writes the taps of a block as [group][row][column][LANES]. False if products with the padding would not be zeros.
 NOINLINE bool prepare_direct(const Job& job, int64_t block, float* buffer) {
   const Axis &height = job.height, &width = job.width;
   const Plane plane = weight_plane(job, job.weight, block);
   float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
-  V spoiled = {};  // a number minus itself is zero, NaN and infinity give NaN
+  V spoiled = {};  // a finite number minus itself is zero; NaN and infinity give NaN
   read_rows(plane, height.skipped, height.side, width.skipped, width.side, buffer, [&](int j, const float* line) {
     const int row = job.call.rotated ? height.side - 1 - j : j;
     for (int g = 0; g < GROUPS; g++) {
@@ -179,7 +179,7 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
   a.floor = all(job.relu ? 0.0f : -__builtin_inff());
   const int64_t taps_row = static_cast<int64_t>(width.side) * LANES;
   const float* prepared = job.run.prepared + block * BLOCK * height.side * width.side;
-  // two rows at once where both fit the registers: one alone would wait for its sums
+  // two rows at once where both fit the registers: one row alone would wait for its sums
   const bool pairs = narrow && 2 * w <= WIDEST;
   const int step = narrow ? static_cast<int>(w) : tile_outputs(w);
   constexpr auto sizes = std::make_integer_sequence<int, WIDEST>{};
@@ -219,7 +219,7 @@ NOINLINE void forward_direct(const Job& job, int64_t block, int64_t image, int64
   }
 }
 
-// sum[t] += over j of dy[j] x[j + t], for T taps of a row of the kernel
+// sums[t] += sum over j of dy[j] x[j + t], for T taps of a kernel row
 template <int T>
 NOINLINE void add_products(const float* dy, const float* x, int64_t pitch_y, int64_t pitch_x, int rows, int pixels,
                            float* sums) {
@@ -239,7 +239,7 @@ constexpr AddProducts* add_products_of(std::integer_sequence<int, I...>, int n) 
   return all[n - 1];
 }
 
-// The same for all taps of a row of the kernel, on maps of W pixels all of whose products they are: no padding.
+// As add_products, for all 2 W - 1 taps of a kernel row on maps that are W pixels wide: no padding is multiplied.
 template <int W>
 NOINLINE void add_all_products(const float* dy, const float* x, int64_t pitch_y, int64_t pitch_x, int rows, int,
                                float* sums) {
@@ -260,8 +260,8 @@ constexpr AddProducts* add_all_products_of(std::integer_sequence<int, I...>, int
   return all[n - 1];
 }
 
-// dw of a block. Partial sums of about a hundred products keep the rounding errors of long sums apart. False if products
-// with the padding may not have been zeros.
+// Writes dw of a block. Partial sums of about a hundred products limit the rounding errors of long sums. False if
+// products with the padding may not have been zeros.
 NOINLINE bool backward_direct(const Job& job, int64_t block, float* memory) {
   const Axis &height = job.height, &width = job.width;
   const int64_t h = height.size, w = width.size;
@@ -277,7 +277,7 @@ NOINLINE bool backward_direct(const Job& job, int64_t block, float* memory) {
   AddProducts* const add = narrow
                                ? add_all_products_of(std::make_integer_sequence<int, WIDEST_ALL>{}, static_cast<int>(w))
                                : add_products_of(std::make_integer_sequence<int, WIDEST>{}, step);
-  const int64_t together = w < 96 ? 96 / w : 1;  // rows a partial sum
+  const int64_t together = w < 96 ? 96 / w : 1;  // rows of a partial sum
   for (int64_t image = 0; image < job.call.n; image++) {
     const Plane x = image_plane(job, job.x, image, block), dy = image_plane(job, job.dy, image, block);
     for (int64_t top = 0; top < h; top += height.tile) {

@@ -2,17 +2,16 @@
 //
 // The outer step is an N1-point transform for each residue r = n mod N2:
 //   U[k1][r] = sum over j of w_N1^(j k1) x[r + N2 j].
-// Only n < count may be non-zero (forward) or wanted (inverse), so it knows at compile time how many of its
-// points matter: COUNT, which is the same for all r but for one step.
-// The inner step is an N2-point transform for each k1, of the U[k1][r] turned by constants:
+// Only points n < count may be non-zero (forward) or are wanted (inverse). A residue has COUNT of these points, which
+// the compiler knows. The first residues may have one point more than the others.
+// The inner step is an N2-point transform for each k1. Its inputs are U[k1][r], turned by constants:
 // - N1 and N2 coprime (Good and Thomas): r = N1 b mod N2 in the order of b, turned by w_N1^(-floor(N1 b / N2) k1).
-//   That is free for N1 = 4 and mostly additions for N1 = 8;
+//   The turn is free for N1 = 4, and mostly additions for N1 = 8;
 // - else (Cooley and Tukey): r in its own order, turned by w_L^(r k1).
-// The result k is not needed in its natural order: an image meets only spectra in the same order, which is
-// [k1][k2].
+// The results stay in the order [k1][k2]. Their natural order is not needed: an image meets only spectra in this order.
 //
-// A column is complex, kept as V re, im a point. A row is real, and one of each pair of mirrored bins is kept:
-// k1 = 0 and k1 = N1/2 are transforms of reals in turn, and 0 < k1 < N1/2 stand for N1/2 < k1 < N1.
+// A column is complex: a point is V re, im. A row is real, so one of each pair of mirrored bins is kept. k1 = 0 and
+// k1 = N1/2 are again transforms of reals; 0 < k1 < N1/2 also stand for N1/2 < k1 < N1.
 #pragma once
 
 #include "dft.h"
@@ -21,11 +20,11 @@
 namespace {
 
 constexpr int LARGEST = 256;  // the longest transform
-constexpr int BARS = 2;       // vectors a complex point
+constexpr int BARS = 2;       // vectors of a complex point
 
-INLINE void barrier() { asm volatile("" ::: "memory"); }  // keeps the compiler from spilling one step for the next
+INLINE void barrier() { asm volatile("" ::: "memory"); }  // else the compiler spills one step to load the next
 
-// How the inner step reads U: the residue of its point b, and by which multiple of k1 / L of a turn.
+// How the inner step reads U: the residue of its point b, and the turn of this point as a multiple of k1 / L.
 template <int N1, int N2>
 struct Order {
   static constexpr bool pfa = coprime(N1, N2);
@@ -123,7 +122,7 @@ NOINLINE void multiply(V* work, const V* spectrum) {
     transform<N2>([=](int b, V& r, V& i) INLINE_LAMBDA { load_turned<N1, N2>(work, k1, b, r, i); },
                   [=, &re, &im](int k2, V r, V i) INLINE_LAMBDA {
                     const V* s = spectrum + BARS * (N2 * k1 + k2);
-                    __builtin_prefetch(s + BARS * N1 * N2);  // the next column's
+                    __builtin_prefetch(s + BARS * N1 * N2);  // the next column's spectrum
                     re[k2] = r * s[0] - i * s[1], im[k2] = r * s[1] + i * s[0];
                   });
     transform<N2>([&re, &im](int k2, V& i, V& r) INLINE_LAMBDA { r = re[k2], i = im[k2]; },
@@ -165,15 +164,15 @@ NOINLINE void column_start(const V* spectrum, V* work) {
 
 // ---- inner steps of a row: work[k1][r] <-> bins, one every `pitch` vectors ----
 
-// The bins of k1 = 0 and, where N1 and N2 are coprime, of N1/2 belong to reals; those of the other k1 lie
-// between them. Where they are not coprime, half of the bins of N1/2 mirror the other half.
+// The inputs of k1 = 0 are real, and also those of k1 = N1/2 if N1 and N2 are coprime. The bins of the other k1 lie
+// between them. If N1 and N2 are not coprime, half of the bins of k1 = N1/2 mirror the other half.
 template <int N1, int N2>
 INLINE void finish_reals(const V* work, int k1, V* to, int64_t pitch) {
   typedef Order<N1, N2> O;
   V x[N2], re[N2 / 2 + 1], im[N2 / 2 + 1];
   UNROLL for (int b = 0; b < N2; b++) {
     const V p = work[BARS * (N2 * k1 + O::residue(b))];
-    x[b] = k1 * O::turn(b) % (N1 * N2) == 0 ? p : -p;  // nothing or half a turn
+    x[b] = k1 * O::turn(b) % (N1 * N2) == 0 ? p : -p;  // no turn or half a turn
   }
   rdft<N2>(x, re, im);
   UNROLL for (int k2 = 0; k2 <= N2 / 2; k2++) {
@@ -298,7 +297,7 @@ INLINE const Length* find_length(int l) {
   return nullptr;
 }
 
-// Runs an outer step for all residues, each with the number of its points below `count`.
+// Runs an outer step for all residues, each with its number of points below `count`.
 #define OUTER(step, f, count, ...)                                                   \
   do {                                                                               \
     const int most = (count) / (f).n2, longer = (count) % (f).n2;                    \

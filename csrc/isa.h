@@ -1,4 +1,4 @@
-// The kernels of one instruction set as a table; the including file defines LANES, ISA and RUNS_HERE.
+// The kernels of one instruction set as a table; the including file defines LANES, ISA, ISA_NAME and RUNS_HERE.
 #pragma once
 
 #include "checksum.h"

@@ -3,8 +3,8 @@
 
 #include "replknet.h"
 
-// A kernel side as far as it meets the image: taps further from the centre than the image is long only ever
-// see padding.
+// One axis of image and kernel. Taps farther from the centre than the image is long meet only padding, and are left
+// out.
 struct Axis {
   int64_t size;  // of the image
   int side;      // kernel taps that are used, odd
@@ -13,8 +13,8 @@ struct Axis {
   int tile;      // outputs a tile
   int64_t tiles;
   int length;  // of the transform
-  // One tile: image and outputs start at 0 of the transform, and the centre of the kernel is its origin.
-  // More: a tile's input starts `reach` before its outputs, and the kernel's first tap is the origin.
+  // One tile: image and outputs start at point 0 of the transform, and the origin of the kernel is its centre.
+  // More tiles: the input of a tile starts `reach` before its outputs, and the origin of the kernel is its first tap.
   bool whole;
   int origin() const { return whole ? reach : 0; }
   int before() const { return whole ? 0 : reach; }
@@ -31,7 +31,7 @@ struct Job {
   int relu;
 };
 
-// The parts of a call: blocks of weights are prepared, then tasks (a tile of a block of an image) are done.
+// The parts of a call: blocks of weights are prepared, then tasks run. A task is a tile of a block of an image.
 struct Isa {
   const char* name;
   bool (*runs_here)();

@@ -1,8 +1,8 @@
-// The lengths N1 * N2 of the transforms, ascending. N1 is even: a row has a bin in the middle. Lengths between these
-// would not be faster than the next one here.
+// The lengths N1 * N2 of the transforms, ascending. N1 is even, so that a row has a bin in the middle. A length between
+// two of these would not be faster than the longer one.
 #pragma once
 
-#ifdef RK_FEW_LENGTHS  // for the sanitizers, under which all of them take minutes to compile
+#ifdef RK_FEW_LENGTHS  // for the sanitizers, with which all lengths take minutes to compile
 #define RK_LENGTHS(X) X(4, 4) X(4, 5) X(8, 3) X(8, 6)
 #else
 #define RK_LENGTHS(X)                                                                                          \

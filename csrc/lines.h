@@ -1,6 +1,6 @@
-// Rows of a block of 16 channels, between memory of any layout and type and lines of packed float32.
+// Copies rows of a block of 16 channels between memory of any layout and type and lines of packed float32.
 //
-// A line is [pixel][BLOCK] float32. Channels that the tensor does not have are zero, and are not written.
+// A line is [pixel][BLOCK] float32. Channels that the tensor lacks are read as zeros, and are not written.
 #pragma once
 
 #include "replknet.h"
@@ -34,7 +34,7 @@ struct Float16 {
   static INLINE V load(const T* p) {
     const U h = widened(*reinterpret_cast<const HU*>(p)), magnitude = (h & 0x7fff) << 13;
     const U is_special = (U)((h & 0x7c00) == 0x7c00);
-    // the exponent's bias differs by 112; subnormals come out right as the product is exact
+    // the exponent's bias differs by 112; subnormals come out right, since the product is exact
     const U value = bits(from_bits(magnitude) * 0x1p112f);
     return from_bits((value & ~is_special) | ((magnitude | 0x7f800000) & is_special) | ((h & 0x8000) << 16));
   }
@@ -57,7 +57,7 @@ struct Float16 {
 struct Plane {
   char* base;
   int64_t channel, row, pixel;
-  int channels;  // of the block that exist
+  int channels;  // channels of the block that exist
   int dtype;
 };
 
@@ -66,10 +66,10 @@ INLINE typename E::T* address(const Plane& p, int64_t row, int64_t pixel) {
   return reinterpret_cast<typename E::T*>(p.base) + row * p.row + pixel * p.pixel;
 }
 
-// The channels of contiguous rows are more streams than processors foresee: so many elements ahead are fetched.
+// Elements to prefetch ahead: the channels of contiguous rows are more streams than processors prefetch themselves.
 constexpr int AHEAD = 3 * BLOCK;
 
-// The last vector of a line overlaps the one before it rather than being a part.
+// Where a vector of a line starts: the last vector is a whole one that overlaps the vector before it.
 INLINE int vector_at(int next, int count) { return next + LANES > count && count > LANES ? count - LANES : next; }
 
 template <typename E>
@@ -164,13 +164,13 @@ INLINE void write_line(const Plane& plane, int64_t row, int64_t first, int count
 }
 
 // How many rows can be read and written as one line of at most MOST_PIXELS: several, if they follow one another in
-// memory. So a row of 14 pixels or 13 taps does not end in half a vector.
+// memory. Then a row of 14 pixels or 13 taps does not end in half a vector.
 constexpr int MOST_PIXELS = 256;
 INLINE int rows_at_once(const Plane& p, int columns) {
   return p.pixel == 1 && p.row == columns && columns < MOST_PIXELS ? MOST_PIXELS / columns : 1;
 }
 
-// Reads rows through a buffer of MOST_PIXELS and hands each to f(row from 0 on, line).
+// Reads rows through a buffer of MOST_PIXELS, and calls f(row, line) for each; rows count from 0.
 template <typename F>
 INLINE void read_rows(const Plane& plane, int64_t first, int rows, int64_t left, int columns, float* buffer, F f) {
   const int at_once = rows_at_once(plane, columns);
@@ -181,7 +181,7 @@ INLINE void read_rows(const Plane& plane, int64_t first, int rows, int64_t left,
   }
 }
 
-// Writes rows through a buffer of MOST_PIXELS, which f(row from 0 on, line) fills.
+// Writes rows through a buffer of MOST_PIXELS, which f(row, line) fills; rows count from 0.
 template <typename F>
 INLINE void write_rows(const Plane& plane, int64_t first, int rows, int64_t left, int columns, float* buffer, F f) {
   const int at_once = rows_at_once(plane, columns);

@@ -69,7 +69,7 @@ int64_t prepared_floats(const Job& job) {
   return static_cast<int64_t>(BLOCK) * job.height.side * job.width.side;
 }
 
-// of one thread; the layouts are those of prepare_*, forward_* and backward_*
+// for one thread, in the layouts of prepare_*, forward_* and backward_*
 int64_t workspace_floats(const Job& job, bool backward) {
   const Axis &h = job.height, &w = job.width;
   if (job.call.algorithm == RK_FFT) {
@@ -86,7 +86,7 @@ int64_t workspace_floats(const Job& job, bool backward) {
   return buffer + line * (rows + h.tile) + taps * h.side;
 }
 
-// the share of slot s of `all` things among `slots`
+// where the share of slot s begins, if `slots` slots share `all` things
 int64_t share(int64_t all, int64_t s, int64_t slots) { return all * s / slots; }
 
 struct Work {
@@ -94,7 +94,7 @@ struct Work {
   const Isa* isa;
   int64_t slots, slot_bytes;
   bool backward, prepare, compute;
-  int remade[256];     // blocks prepared anew, by slot
+  int remade[256];    // blocks prepared anew, by slot
   bool spoiled[256];  // whether a block of the slot is RK_NOT_FINITE
 };
 
@@ -115,7 +115,7 @@ void run_slots(int64_t begin, int64_t end, void* context) {
         const uint64_t sum = weights_checksum(job, *work.isa, b);
         if (sum == job.run.checksums[b]) continue;
         job.run.checksums[b] = 0;
-        // a block that is not finite is found to be so in each call
+        // a block that is not finite keeps no checksum, so each call finds it again
         const bool finite = work.isa->prepare(job, b, memory);
         job.run.checksums[b] = finite ? sum : 0;
         work.remade[s]++;
@@ -137,7 +137,8 @@ void run_slots(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// each thread has its blocks to itself if the tasks divide as the blocks do
+// One pass prepares and computes if the tasks divide among threads as the blocks do: then no thread needs the blocks of
+// another.
 int run_job(const Job& job, const Isa& isa, bool backward, bool prepare) {
   Work work = {};
   work.job = &job, work.isa = &isa, work.backward = backward;

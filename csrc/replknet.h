@@ -11,14 +11,13 @@ extern "C" {
 enum { RK_FLOAT32 = 0, RK_FLOAT16 = 1, RK_BFLOAT16 = 2 };
 enum { RK_DIRECT = 0, RK_FFT = 1 };
 enum { RK_BAD_CALL = -1, RK_BAD_ISA = -2 };
-// RK_DIRECT met weights (rk_forward) or sums for dw (rk_backward) that are not finite. It multiplies them, or what they
-// are sums of, with the zeros of the padding too, which gives NaN where the definition has no product: the result is
-// not to be used.
+// RK_DIRECT met weights (rk_forward) or sums for dw (rk_backward) that are not finite. It also multiplies by the zeros
+// of the padding, which may give NaN where the definition has no product. The result must not be used.
 enum { RK_NOT_FINITE = -3 };
 
-// A call and how it is to be carried out.
+// A call, and how to carry it out.
 typedef struct {
-  int64_t n, c, h, w;     // of x; y has the same
+  int64_t n, c, h, w;     // of x and of y
   int32_t kh, kw;         // kernel sides, both odd
   int32_t dtype;          // of all tensors
   int32_t channels_last;  // layout of x, y, dy and dx: [N,H,W,C] in memory, else [N,C,H,W]
@@ -28,11 +27,11 @@ typedef struct {
   int32_t rotated;  // use the kernel rotated by 180 degrees
 } rk_call;
 
-// Runs body(begin, end, context) on parts of [begin, end), perhaps in parallel; torch_parallel_for is one.
+// Runs body(begin, end, context) on parts of [begin, end), perhaps in parallel; torch_parallel_for is such a function.
 typedef void (*rk_body)(int64_t begin, int64_t end, void* context);
 typedef int (*rk_parallel_for)(int64_t begin, int64_t end, int64_t grain, rk_body body, void* context);
 
-// Who runs it: an instruction set, a number of threads, and memory for them.
+// What runs a call: an instruction set, a number of threads, and memory for them.
 typedef struct {
   int32_t isa;
   int32_t threads;
@@ -53,11 +52,12 @@ RK_API int rk_length(int index);
 RK_API int64_t rk_workspace(const rk_call* call, int threads, int backward);
 RK_API int64_t rk_prepared(const rk_call* call);
 
-// y = x * weight (+ bias) (and max(y, 0)). `prepared` is verified by checksum and made anew where it does not
-// belong to `weight`. Returns the number of blocks made anew, or an error.
+// y = x * weight (+ bias) (and max(y, 0)). `prepared` is verified by checksum. Blocks that do not belong to `weight`
+// are prepared anew. Returns the number of these blocks, or an error.
 RK_API int rk_forward(const rk_call* call, const rk_run* run, const void* x, const void* weight, const void* bias,
                       int relu, void* y);
-// dx (or null) and dw (or null). RK_FFT with tiles: dx must be null, it is rk_forward with `rotated`.
+// dx and dw. RK_DIRECT, and RK_FFT with tiles: dx must be null; rk_forward with `rotated` gives it. RK_FFT: dw may be
+// null. Returns as rk_forward.
 RK_API int rk_backward(const rk_call* call, const rk_run* run, const void* dy, const void* x, const void* weight,
                        void* dx, void* dw);
 // A 64-bit checksum of memory, as used for the weights.

@@ -1,8 +1,8 @@
 // Vectors of float32 whose lanes are channels: one source for every instruction set.
 //
-// Included by one translation unit an instruction set, which defines LANES (4, 8 or 16) and is compiled
-// with that set's flags. Everything here is in an unnamed namespace: an inline function that two units
-// shared would be merged by the linker, and might run with instructions that the machine lacks.
+// One translation unit for each instruction set includes this file. The unit defines LANES (4, 8 or 16) and is compiled
+// with the flags of its set. Everything here is in an unnamed namespace: the linker would merge an inline function that
+// two units share, and might keep the one with instructions that the machine lacks.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ constexpr int GROUPS = BLOCK / LANES;
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
-// the same, at any address
+// V and H at any address
 typedef float VU __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t HU __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 

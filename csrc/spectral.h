@@ -1,8 +1,8 @@
 // The convolution through two-dimensional real Fourier transforms, a block of channels of one tile at a time.
 //
-// Rows are transformed first (real, L/2 + 1 bins), then for each bin the column through all rows. Between
-// its two steps a column is multiplied by the spectrum of the weights and goes back at once, so the spectrum
-// of the image is never stored. Spectra lie as [group][bin][k1][k2], in the order in which they are used.
+// Rows are transformed first (real, L/2 + 1 bins), then for each bin the column through all rows. Between the two steps
+// of its transform a column is multiplied by the spectrum of the weights. It is transformed back at once, so the
+// spectrum of the image is never stored. Spectra lie as [group][bin][k1][k2], in the order of their use.
 #pragma once
 
 #include "fft.h"
@@ -56,7 +56,7 @@ INLINE void block_bias(const Job& job, int64_t block, V (&bias)[GROUPS]) {
   for (int g = 0; g < GROUPS; g++) bias[g] = load(line + LANES * g);
 }
 
-// A tile in the frequency domain along rows: [group][bin][row], re and im.
+// A tile whose rows are transformed: [group][bin][row], re and im.
 struct Bins {
   V* data;
   int count;      // bins a row
@@ -64,8 +64,8 @@ struct Bins {
   INLINE V* column(int group, int bin) const { return data + (group * count + bin) * pitch; }
 };
 
-// Groups of a block that are worked on together: all, so that memory is read by whole cache lines; or one
-// after the other, if they lie packed and the bins of one then stay in the first-level cache.
+// Groups of a block that are worked on together. All of them read memory by whole cache lines. One at a time is better
+// if pixels lie packed, and the bins of one group, but not of all groups, fit the first-level cache.
 struct Groups {
   int first, last;
 };
@@ -84,15 +84,15 @@ INLINE Bins take_bins(const Axis& width, int rows, V*& memory) {
   return b;
 }
 
-// Whether the pixels of a row push one another out of the first-level cache (64 sets of 8 lines): they lie a
-// power of two apart as a rule, and so fall into few sets.
+// Whether the pixels of a row push one another out of the first-level cache (64 sets of 8 lines). If a large power of
+// two divides their distance, they fall into few sets.
 INLINE bool crowded(const Plane& plane, int columns) {
-  const int64_t bytes = plane.pixel * 4, apart = bytes & -bytes;  // the largest power of two that divides it
+  const int64_t bytes = plane.pixel * 4, apart = bytes & -bytes;  // the largest power of two that divides bytes
   const int64_t sets = apart >= 4096 ? 1 : 4096 / apart;
   return columns > 8 * sets;
 }
 
-// Copies the groups of `count` pixels, and fetches those `ahead` floats further on into the second-level cache.
+// Copies the groups of `count` pixels, and prefetches pixels `ahead` floats further on into the second-level cache.
 INLINE void copy_groups(const float* from, int64_t stride_from, float* to, int64_t stride_to, int count, Groups groups,
                         int64_t ahead) {
   for (int p = 0; p < count; p++, from += stride_from, to += stride_to) {
@@ -101,8 +101,8 @@ INLINE void copy_groups(const float* from, int64_t stride_from, float* to, int64
   }
 }
 
-// Spectra that are needed once the rows are transformed, and are fetched meanwhile: the weights of a network are mostly
-// in memory, and short columns of 16 lanes wait for theirs. Longer ones, and narrower ones, do not.
+// Spectra that the columns need: they are prefetched while rows are transformed. The weights of a network are mostly in
+// memory, and short columns of 16 lanes would wait for their spectra. Longer columns and fewer lanes would not wait.
 struct Later {
   const char* data = nullptr;
   int64_t bytes = 0;
@@ -128,7 +128,7 @@ NOINLINE void rows_forward(const Job& job, const Plane& plane, int64_t top, int 
   const bool in_place = packed && from == 0 && until == columns && !crowded(plane, columns);
   if (!in_place) memset(line, 0, sizeof(float) * BLOCK * columns);
   const int at_once = from == 0 && until == columns ? rows_at_once(plane, columns) : 1;
-  int64_t first = 0, end = 0;  // the rows that are in the line
+  int64_t first = 0, end = 0;  // rows [first, end) are in the line
   for (int r = 0; r < rows; r++) {
     const int64_t row = top + r;
     later.fetch(r, rows);
@@ -190,7 +190,7 @@ NOINLINE void rows_back(const Job& job, const Plane& plane, int64_t top, int row
       for (int p = 0; p < columns && r + 2 < rows; p++) __builtin_prefetch(ahead + p * plane.pixel, 1);
       row_to(r, target, plane.pixel);
     } else {
-      // what is written is fetched meanwhile, unless the row is so short that it would come too late
+      // prefetch the target meanwhile, unless the row is so short that the prefetch would come too late
       for (int p = 0; p < columns && columns >= 32; p++) __builtin_prefetch(target + p * plane.pixel, 1);
       row_to(r, line, BLOCK);
       copy_groups(line, BLOCK, target, plane.pixel, columns, groups, 0);
@@ -279,7 +279,7 @@ NOINLINE void accumulate(const V* x, V* g, const V* spectrum, V* sum, int points
   }
 }
 
-// dw of a block, over all images and tiles; dx as well where it is wanted and the image is one tile.
+// Writes dw of a block, summed over all images and tiles; also dx, if it is wanted and the image is one tile.
 NOINLINE void backward_spectral(const Job& job, int64_t block, V* memory) {
   const Axis &height = job.height, &width = job.width;
   const Length &fh = *find_length(height.length), &fw = *find_length(width.length);

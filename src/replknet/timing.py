@@ -1,4 +1,4 @@
-"""Times that can be compared: ways of doing the same in turns, in one process, as quantiles."""
+"""Times that can be compared: several ways to do one job take turns in one process, and give quantiles."""
 
 import os
 import platform
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-# a call that takes less is made once untimed before each timed one
+# before each timed call, a call shorter than this is made once untimed
 _SHORT_MS = 100.0
-# calls that take less than this are timed several times a turn
+# calls shorter than this are timed several times a turn
 _TURN_S = 0.003
 
 
@@ -34,11 +34,11 @@ def interleaved(
     apart: Collection[str] = (),
     pause_s: float = 0.02,
 ) -> dict[str, Timing]:
-    """Time several ways of doing the same, in turns, so that a disturbance hits all alike.
+    """Time several ways to do one job in turns, so that a disturbance hits all alike.
 
-    Before a short call is timed it is made once untimed, so that each finds the caches and the threads as
-    itself left them, not as its neighbour did; then it is timed for three milliseconds, and the median is the
-    time of this turn. A long one is warmed up once only and timed once.
+    Each turn of a short call starts with an untimed call. So it finds the caches and threads as it left them itself,
+    not as its neighbour did. It is then timed for three milliseconds, and the median is the time of this turn. A long
+    call is warmed up only once, before its first turn, and is timed once a turn.
 
     Args:
         calls: name -> what to time.
@@ -46,8 +46,8 @@ def interleaved(
         limit_s: a way that has used up this much time sits out after three rounds.
         apart: names of calls that run on threads of their own. Their turns come first, with a wait before each
             and after the last.
-        pause_s: that wait; the threads of OpenMP go on spinning for some milliseconds after a call, and would
-            take the processor from another runtime's.
+        pause_s: seconds of this wait. OpenMP's threads spin for some milliseconds after a call, and would take the
+            processor from the threads of another runtime.
     """
     order = [name for name in calls if name in apart] + [name for name in calls if name not in apart]
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -84,19 +84,19 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def quantiles_of(values: list[float]) -> Timing:
-    # "inclusive": the other method would extrapolate beyond the few values of a slow way, even below zero
+    # not "exclusive", which would extrapolate beyond the few values of a slow way, even below zero
     tenths = quantiles(values, n=10, method="inclusive")
     return Timing(tenths[1], tenths[4], tenths[7], len(values))
 
 
 class Load:
-    """How busy the machine is with other things, from here to `end()`: a disturbed time is no time."""
+    """How busy other processes keep the machine, from here to `end()`: a disturbed time does not count."""
 
     def __init__(self) -> None:
         self._average, self._busy, self._own, self._wall = _load_average(), _busy_s(), _own_s(), time.perf_counter()
 
     def end(self) -> dict[str, float | None]:
-        """Load averages before and after, and processors that other processes kept busy meanwhile."""
+        """Load averages before and after, and the number of processors that other processes kept busy meanwhile."""
         busy, wall = _busy_s(), time.perf_counter() - self._wall
         others = None
         if busy is not None and self._busy is not None and wall > 0:
@@ -105,12 +105,12 @@ class Load:
 
 
 def _load_average() -> float | None:
-    # Windows has none
+    # Windows has no load average
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _busy_s() -> float | None:
-    """Seconds that all processors have worked, time taken by other virtual machines included."""
+    """Seconds that all processors have worked, including time that other virtual machines took."""
     if platform.system() != "Linux":
         return None
     user, nice, kernel, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])

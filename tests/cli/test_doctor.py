@@ -45,7 +45,7 @@ def test_people_read_who_takes_the_call_and_who_must_be_asked_by_name(capsys):
 def test_a_forced_backend_is_said_to_be_forced(capsys):
     with replknet.use_backend("reference"):
         assert main(["doctor", *LAYER]) == 0
-    assert "reference takes it, which REPLKNET_BACKEND or use_backend forces" in capsys.readouterr().out
+    assert "reference takes it, forced by REPLKNET_BACKEND or use_backend" in capsys.readouterr().out
 
 
 def test_each_gpu_is_shown_with_what_is_known_of_it(monkeypatch, tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_each_gpu_is_shown_with_what_is_known_of_it(monkeypatch, tmp_path, capsy
             "cuda:0: NVIDIA H100 (capability 9.0): right: forward patch bfloat16; not used: dw patch bfloat16: " in text
         )
         assert f"Failed to find C compiler; 1 kinds of calls timed in {device.table.path}" in text
-        assert "cuda:1: Tesla T4 (capability 7.5): torch's own convolution; Triton's needs a device of cap" in text
+        assert "cuda:1: Tesla T4 (capability 7.5): torch's own convolution; Triton: needs a device of cap" in text
         assert main(["doctor", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["cuda"][0]["timed"] == 1
         layer = ["--shape", "64,128,56,56", "--kernel", "31", "--dtype", "bfloat16"]
@@ -113,7 +113,7 @@ def test_a_refusal_has_its_reason_and_no_explanation(monkeypatch):
     monkeypatch.setattr("replknet.kernels._forced", "new")
     found = explain((1, 8, 14, 14), (5, 5))
     assert found.backend is None
-    assert "error: backend 'new', which is forced, does not take this call" in str(found)
+    assert "error: the forced backend 'new' does not take this call" in str(found)
 
 
 def test_a_layout_that_is_both_is_read_by_its_strides_as_in_the_operator():

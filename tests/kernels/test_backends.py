@@ -159,7 +159,7 @@ def test_a_call_that_nobody_takes_gives_every_reason():
 def test_a_forced_backend_that_refuses_is_an_error():
     with (
         use_backend("aten"),
-        pytest.raises(RuntimeError, match="backend 'aten', which is forced, does not take this call"),
+        pytest.raises(RuntimeError, match="the forced backend 'aten' does not take this call"),
     ):
         choose(REFUSED)
 

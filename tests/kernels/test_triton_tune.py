@@ -182,7 +182,7 @@ def test_a_process_that_hangs_with_the_lock_holds_nobody_up(tmp_path, monkeypatc
 def test_a_table_that_cannot_be_written_costs_a_warning_and_no_call(tmp_path):
     (tmp_path / "file").write_text("")
     table = Table(tmp_path / "file" / "ways.json")
-    with table.alone(), pytest.warns(UserWarning, match="timed again in the next process"):
+    with table.alone(), pytest.warns(UserWarning, match="the next process times kernels again"):
         table.put(KIND, Entry(SHIPPED, 1.0, 2.0))
     assert table[KIND] == Entry(SHIPPED, 1.0, 2.0)
 

@@ -96,7 +96,7 @@ def test_an_algorithm_goes_to_layers_that_run_on_the_operator_already_and_back()
     plain = [name for name, m in model.named_modules() if isinstance(m, DepthwiseConv2d)]
     report = replknet.accelerate(model, algorithm="direct")
     assert set(plain) <= set(report.changed)
-    assert f"{len(report.changed)} that ran on it got another algorithm" in str(report)
+    assert f"{len(report.changed)} were on the operator already and got another algorithm" in str(report)
     assert all(model.get_submodule(name).algorithm == "direct" for name in report.changed)
     # the merged form and the inference form go on with it
     merged = replknet.merge(model.eval())

@@ -219,7 +219,7 @@ def test_subclasses_of_tensors_are_asked_and_kept():
         ({"weight": torch.zeros(3, 1, 3, 3).half()}, "weight must have the dtype of x"),
         (
             {"dy": torch.zeros(2, 3, 9, 9)},
-            r"dy must be as x, \[2, 3, 4, 4\] .* got \[2, 3, 9, 9\] torch.float32 on cpu",
+            r"dy must have the shape, dtype and device of x, \[2, 3, 4, 4\] .* got \[2, 3, 9, 9\] torch.float32 on cpu",
         ),
         ({"algorithm": "winograd"}, "algorithm must be one of auto, direct, fft, got 'winograd'"),
     ],

@@ -10,7 +10,7 @@ from types import TracebackType
 from replknet.kernels import aten, measured, native, reference, triton
 from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
 
-# in the order in which they are asked; the first that neither refuses a call nor declines it takes it
+# asked in this order; the first that neither refuses nor declines a call takes it
 BACKENDS: tuple[Backend, ...] = (
     native.BACKEND,
     measured.BACKEND,
@@ -49,14 +49,14 @@ def _from_environment() -> str | None:
 
 
 class use_backend:
-    """Force one backend for every call in this process, or None for the automatic choice again.
+    """Force one backend for every call in this process.
 
-    It acts at once and stays (backward passes on CUDA run in other threads, so a thread-local choice would
-    miss them); as a context manager it restores the earlier choice at the end. It goes before the
-    environment variable `REPLKNET_BACKEND`, which is read once.
+    The choice acts at once and lasts. As a context manager it restores the earlier choice at the end. It holds for
+    all threads, since backward passes on CUDA run in other threads. It overrides the environment variable
+    `REPLKNET_BACKEND`, which is read once.
 
     Args:
-        name: the name of a backend (`replknet.doctor()` lists them), or None.
+        name: the name of a backend (`replknet.doctor()` lists them), or None for the automatic choice.
 
     Raises:
         ValueError: no backend has that name.
@@ -78,12 +78,14 @@ class use_backend:
 
 
 def refusals(call: Call) -> dict[str, str | None]:
-    """For each backend, why it would not take the call, or None if it would when asked by name."""
+    """For each backend, why it refuses the call; None if it takes the call when asked by name."""
     return {backend.name: backend.refusal(call) for backend in BACKENDS}
 
 
 def choose(call: Call) -> Backend:
-    """The first backend that accepts the call and does not decline it; a forced one that refuses is an error.
+    """The first backend that neither refuses nor declines the call; a forced one that refuses is an error.
+
+    If all that accept the call decline it, the first of them takes it.
 
     Raises:
         RuntimeError: no backend accepts the call; the text has every backend's reason.
@@ -104,8 +106,8 @@ def _chosen(call: Call, name: str | None, backends: tuple[Backend, ...]) -> Back
     if able:
         return able[0]
     reasons = "; ".join(f"{key}: {why or 'would take it'}" for key, why in refusals(call).items())
-    who = "no backend takes" if name is None else f"backend {name!r}, which is forced, does not take"
-    way = "" if name is None else f"; replknet.use_backend(None) and no {VARIABLE} leave the choice free"
+    who = "no backend takes" if name is None else f"the forced backend {name!r} does not take"
+    way = "" if name is None else f"; for the automatic choice unset {VARIABLE} and call replknet.use_backend(None)"
     raise RuntimeError(f"{who} this call: {call} ({reasons}){way}")
 
 

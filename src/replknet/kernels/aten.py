@@ -1,11 +1,11 @@
-"""Torch's own convolution, called in the forms in which it is fastest. It takes every call.
+"""Torch's own convolution, called in its fastest forms. It takes every call, except that it has no "fft".
 
-On a CPU torch's depthwise kernels differ by an order of magnitude between layouts and between directions,
-so a large kernel is always run as a channels_last *forward* convolution:
+On a CPU the speed of torch's depthwise kernels differs by an order of magnitude between layouts and between
+directions. So a large kernel always runs as a channels_last *forward* convolution:
 
-- the gradient for x is the operator with the kernel rotated by 180 degrees;
-- the gradient for the weight is the operator with x as the image and dy as the kernel, one "channel" for
-  each pair of image and channel, of which only Kh x Kw outputs are computed.
+- The gradient for x is the operator with the kernel rotated by 180 degrees.
+- The gradient for the weight is the operator with x as the image and dy as the kernel. Each pair of image and channel
+  is one "channel". Only Kh x Kw outputs are computed.
 
 Times: docs/decisions/0002-aten-gradients.md.
 """
@@ -20,25 +20,25 @@ from replknet.kernels.backend import Backend, Call
 
 # below this many taps torch's own backward wins on a CPU
 _LARGE_TAPS = 25
-# image-channel pairs that go through one call of the weight gradient; more of them fall out of the cache
+# image-channel pairs in one call of the weight gradient; more do not fit the cache
 _PAIRS = 1024
 
 
 def _in_float(x: Tensor) -> bool:
-    """Whether sums must be done on float32 copies: torch's own low-precision sums on a CPU are too coarse.
+    """Whether sums need float32 copies: torch's own low-precision sums on a CPU are too coarse.
 
-    Its bfloat16 weight gradient exceeds the bound of tests/oracle.py up to 124 times.
+    Torch's bfloat16 weight gradient exceeds the bound of tests/oracle.py by up to 124 times.
     """
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def margins(weight: Tensor, h: int, w: int) -> tuple[int, int]:
-    """Rows and columns at each edge of the kernel that only ever see padding on an h x w map."""
+    """Rows and columns at each edge of the kernel that meet only padding on an h x w map."""
     return max(0, weight.shape[2] // 2 - (h - 1)), max(0, weight.shape[3] // 2 - (w - 1))
 
 
 def inner(weight: Tensor, mh: int, mw: int) -> Tensor:
-    """The kernel without those rows and columns."""
+    """The kernel without `mh` rows and `mw` columns at each edge."""
     if mh == mw == 0:
         return weight
     return weight[:, :, mh : weight.shape[2] - mh, mw : weight.shape[3] - mw]
@@ -56,7 +56,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """The tensors have their final dtype, which autocast must not change in the calls here."""
+    """Switches autocast off: the tensors here already have their final dtype."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

@@ -1,4 +1,4 @@
-"""How the C library keeps memory between the steps of a training, or the images of an inference, on a CPU."""
+"""How the C library keeps freed memory on a CPU, from one training step or inference image to the next."""
 
 import ctypes
 import sys
@@ -9,10 +9,10 @@ _M_MMAP_THRESHOLD = -3
 
 
 def give_back_fragments() -> None:
-    """Return free memory to the kernel, also that between blocks in use.
+    """Return free memory to the operating system, including gaps between blocks in use.
 
-    Blocks of many sizes, as bfloat16 beside float32 makes them, leave gaps that glibc does not fill again: a training
-    took 16 GB after 2,000 steps that need 1.3. Does nothing where the C library has no malloc_trim.
+    Blocks of many sizes, such as bfloat16 beside float32, leave gaps that glibc does not fill again. A training that
+    needs 1.3 GB took 16 GB after 2,000 steps. Does nothing where the C library has no malloc_trim.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -21,10 +21,10 @@ def give_back_fragments() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc reuse large freed blocks instead of giving them back to the kernel.
+    """Let glibc reuse large freed blocks instead of returning them to the operating system.
 
-    By default every activation above 32 MiB, or above a smaller limit that adapts, is mapped anew and its
-    pages are cleared at each step. Returns whether the C library took it; only glibc on Linux does.
+    By default glibc maps every activation above a limit anew, and its pages are cleared at each step. The limit adapts
+    and is 32 MiB at most. Returns whether the C library accepted the setting; only glibc on Linux does.
     """
     if sys.platform != "linux":
         return False

@@ -1,8 +1,9 @@
 """The default on CUDA devices: Triton's kernels or torch's own convolution, whichever is faster there.
 
-The first call of a kind times both, forward and for each gradient (`triton_tune`), after Triton's kernels were compared
-with the definition (`triton_check`). Where nothing may be timed (REPLKNET_AUTOTUNE=0, deterministic algorithms), 16-bit
-types with kernels from 13x13 on take Triton's, and all else torch's. REPLKNET_BACKEND=aten turns all of it off.
+The first call of a kind compares Triton's kernels with the definition (`triton_check`). It then times both, forward and
+for each gradient (`triton_tune`). REPLKNET_AUTOTUNE=0 and deterministic algorithms forbid timing: then 16-bit types
+with kernels from 13x13 on take Triton's kernels, and all other calls take torch's convolution. With
+REPLKNET_BACKEND=aten all calls take torch's convolution.
 """
 
 from replknet.kernels.backend import Backend

@@ -1,10 +1,10 @@
 """The C++ core on CPUs: direct kernels and Fourier transforms, vectorised over channels.
 
-What it prepares from the weights (spectra, or taps in another order) is kept with them in `prepared`. The core takes a
-checksum of their bytes in each call, which decides whether what is kept still belongs to them.
+The core prepares the weights (spectra, or taps in another order), and `prepared` keeps the result with them. In each
+call the core takes a checksum of the weights' bytes, which shows whether the kept result still belongs to them.
 
-The direct kernels multiply the zeros of the padding too. Where a weight is not finite, or a sum for the gradient of the
-weights is not, torch's own convolution does the call instead, since NaN would appear that it does not give.
+The direct kernels multiply the zeros of the padding, too. A weight that is not finite, or such a sum in the gradient
+for the weights, would give NaN where torch gives none. So torch's own convolution takes these calls.
 """
 
 import ctypes
@@ -25,29 +25,29 @@ from replknet.kernels.backend import Backend, Call
 from replknet.kernels.native_core import ALGORITHMS, DTYPES, NOT_FINITE, CoreCall, CoreRun
 from replknet.kernels.native_plan import BLOCK, Plan, candidates, plan, reach
 
-# outputs from here on get huge pages where the system offers them: else each is faulted in by 4 KB pages,
-# which costs more than the convolution
+# outputs from this size on get huge pages where the system offers them: page faults of 4 KB pages would cost more than
+# the convolution
 _HUGE_BYTES = 4 << 20
 _ALIGNMENT = 64
-# work below this many ns (estimated, one core) is not worth waking other threads for
+# calls below this estimate (ns on one core) stay on one thread: waking others would cost more
 _ALONE_NS = 10_000
-# torch's own channels_last convolution wins for fewer taps than this if x has more than so many elements for each
-# tap (docs/decisions/0003-native-core.md); on fewer elements its call costs more, and contiguous it never wins
+# torch's own channels_last convolution wins with fewer taps than this, if x has more elements than this for each tap
+# (docs/decisions/0003-native-core.md); with fewer elements its call costs more, and on contiguous x it never wins
 _FEW_TAPS = 26
 _ELEMENTS_A_TAP = 1 << 16
-# an output of so many (32 MB) is mapped anew by each call, and torch's is faulted in by 4 KB pages
+# from this output size on (32 MB) each call maps new memory, and torch loses by page faults of 4 KB pages
 _MAPPED_ELEMENTS = 1 << 23
 
 
 def _aligned(n: int) -> Tensor:
-    # the device is named, as torch.device(...) and torch.set_default_device change the default one
+    # the device is named because torch.device(...) and torch.set_default_device change the default
     buffer = torch.empty(n + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -buffer.data_ptr() % _ALIGNMENT
     return buffer[start : start + n]
 
 
 class _Workspace(threading.local):
-    """Scratch memory of the calling thread, which grows to what its largest call needs."""
+    """Scratch memory of the calling thread; it grows to the need of the largest call."""
 
     def __init__(self) -> None:
         self.buffer = _aligned(0)
@@ -62,8 +62,7 @@ _workspace = _Workspace()
 
 
 class _Weights:
-    """Weights as the kernels use them, a checksum for each block of channels (0: not made yet), and the structure by
-    which a call hands them to the core."""
+    """Prepared weights, a checksum for each block of channels (0: not prepared yet), and a `CoreRun` with both."""
 
     __slots__ = ("_checksums", "_job", "_run", "_weights", "address", "nbytes", "used")
 
@@ -77,27 +76,27 @@ class _Weights:
         self.address = ctypes.addressof(self._run)
 
     def for_job(self, job: "_Job") -> None:
-        """Fill in what a job needs beside them."""
+        """Complete the `CoreRun` for a job."""
         if self._job is not job:
             _complete(self._run, job)
             self._job = job
-        # each thread has its own, and it may have grown
+        # each thread has its own workspace, which may have grown
         self._run.workspace = _workspace.address(job.workspace_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all calls of one shape and plan have in common."""
+    """What all calls of one shape and plan share."""
 
     call: CoreCall
     address: int  # of `call`
     isa: int
     blocks: int
     prepared_bytes: int
-    workspace_bytes: int  # of all threads
+    workspace_bytes: int  # for all threads together
     threads: int
     how: Plan
-    form: int  # of the prepared weights: the same number means that jobs can share them
+    form: int  # jobs with equal numbers can share prepared weights
     huge: bool  # whether an output is worth huge pages
 
 
@@ -139,8 +138,8 @@ def _planned(
     workspace = core.rk_workspace(ctypes.byref(call), threads, backward)
     nbytes = 4 * core.rk_prepared(ctypes.byref(call))
     assert min(workspace, nbytes) >= 0, f"the core does not take {how} for {shape}, kernel {kernel}"
-    # weights are prepared alike for all maps that the kernel reaches as far on; by transforms a tile begins before
-    # its outputs where it is not the whole map
+    # maps on which the kernel reaches equally far share prepared weights; with transforms a tile that is not the whole
+    # map begins before its outputs, which changes the prepared weights
     sides = tuple(zip(shape[2:], (kh, kw), how.tile, strict=True))
     reaches = tuple(reach(size, side) for size, side, _ in sides)
     whole = tuple(tile == size for size, _, tile in sides) if how.algorithm == "fft" else ()
@@ -159,7 +158,7 @@ def _planned(
     )
 
 
-# one that was forgotten gets another number, and its weights are prepared once more
+# a form that the cache dropped gets a new number, and its weights are prepared once more
 @lru_cache(maxsize=4096)
 def _form(*what_prepared_weights_depend_on: object) -> int:
     return next(_numbers)
@@ -170,7 +169,7 @@ _numbers = itertools.count()
 
 def _job_of(x: Tensor, weight: Tensor, algorithm: str, rotated: bool = False, backward: bool = False) -> _Job:
     threads = torch.get_num_threads() if native_core.parallel_for() is not None else 1
-    channels_last = not x.is_contiguous()  # the operator hands over one or the other
+    channels_last = not x.is_contiguous()  # the operator passes contiguous or channels_last tensors
     isa = native_core.running_set()
     return _job(x.shape, weight.shape, x.dtype, channels_last, algorithm, rotated, backward, isa, threads)
 
@@ -181,7 +180,7 @@ def _complete(run: CoreRun, job: _Job) -> CoreRun:
 
 
 def _taken(forms: prepared.Forms, job: _Job) -> _Weights:
-    """Room for the weights of a job, with what an earlier call left there."""
+    """The prepared weights of a job, taken out of `forms`: an earlier call's, or new and still empty ones."""
     weights = forms.pop(job.form, None)
     if not isinstance(weights, _Weights):
         prepared.make_room(job.prepared_bytes)
@@ -209,7 +208,7 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, y: Tensor) -> int:
-    """Writes y; the number of blocks of weights that were prepared anew."""
+    """Write y; returns the number of blocks of weights that were prepared anew."""
     forms = prepared.forms_of(weight)
     weights = _taken(forms, job)
     to_bias = None if bias is None else bias.data_ptr()
@@ -225,7 +224,7 @@ def _convolved(job: _Job, x: Tensor, weight: Tensor, bias: Tensor | None, relu: 
 
 
 def run_plan(how: Plan, x: Tensor, weight: Tensor, y: Tensor) -> None:
-    """Writes the convolution into y the way a plan says, on one thread: to compare plans."""
+    """Write the convolution into y by a given plan, on one thread; for comparing plans."""
     isa = native_core.instruction_set()
     job = _planned(how, x.shape, weight.shape, x.dtype, not x.is_contiguous(), False, False, isa, 1)
     _convolved(job, x, weight, None, False, y)
@@ -244,13 +243,13 @@ def backward(
     job = _job_of(x, weight, algorithm, backward=True)
     dx = _empty_like(x, job) if wanted[0] else None
     dw = None
-    # one pass gives both gradients, and transforms each image once, if an image is one tile
+    # if an image is one tile, one pass gives both gradients and transforms each image once
     whole = job.how.algorithm == "fft" and job.how.tile == tuple(x.shape[2:])
     both = whole and wanted[0] and wanted[1]
     if dx is not None and not both:
         _convolved(_job_of(x, weight, algorithm, rotated=True), dy, weight, None, False, dx)
     if wanted[1]:
-        # taps that only ever see padding are not written
+        # the core does not write taps that meet only padding
         seen = all(side // 2 < size for side, size in zip(weight.shape[2:], x.shape[2:], strict=True))
         dw = (torch.empty_like if seen else torch.zeros_like)(weight, memory_format=torch.contiguous_format)
         _write_gradients(job, dy, x, weight, dx if both else None, dw)
@@ -259,7 +258,7 @@ def backward(
 
 
 def _write_gradients(job: _Job, dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor) -> int:
-    """Writes dw, and dx if it is given, for which weights are prepared; the number of blocks prepared anew."""
+    """Write dw, and dx if given; returns the number of blocks of weights prepared anew, which only dx needs."""
     tensors = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
     if dx is not None:
         forms = prepared.forms_of(weight)
@@ -292,15 +291,15 @@ def _declines(call: Call) -> str | None:
     taps, elements = prod(call.kernel), prod(call.shape)
     many = _ELEMENTS_A_TAP * taps < elements < _MAPPED_ELEMENTS
     if call.channels_last and call.dtype == torch.float32 and taps < _FEW_TAPS and many:
-        return f"torch's own is faster for {taps} taps on {elements} elements, channels_last"
+        return f"torch's own convolution is faster for {taps} taps on {elements} elements, channels_last"
     return None
 
 
 def _explanation(call: Call) -> list[str]:
-    """The plan that a call would get, and the best of the others."""
+    """The plan that a call would get, and the next best ones."""
     allowed = [p for p in candidates(*call.shape[2:], *call.kernel) if call.algorithm in ("auto", p.algorithm)]
     return [
-        f"instruction set {native_core.instruction_set()}, {torch.get_num_threads()} threads; estimates of one core:",
+        f"instruction set {native_core.instruction_set()}, {torch.get_num_threads()} threads; estimates for one core:",
         *(f"{'chosen' if i == 0 else 'not'} {p}" for i, p in enumerate(allowed[:5])),
     ]
 

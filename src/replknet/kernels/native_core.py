@@ -1,6 +1,6 @@
-"""The C++ core as Python sees it: its library, its structures, its instruction sets, and torch's threads for it.
+"""The C++ core as Python sees it: its library, structures and instruction sets, and torch's threads for it.
 
-The core (csrc/) knows neither torch nor Python: `native` hands it pointers, memory and torch's own threads.
+The core (csrc/) knows neither torch nor Python. `native` passes it pointers, memory and torch's own threads.
 """
 
 import ctypes
@@ -68,7 +68,7 @@ def core() -> ctypes.CDLL:
     """The loaded core.
 
     Raises:
-        RuntimeError: this installation has none.
+        RuntimeError: this installation has no core.
     """
     found = library()
     if found is None:
@@ -78,7 +78,7 @@ def core() -> ctypes.CDLL:
 
 @cache
 def parallel_for() -> int | None:
-    """The address of torch's own parallel loop, which torch 2.10 and later export; without it, one thread."""
+    """The address of torch's own parallel loop, which torch 2.10 and later export; None means one thread."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not path.exists():
         return None
@@ -100,7 +100,7 @@ def instruction_set() -> str:
     """The instruction set that calls run with: the one that REPLKNET_ISA names at the first call, else the best.
 
     Raises:
-        RuntimeError: there is no core, or REPLKNET_ISA names a set that it does not have or that does not run here.
+        RuntimeError: there is no core, or REPLKNET_ISA names a set that the core lacks or that does not run here.
     """
     wanted = os.environ.get(VARIABLE) or None
     if wanted is None:
@@ -130,10 +130,10 @@ _by_force: str | None = None
 
 @contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
-    """Calls of the whole process run with one instruction set, such as "avx2": to compare them in one process.
+    """Run all calls of the process with one instruction set, such as "avx2"; for comparisons in one process.
 
     Raises:
-        RuntimeError: as `instruction_set`.
+        RuntimeError: as in `instruction_set`.
     """
     global _by_force
     before, _by_force = _by_force, _checked(name, f"use_instruction_set({name!r})")
@@ -144,22 +144,22 @@ def use_instruction_set(name: str) -> Iterator[None]:
 
 
 def status() -> str:
-    """How the core runs here, in a line."""
+    """How the core runs here, in one line."""
     found = instruction_sets()
     if not found:
         return "not built: calls run on aten; `pip install -v` shows why the build failed"
     others = ", ".join(f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in found.items())
-    threads = "torch's threads" if parallel_for() is not None else "one thread: torch 2.10 and later share theirs"
+    threads = "torch's threads" if parallel_for() is not None else "one thread: only torch 2.10 and later share theirs"
     return f"{instruction_set()}, {threads}; built for {others}"
 
 
 def running_set() -> str:
-    """The instruction set that a call made now runs with."""
+    """The instruction set of a call made now."""
     return _by_force or instruction_set()
 
 
 def isa_number(name: str) -> int:
-    """The core's own number of an instruction set."""
+    """The core's number of an instruction set."""
     return list(instruction_sets()).index(name)
 
 

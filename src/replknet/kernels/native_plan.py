@@ -1,8 +1,8 @@
-"""How the C++ core carries out a call: direct or by Fourier transforms, and of which lengths.
+"""How the C++ core carries out a call: by the direct kernels, or by Fourier transforms of chosen lengths.
 
-A pure function of shape, kernel and type. The constants are times of the parts of the kernels, measured with
-warm caches on one core of an AMD EPYC (Zen 3) with AVX2; other machines differ, but the choices depend on
-ratios. The suite `plans` of the benchmarks compares the choices with the clock, and so does a test.
+A pure function of the sizes of map and kernel. The constants are times of parts of the kernels, measured with warm
+caches on one core of an AMD EPYC (Zen 3) with AVX2. Other machines differ, but the choices depend on ratios. The
+benchmark suite `plans` compares the choices with the clock, and so does a test.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-# transform length -> ns for a column (forward, times a spectrum, back) and for a row (forward and back), of
-# eight channels
+# transform length -> ns of a column (forward, times a spectrum, back) and ns of a row (forward and back), for eight
+# channels
 _STEPS_NS: dict[int, tuple[int, int]] = {
     16: (62, 33),
     20: (78, 41),
@@ -31,25 +31,25 @@ _STEPS_NS: dict[int, tuple[int, int]] = {
     256: (3230, 1190),
 }
 LENGTHS = tuple(_STEPS_NS)
-LANES = 8  # channels that the times above are for
+LANES = 8  # channels in the times above
 BLOCK = 16  # channels that are worked on together
-# the steps were timed by themselves, in the first-level cache; in a call they take so many times that
+# slow-down factor inside a call: the steps were timed alone, in the first-level cache
 _IN_A_CALL = 1.5
-# a pixel of a tile that overlaps others: it is copied first
+# for each pixel of a tile that overlaps others, which is copied first
 _COPIED_NS = 1.5
-# what a bin of a tile costs more once the bins leave the second-level cache
+# extra time for each bin once the bins of a tile exceed the second-level cache
 _CACHE_BYTES = 400_000
 _MISSED_NS = 3.0
-# the direct kernels, for eight channels: a product, by form; and for a tile of a row of outputs, each row of taps
-# that it meets, and what it costs once
+# the direct kernels, for eight channels: a product in the dense and in the tiled form; each row of taps that a tile of
+# outputs meets; the fixed cost of a tile
 _DENSE_PRODUCT_NS = 0.26
 _TILE_PRODUCT_NS = 0.19
 _TAPS_ROW_NS = 2.5
 _TILE_NS = 46.0
-# what an output costs more once the image leaves the second-level cache
+# extra time for each output once the image exceeds the second-level cache
 _FAR_OUTPUT_NS = 4.0
 _STRIP_BYTES = 200_000
-_WIDEST = 14  # outputs that the direct kernels keep in registers
+_WIDEST = 14  # most outputs that the direct kernels keep in registers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     algorithm: str  # "direct" or "fft"
     tile: tuple[int, int]  # outputs a tile, height and width
     lengths: tuple[int, int] = (0, 0)  # of the transforms, height and width
-    ns: float = 0.0  # a block of 16 channels of one image, on one core
+    ns: float = 0.0  # estimate for a block of 16 channels of one image, on one core
 
     def __str__(self) -> str:
         tile = f"tiles of {self.tile[0]}x{self.tile[1]} outputs"
@@ -68,12 +68,12 @@ class Plan:
 
 
 def reach(size: int, side: int) -> int:
-    """Taps on each side of the centre that meet an image of this size."""
+    """Taps on each side of the centre that can meet an image of this size."""
     return min(side // 2, size - 1)
 
 
 def _axis_candidates(size: int, side: int) -> list[tuple[int, int]]:
-    """(tile, length) of one axis: the whole axis, or tiles that overlap by the kernel."""
+    """(tile, length) of one axis: the whole axis as one tile, or tiles that overlap by the kernel."""
     r = reach(size, side)
     found = [(size, length) for length in LENGTHS if length >= size + r][:3]
     for length in LENGTHS:
@@ -99,7 +99,7 @@ def _fft_ns(h: int, w: int, kh: int, kw: int, vertical: tuple[int, int], horizon
 
 
 def _seen(size: int, side: int) -> int:
-    """Pairs of an input and an output of one axis that a kernel side connects."""
+    """Pairs of an input and an output on one axis that the kernel connects."""
     r = reach(size, side)
     return size * (2 * r + 1) - r * (r + 1)
 
@@ -118,14 +118,14 @@ def _direct_ns(h: int, w: int, kh: int, kw: int) -> float:
 
 
 def _strip(h: int, w: int, kh: int, kw: int) -> int:
-    """Rows of outputs for which the input rows stay in the second-level cache."""
+    """Rows of outputs whose input rows stay in the second-level cache."""
     line = 4 * BLOCK * (w + 2 * reach(w, kw) + _WIDEST)
     return max(1, min(h, max(_STRIP_BYTES // line - 2 * reach(h, kh), reach(h, kh))))
 
 
 @lru_cache(maxsize=4096)
 def candidates(h: int, w: int, kh: int, kw: int) -> tuple[Plan, ...]:
-    """All ways to carry out a convolution of an h x w map with a kh x kw kernel, the fastest first."""
+    """All ways to convolve an h x w map with a kh x kw kernel, the fastest first."""
     found = [Plan("direct", (_strip(h, w, kh, kw), w), ns=_direct_ns(h, w, kh, kw))]
     for vertical, horizontal in product(_axis_candidates(h, kh), _axis_candidates(w, kw)):
         ns = _fft_ns(h, w, kh, kw, vertical, horizontal)

@@ -1,11 +1,11 @@
-"""What backends prepare from weights, kept with the weights: it dies when they do.
+"""What backends prepare from weights, kept as long as the weights live.
 
-A backend may need weights in another form, as spectra or as taps in another order. Where that form takes time to make,
+A backend may need weights in another form, such as spectra or taps in another order. If the form takes time to make,
 the backend leaves it here after a call and finds it in the next one. The owner is the weight tensor itself, which is
-held weakly. Copies that a call makes of a weight (in autocast's dtype, or dense) share what belongs to the weight.
+held weakly. A call may copy a weight (to autocast's dtype, or to be dense); the copy shares the forms of the weight.
 
-Nothing here says whether a weight has changed since: fused optimisers, `.data` and numpy change no version counter. A
-backend has to prove it, as the C++ core does with a checksum of the bytes.
+Nothing here detects that a weight has changed: fused optimisers, `.data` and numpy change no version counter. Each
+backend has to check, as the C++ core does with a checksum of the bytes.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-# of everything that is kept; what was used longest ago goes first
+# of all kept forms together; the least recently used form goes first
 LIMIT_BYTES = 512 << 20
 
 
@@ -24,7 +24,7 @@ class Form(Protocol):
     """A weight in the form that a backend needs."""
 
     nbytes: int
-    used: int  # the `next_use()` of its last use
+    used: int  # `next_use()` at its last use
 
 
 Forms = dict[Hashable, Form]
@@ -36,16 +36,16 @@ class _Owner:
     forms: Forms  # shared by a weight and its copies
 
 
-# by id, since tensors compare element by element; an entry leaves with its tensor
+# by id, since tensors compare element by element; an entry goes when its tensor dies
 _owners: dict[int, _Owner] = {}
-# numbers that grow from use to use
+# gives a larger number at each use
 next_use = itertools.count().__next__
 
 
 def forms_of(weight: Tensor) -> Forms:
-    """What is kept for a weight, by keys of the backends' choice.
+    """The kept forms of a weight; backends choose the keys.
 
-    A backend takes out what it uses, so that no two calls use it at once, and puts it back with a new `next_use()`.
+    If only one call at a time may use a form, the backend takes it out and puts it back with a new `next_use()`.
     """
     owner = _owners.get(id(weight))
     if owner is not None and owner.weight() is weight:
@@ -68,17 +68,17 @@ def _own(weight: Tensor, forms: Forms) -> None:
 
 
 def share(copy: Tensor, weight: Tensor) -> None:
-    """Let a copy of a weight, in any dtype or layout, use and keep what is kept for the weight."""
+    """Let a copy of a weight, in any dtype or layout, share the kept forms of the weight."""
     _own(copy, forms_of(weight))
 
 
 def held_bytes() -> int:
-    """Memory of all that is kept."""
+    """Memory of all kept forms."""
     return sum(form.nbytes for forms in _all() for form in forms.copy().values())
 
 
 def make_room(nbytes: int, limit: int | None = None) -> None:
-    """Give up what was used longest ago until so many bytes more fit below the limit; a new form calls this first."""
+    """Drop the least recently used forms until `nbytes` more fit below the limit; called before a new form is kept."""
     limit = LIMIT_BYTES if limit is None else limit
     kept = sorted(
         ((form.used, form.nbytes, forms, key) for forms in _all() for key, form in forms.copy().items()),
@@ -93,5 +93,5 @@ def make_room(nbytes: int, limit: int | None = None) -> None:
 
 
 def _all() -> list[Forms]:
-    # copy() is one step for other threads; a weight and its copies have one and the same dictionary
+    # copy() is one step for other threads; a weight and its copies share one dictionary
     return list({id(owner.forms): owner.forms for owner in _owners.copy().values()}.values())

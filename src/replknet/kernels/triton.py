@@ -1,8 +1,8 @@
-"""The Triton kernels on GPUs, asked for by name: products of matrices for large kernels, else sums.
+"""The Triton kernels on GPUs, asked for by name: matrix products for large kernels, else sums.
 
-Nobody needs to ask: on a CUDA device `measured` takes them where they are faster than torch's own convolution. By name
-they are taken even where they are slower, and an error of theirs is raised. With `TRITON_INTERPRET=1`, Triton's own
-switch, they take calls on a CPU, slowly.
+Nobody needs to ask: on a CUDA device `measured` uses these kernels where they are faster than torch's own convolution.
+Asked for by name, they run even where they are slower, and their errors are raised. Triton's own switch
+`TRITON_INTERPRET=1` lets them take calls on a CPU, slowly.
 """
 
 import os
@@ -24,7 +24,7 @@ _CAPABILITY = (8, 0)
 
 @cache
 def _interpreting() -> bool:
-    # Triton reads it once, when kernels are defined
+    # Triton reads the variable once, when kernels are defined
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -40,13 +40,13 @@ def refusal_on_device(call: Call) -> str | None:
     if call.algorithm == "fft":
         return "has no Fourier transforms"
     if call.algorithm == "direct":
-        return 'spreads a value that is not finite beyond the outputs that see it, which "direct" must not'
+        return 'spreads an infinity or NaN beyond the outputs that see it; "direct" must not'
     if call.dtype not in _DTYPES:
         return "takes float32, float16 and bfloat16"
     if call.device != "cuda":
         return "runs on CUDA devices only"
     if torch.version.hip is not None:
-        return "runs on NVIDIA's devices, this torch is for AMD's"
+        return "runs on NVIDIA devices only; this torch is for AMD devices"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if call.index >= torch.cuda.device_count():
@@ -70,7 +70,7 @@ def _refusal(call: Call) -> str | None:
 
 
 def explanation(call: Call) -> list[str]:
-    """The shipped tile of each direction, what was timed for it on this device, and what does not work there."""
+    """For each direction, what was timed on this device; the shipped tile where nothing was timed."""
     index = call.index if call.device == "cuda" and torch.cuda.is_available() else -1
     device, (_, _, h, w) = device_at(index), call.shape
     kernel = min(call.kernel[0], 2 * h - 1), min(call.kernel[1], 2 * w - 1)

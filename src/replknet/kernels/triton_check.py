@@ -1,4 +1,4 @@
-"""Whether a Triton kernel may be trusted on a device: it has to give the numbers of the definition there."""
+"""Whether a Triton kernel may be trusted on a device: its numbers must agree with the definition there."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -10,28 +10,28 @@ from replknet.kernels import reference
 from replknet.kernels.triton_plan import Tile, Work
 from replknet.kernels.triton_run import gradient_of, run_of
 
-# what is compared: enough for every part of a kernel, and little for a CPU
+# size of the comparison: enough to reach every part of a kernel, and little work for a CPU
 _IMAGES, _CHANNELS, _ROWS, _COLUMNS = 2, 3, 20, 96
-# of the sum of the products' sizes: sums in float32 in any order; factors of 11 bits
+# allowed error, relative to the sum of |products|: for float32 sums in any order, and for factors of 11 bits
 _SUMS, _TF32 = 2.0**-20, 2.0**-9
 
 
 def check_name(direction: str, tile: Tile, work: Work) -> str:
-    """What is checked once for a device: a kind of kernel in one direction and dtype."""
+    """The name of a check, made once for a device: a kind of kernel in one direction and dtype."""
     number = "tf32" if work.tf32 else str(work.dtype).removeprefix("torch.")
     return f"{direction} {type(tile).__name__.removesuffix('Tile').lower()} {number}"
 
 
 def excess(direction: str, tile: Tile, work: Work, device: torch.device) -> float:
-    """The largest error of a kernel for a small call, as a multiple of what arithmetic allows; at most 1 is right.
+    """The largest error of a kernel in a small call, as a multiple of what arithmetic allows; at most 1 is right.
 
     The small call takes the machine code of the call in question, so nothing is compiled for it alone.
 
     Args:
         direction: "forward", "dx" or "dw".
-        tile: of the kernel.
+        tile: the tile of the kernel.
         work: the call in question.
-        device: where it runs.
+        device: where the small call runs.
     """
     small = _small(work)
     x, other, bias, expected, allowed = _example(direction, small)
@@ -50,14 +50,14 @@ def _small(work: Work) -> Work:
     _, _, h, w = work.shape
     kh, kw = work.kernel
     rows = max(_ROWS, kh // 2 + 1)
-    # a width of the same multiple
+    # the width modulo 8 stays: the machine code depends on it
     columns = max(_COLUMNS, (kw // 2 // 8 + 1) * 8) + w % 8
     return replace(work, shape=(_IMAGES, _CHANNELS, min(h, rows), min(w, columns)), device=-1)
 
 
 @lru_cache(8)
 def _example(direction: str, work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (dy for "dx"), weight (dy for "dw") and bias, what comes out in float64, and the error that is allowed."""
+    """x (dy for "dx"), weight (dy for "dw"), bias, the expected result in float64, and the allowed error."""
     random = torch.Generator().manual_seed(0)
     n, c, h, w = work.shape
     kh, kw = work.kernel

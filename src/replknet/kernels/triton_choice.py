@@ -1,10 +1,10 @@
 """Which way a call on a GPU goes: by Triton's kernels with some tile, or by torch's own convolution.
 
-What was decided for a call is kept for others like it, so that they only look it up. There are two who decide:
+A decision is kept, so that later calls like the first only look it up. Two objects decide:
 
-- `MEASURED` is the default. It takes the way that is fastest on the device, and torch's convolution where Triton's
-  kernels do not compile, do not run, or give wrong numbers.
-- `BY_NAME` was asked for by name: it takes Triton's kernels, and an error is an error.
+- `MEASURED` is the default. It takes the way that is fastest on the device. Where Triton's kernels do not compile, do
+  not run, or give wrong numbers, it takes torch's convolution.
+- `BY_NAME` serves the backend that is asked for by name. It takes Triton's kernels, and their errors are raised.
 """
 
 import os
@@ -27,22 +27,22 @@ from replknet.kernels.triton_plan import Run, RunGradient, Tile, Work, forward_t
 from replknet.kernels.triton_run import aligned, allows_tf32, both, gradient_of, run_of, work_of
 from replknet.kernels.triton_tune import Entry, kind_of, patience, timed
 
-# sides of kernels from which patches are taken in 16 bits where nothing may be timed: from there on they won every case
-# that was timed, by 2.9 times and more (docs/results/operator-gpu.md)
+# where nothing may be timed, 16-bit types take patches from this kernel side on: from there on patches won every timed
+# case, by 2.9 times and more (docs/results/operator-gpu.md)
 _PATCHES_FROM = 13
-# of maps that get kernels of their own in a layer: one for training and one for evaluation, say; others share some
+# map sizes of a layer that get kernels of their own, such as one for training and one for evaluation; others share some
 _SIZES = 2
-# kept decisions
+# decisions kept at most
 _MOST_RUNS = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """One direction of a call, whose way is to be decided."""
+    """Which way one direction of a call is to go."""
 
     direction: str  # "forward", "dx" or "dw"
     work: Work
-    kernel: tuple[int, int]  # before taps that only ever meet padding are left out
+    kernel: tuple[int, int]  # with the taps that meet only padding; `work` leaves them out
     any_size: bool = False  # whether the layer's maps change in size
 
     @property
@@ -50,20 +50,20 @@ class Question:
         return kind_of(self.direction, self.work, self.any_size)
 
     def tiles(self) -> tuple[Tile, ...]:
-        """What may be tried; the shipped tile is the first."""
+        """The tiles that may be tried; the first is the shipped one."""
         work, family = self.work, device_at(self.work.device).family
         if self.direction == "dw":
             return gradient_tiles(work.shape, work.kernel, work.dtype, work.tf32, family, self.any_size)
         return forward_tiles(work.shape, work.kernel, work.dtype, work.tf32, work.channels_last, family, self.any_size)
 
     def wanted_tiles(self) -> tuple[Tile, ...]:
-        """Those that the default would run: all to be timed, or the prior's."""
+        """The tiles that `MEASURED` would run: all of them if they may be timed, else the shipped one or none."""
         if device_at(self.work.device).may_time():
             return self.tiles()
         return self.tiles()[:1] if _prior(self) else ()
 
     def compile(self, tile: Tile) -> None:
-        """Compile what a tile needs, in any thread."""
+        """Compile what a tile needs; may be called in any thread."""
         from replknet.kernels.triton_launch import compiling
 
         n, c, h, w = self.work.shape
@@ -71,7 +71,7 @@ class Question:
         x = torch.empty((n, c, h, w), dtype=self.work.dtype, device="meta", memory_format=layout)
         weight = torch.empty((c, 1, *self.work.kernel), dtype=x.dtype, device="meta")
         bias = torch.empty(c, dtype=x.dtype, device="meta") if self.work.bias else None
-        # not on the device, so that nothing of it is kept for calls there
+        # device -1, so that calls on the device do not find this run in the cache of `run_of`
         work = replace(self.work, device=-1)
         with torch.cuda.device(self.work.device), compiling():
             if self.direction == "dw":
@@ -81,11 +81,11 @@ class Question:
 
 
 class WrongNumbers(RuntimeError):
-    """A kernel gave another result than the definition."""
+    """A kernel's result differs from the definition."""
 
 
 class _Broken(RuntimeError):
-    """A kind of kernel that failed, and how."""
+    """A kind of kernel that failed, and its error."""
 
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name)
@@ -94,7 +94,7 @@ class _Broken(RuntimeError):
 
 
 class Choice:
-    """One of the two who decide.
+    """Decides the way of calls, and keeps the decisions.
 
     Args:
         measured: whether torch's convolution is a way, too.
@@ -105,11 +105,11 @@ class Choice:
         self._runs: dict[tuple[object, ...], Run] = {}
         self._gradients: dict[tuple[object, ...], RunGradient] = {}
         self._noted: dict[Question, None] | None = None
-        # of the maps that layers of one kind saw: the first few
+        # kind of layer -> the first few map sizes that it saw
         self._sizes: dict[tuple[object, ...], set[tuple[int, int]]] = {}
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "auto") -> Tensor:
-        """As `Backend.forward`."""
+        """See `Backend.forward`."""
         with torch.cuda.device_of(x):
             x, weight = aligned(x), aligned(weight)
             if bias is not None:
@@ -119,7 +119,7 @@ class Choice:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str = "auto"
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As `Backend.backward`."""
+        """See `Backend.backward`."""
         dx = dw = None
         with torch.cuda.device_of(x):
             dy, x, weight = aligned(dy), aligned(x), aligned(weight)
@@ -135,14 +135,14 @@ class Choice:
         return dx, dw, db
 
     def forget(self) -> None:
-        """Decide anew."""
+        """Drop all decisions."""
         self._runs.clear()
         self._gradients.clear()
         self._sizes.clear()
 
     @contextmanager
     def noting(self) -> Iterator[dict[Question, None]]:
-        """Calls inside are not decided but noted; torch's convolution takes them. The keys are what was asked."""
+        """Note the questions of calls inside instead of deciding them; torch's convolution takes these calls."""
         self.forget()
         found: dict[Question, None] = {}
         self._noted = found
@@ -219,7 +219,7 @@ class Choice:
         torch_run: Callable[[], object],
         to_come: Sequence[str] = (),
     ) -> tuple[Tile | None, bool]:
-        """The tile of a call, or None for torch's convolution, and whether that holds for later calls like it."""
+        """The tile of a call (None: torch's convolution), and whether the decision holds for later calls like it."""
         device = device_at(question.work.device)
         recording = device.recording()
         if self._noted is not None:
@@ -255,12 +255,12 @@ def _fastest(
     """The fastest way that works; None is torch's convolution."""
 
     def trusted_run(tile: Tile) -> object:
-        """Run a tile whose kind of kernel was compared with the definition."""
+        """Run a tile after its kind of kernel was compared with the definition."""
         try:
             _compare(question, tile, device)
             return run(tile)
         except failures() as error:
-            # no fault of the kernel: the device has less than others of its family
+            # not the kernel's fault: the device has fewer resources than others of its family
             if type(error).__name__ == "OutOfResources":
                 raise
             raise _Broken(check_name(question.direction, tile, question.work), error) from error
@@ -280,7 +280,7 @@ def _fastest(
             proof = question.kind, question.work.relu, best
             if proof in device.proven:
                 return best
-            # what is known from a file may not run here, and a graph can only record what is loaded
+            # run it once: a tile from a file may not run here, and a CUDA graph can only record loaded kernels
             if not _fits(trusted_run, best):
                 return None
             device.proven.add(proof)
@@ -291,23 +291,23 @@ def _fastest(
 
 @cache
 def _background() -> ThreadPoolExecutor:
-    # compilers let other threads run
+    # threads are enough: the compilers let other threads run
     return ThreadPoolExecutor(os.cpu_count() or 1)
 
 
 def _compile_ahead(question: Question, direction: str, device: Device) -> None:
-    """Begin to compile what a gradient of a call will need, while its forward pass is compiled and timed."""
+    """Start to compile the shipped tile of a gradient, while the forward pass of the call is compiled and timed."""
     work = replace(question.work, bias=False, relu=False, rotated=direction == "dx")
     gradient = replace(question, direction=direction, work=work)
     for tile in gradient.wanted_tiles()[:1]:
         if (gradient.kind, tile) not in device.compiled:
             device.compiled.add((gradient.kind, tile))
-            # an error comes up again where the tile is run
+            # an error comes up again when the tile runs
             _background().submit(gradient.compile, tile)
 
 
 def _prior(question: Question) -> bool:
-    """Whether patches are taken where nothing may be timed."""
+    """Whether to take patches where nothing may be timed."""
     return question.work.dtype != torch.float32 and min(question.kernel) >= _PATCHES_FROM
 
 
@@ -322,7 +322,7 @@ def _timed(
     known = device.table.known(kind, measured, tiles)
     if known is not None:
         return known
-    # another process may be on its way to the same lock while this stream waits for it
+    # this stream may wait for another process that will want the same lock: finish the stream first
     device.settle()
     with patience.spending(), device.table.alone():
         known = device.table.known(kind, measured, tiles)
@@ -333,7 +333,7 @@ def _timed(
 
 
 def _compare(question: Question, tile: Tile, device: Device) -> None:
-    """Compare a kind of kernel with the definition, once for a device, this Triton and this torch."""
+    """Compare a kind of kernel with the definition, once for each device, Triton and torch."""
     name = check_name(question.direction, tile, question.work)
     found = device.table.checks.get(name)
     if found is None:
@@ -345,7 +345,7 @@ def _compare(question: Question, tile: Tile, device: Device) -> None:
 
 
 def _fits(run: Callable[[Tile], object], tile: Tile) -> bool:
-    """Whether the device has what a tile needs."""
+    """Run a tile; whether the device has the resources that it needs."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -362,7 +362,7 @@ def _keep(runs: dict[tuple[object, ...], Any], key: tuple[object, ...], run: obj
 
 
 def _facts(x: Tensor, weight: Tensor) -> tuple[object, ...]:
-    """All that a decision depends on, of the tensors and of torch's switches."""
+    """The facts about tensors and torch's switches that a decision depends on."""
     return (
         x.shape,
         weight.shape,
@@ -375,7 +375,7 @@ def _facts(x: Tensor, weight: Tensor) -> tuple[object, ...]:
 
 
 def _inside(x: Tensor, weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns at each edge of the kernel that only ever meet padding, and the kernel without them."""
+    """Rows and columns at each edge of the kernel that meet only padding, and the kernel's sides without them."""
     mh, mw = margins(weight, x.shape[2], x.shape[3])
     return (mh, mw), (weight.shape[2] - 2 * mh, weight.shape[3] - 2 * mw)
 

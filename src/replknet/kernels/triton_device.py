@@ -1,4 +1,4 @@
-"""What is known of a CUDA device: its family, what was timed and checked on it, and what does not work there."""
+"""What is known about a CUDA device: its family, what was timed and checked on it, and what does not work there."""
 
 import subprocess
 import threading
@@ -15,7 +15,7 @@ class Device:
     """One device of this process.
 
     Args:
-        index: of the CUDA device; -1 for the CPU, where the interpreter runs and nothing is timed.
+        index: number of the CUDA device; -1 for the CPU, where the interpreter runs and nothing is timed.
     """
 
     timer: Timer = ON_DEVICE
@@ -23,9 +23,9 @@ class Device:
     def __init__(self, index: int) -> None:
         self.index = index
         self.torch_device = torch.device("cpu" if index < 0 else f"cuda:{index}")
-        # why kernels are not used, by `triton_check.check_name`
+        # `triton_check.check_name` -> why such kernels are not used
         self.broken: dict[str, str] = {}
-        # kinds of calls with tiles that were compiled ahead, and those that ran, in this process
+        # in this process: (kind of calls, tile) compiled ahead, and (kind of calls, relu, tile) that ran
         self.compiled: set[tuple[str, Tile]] = set()
         self.proven: set[tuple[str, bool, Tile]] = set()
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class Device:
 
     @cached_property
     def family(self) -> Family:
-        # what the interpreter is asked for is as good as anything
+        # the interpreter takes the tiles of any family
         return "sm_90" if self.index < 0 else family(torch.cuda.get_device_capability(self.index))
 
     def may_time(self) -> bool:
@@ -44,26 +44,26 @@ class Device:
         return self.index >= 0 and autotuned() and not torch.are_deterministic_algorithms_enabled()
 
     def recording(self) -> bool:
-        """Whether a CUDA graph is recorded, during which nothing may be loaded, timed or compared."""
+        """Whether a CUDA graph is being recorded. Meanwhile nothing may be loaded, timed or compared."""
         return self.index >= 0 and torch.cuda.is_current_stream_capturing()
 
     def settle(self) -> None:
-        """Wait until the current stream is through."""
+        """Wait until the current stream has finished its work."""
         if self.index >= 0:
             torch.cuda.current_stream(self.index).synchronize()
 
     def mark(self, name: str, error: Exception) -> None:
-        """Use a kind of kernel no more; the first time this is said.
+        """Stop using a kind of kernel; the first one gives a warning.
 
         Raises:
-            Exception: `error`, if it is of the device or its memory and not of the kernel.
+            Exception: `error`, if the device or its memory caused it and not the kernel.
         """
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             raise error
         try:
             self.settle()
         except RuntimeError:
-            # the device answers every call with an error from now on
+            # from now on the device answers every call with an error
             raise error from None
         cause = next(iter(str(error).strip().splitlines()), "no reason given")
         with self._lock:
@@ -71,8 +71,8 @@ class Device:
             self.broken[name] = f"{type(error).__name__}: {cause}"
         if first:
             warnings.warn(
-                f"on {self.torch_device} torch's own convolution takes the place of replknet's kernels, and is slower "
-                f"for large ones: {name}: {self.broken[name]}; replknet.doctor() shows all of it",
+                f"on {self.torch_device} a kernel of replknet failed: {name}: {self.broken[name]}; another one or "
+                "torch's own convolution, slower for large kernels, replaces it; replknet.doctor() lists all failures",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -80,16 +80,16 @@ class Device:
 
 @cache
 def device_at(index: int) -> Device:
-    """The device of that index; one object a process."""
+    """The device of an index: the same object in the whole process."""
     return Device(index)
 
 
 @cache
 def failures() -> tuple[type[Exception], ...]:
-    """What a kernel that cannot be compiled or started raises: Triton's errors, and those of what Triton calls."""
+    """The errors of a kernel that cannot be compiled or started: from Triton, and from what Triton calls."""
     found: tuple[type[Exception], ...] = (
         *(RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError),
-        # of a Triton whose inside is not what `triton_launch` expects
+        # from a Triton whose internals differ from what `triton_launch` expects
         *(AttributeError, TypeError, ValueError, LookupError),
     )
     try:

@@ -1,11 +1,12 @@
 """Sums of products in float32 on a GPU's ordinary arithmetic: exact float32, and small kernels of any type.
 
-Forward, a program works on ROWS output rows at some samples (positions of a row, of one or more images) and channels.
-Each input row is loaded once for all output rows that see it, so there are ROWS multiplications for each load. Both
-layouts are read as they are. The gradient for x is the same with the kernel rotated.
+Forward, a program works on ROWS output rows, some samples and some channels. A sample is a position in a row of an
+image; the samples of a program may lie in several images. Each input row is loaded once for all output rows that see
+it, so there are ROWS multiplications for each load. Both layouts are read as they are. The gradient for x is the
+convolution with the rotated kernel.
 
-The gradient for the weights sums, for each image and row of x, dy[rows of the kernel, w] @ X[w, columns of the kernel]
-where X[w, j] = x[w + j - Kw // 2], a matrix product in float32.
+The gradient for the weights is a sum over the images and rows of x. Its terms are matrix products in float32:
+dy[rows of the kernel, w] @ X[w, columns of the kernel], where X[w, j] = x[w + j - Kw // 2].
 """
 
 import torch
@@ -38,7 +39,7 @@ def _forward(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     LONG: tl.constexpr,  # the batch has 2^31 elements or more
-    WIDE: tl.constexpr,  # an image has
+    WIDE: tl.constexpr,  # an image has 2^31 elements or more
 ):
     row_blocks = (height + ROWS - 1) // ROWS
     block = tl.program_id(0) // programs
@@ -65,7 +66,7 @@ def _forward(
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((SAMPLES, CHANNELS), tl.float32),)
-    # rows of the image, relative to the first that the kernel reaches
+    # rows of the image, relative to the first row that the kernel reaches
     first = tl.maximum(0, KH // 2 - top)
     last = tl.minimum(ROWS + KH - 1, height + KH // 2 - top)
     for j in tl.range(tl.maximum(0, KW // 2 - width + 1), tl.minimum(KW, width + KW // 2)):
@@ -121,7 +122,7 @@ def _products(
         plane = (step // height * channels + channel) * height * width
         row = step % height
         start = plane + tl.full((), row, tl.int64) * width
-        # the row of dy whose products with this row of x belong to the taps' row i
+        # the row of dy that meets this row of x at tap row i
         h = row - i + KH // 2
         if WIDE:
             h = h.to(tl.int64)
@@ -139,10 +140,10 @@ def _products(
 
 
 def forward(call: Work, tile: DirectTile) -> Run:
-    """The convolution of images in either layout; with the kernel rotated it is the gradient for x.
+    """The convolution of images in either layout; with the rotated kernel it is the gradient for x.
 
     Args:
-        call: its dtype is float16, bfloat16 or float32.
+        call: in float16, bfloat16 or float32.
         tile: how the work is cut.
     """
     (n, c, h, w), (kh, kw), last = call.shape, call.kernel, call.channels_last

@@ -1,8 +1,8 @@
 """How the Triton kernels are started: by Triton the first time, and then directly.
 
-Triton's own entry looks at every argument of every call, which takes up to 40 us. What it finds depends here on the
-shapes and dtypes alone, since addresses are multiples of 16 (`triton_run.aligned`). So a `Launch` keeps the compiled
-kernel that its first call got, and later calls hand it the addresses.
+Triton's own entry looks at every argument of every call, which takes up to 40 us. Here its findings depend only on
+shapes and dtypes, since addresses are multiples of 16 (`triton_run.aligned`). So a `Launch` keeps the compiled kernel
+of its first call, and later calls pass it the addresses.
 """
 
 import threading
@@ -19,24 +19,24 @@ _runtime = triton.knobs.runtime
 
 
 class _Mode(threading.local):
-    # while this is a list, kernels of this thread are compiled and put into it instead of being started
+    # while this is a list, this thread compiles kernels into it instead of starting them
     compiled: list[Any] | None = None
 
 
 _mode = _Mode()
 
 
-# a plain one, or one that the compiler knows
+# a plain number, or one that the compiler knows
 Number = Any
 
 
 def known(number: int) -> Number:
-    """A number that is a constant of the compiled kernel; the interpreter takes plain ones."""
+    """A number as a constant of the compiled kernel; the interpreter takes plain numbers."""
     return triton.language.constexpr(number) if not triton.knobs.runtime.interpret else number
 
 
 def one(number: int) -> Number:
-    """A number that the compiler knows if it is 1: what is divided by it is simpler then."""
+    """A number that the compiler knows if it is 1: dividing by it is then simpler."""
     return known(1) if number == 1 else number
 
 
@@ -44,11 +44,11 @@ class Launch:
     """A kernel with its grid and all arguments but the tensors.
 
     Args:
-        kernel: whose parameters are tensors, then numbers, then constants.
-        grid: programs.
-        numbers: in the order of the parameters.
-        constants: by name.
-        options: of the compiler: num_warps, num_stages, maxnreg.
+        kernel: a kernel whose parameters are tensors, then numbers, then constants.
+        grid: number of programs.
+        numbers: the numbers, in the order of the parameters.
+        constants: the constants, by name.
+        options: options of the compiler: num_warps, num_stages, maxnreg.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Launch:
         self._numbers = numbers
         self._constants = constants
         self._options = options
-        # what the compiled kernel gets after the tensors; it ignores the constants, which are part of it
+        # the arguments after the tensors; the compiled kernel ignores the constants, which are part of it
         self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._direct: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Start the kernel on the current stream. The tensors must be on the current device."""
-        # a profiler asks Triton to tell it of each kernel, which only Triton's own entry does
+        # a profiler wants a report of each kernel, which only Triton's own entry gives
         if self._direct is None or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls:
             self._first(tensors)
             return
@@ -83,7 +83,7 @@ class Launch:
             _mode.compiled.append(compiled)
             return
         compiled = self._kernel[(self._grid,)](*arguments, **self._constants, **self._options)
-        # the interpreter has nothing compiled
+        # the interpreter compiles nothing
         if compiled is not None:
             driver = triton.runtime.driver.active
             self._direct = (
@@ -94,7 +94,7 @@ class Launch:
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Kernels that this thread would start inside are compiled instead, into the list. Tensors may be on meta."""
+    """Inside, this thread compiles kernels into the list instead of starting them. Tensors may be on meta."""
     before = _mode.compiled
     found: list[Any] = []
     _mode.compiled = found
@@ -105,5 +105,5 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def current_stream(device: int) -> int:
-    """A number of the current stream of a device; 0 where there is none."""
+    """The number of the current stream of a device; 0 without a device."""
     return 0 if device < 0 else torch._C._cuda_getCurrentRawStream(device)

@@ -1,7 +1,7 @@
-"""Images copied to the layout and width that the patch kernels see, contiguous rows of a good width, and back.
+"""Copies of images to the layout and width that the patch kernels see, and back.
 
-A copy goes through tiles of pixels and channels, so that both sides are read and written in whole lines: the compiler
-turns a tile in shared memory.
+The patch kernels see contiguous rows of a good width. A copy goes through tiles of pixels and channels, so that whole
+lines are read and written: the compiler transposes a tile in shared memory.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _CHANNELS = 64
 @triton.jit(do_not_specialize=["pixel_blocks", "height", "units_from", "units_to"])
 def _copy(
     x,  # [N, C, height, from], or [N, height, from, C] for LAST_FROM
-    y,  # [N, C, height, to], or [N, height, to, C] for LAST_TO; zeros from `from` on
+    y,  # [N, C, height, to], or [N, height, to, C] for LAST_TO; columns from `from` on are zeros
     channels,
     pixel_blocks,
     channel_blocks,
@@ -56,16 +56,16 @@ def _copy(
 
 
 def copy(shape: tuple[int, int, int, int], width: int, last_from: bool, last_to: bool) -> Callable[[Tensor], Tensor]:
-    """Of images in one layout to another layout and width.
+    """A function that copies images to another layout and width.
 
     Args:
-        shape: of the images, `[N,C,H,W]`.
-        width: columns of the result; those from W on are zeros, and fewer than W leave the last ones out.
-        last_from: whether the images are channels_last, else they are contiguous.
-        last_to: whether the result is.
+        shape: shape of the images, `[N,C,H,W]`.
+        width: columns of the result. Columns from W on are zeros; a width below W leaves the last columns out.
+        last_from: whether the images are channels_last; else they are contiguous.
+        last_to: whether the result is channels_last; else it is contiguous.
 
     Returns:
-        What takes images of any dtype and returns `[N,C,H,width]`.
+        A function that takes images of any dtype and returns `[N,C,H,width]`.
     """
     n, c, h, w = shape
     pixel_blocks, channel_blocks = triton.cdiv(h * width, _PIXELS), triton.cdiv(c, _CHANNELS)
@@ -84,7 +84,7 @@ def copy(shape: tuple[int, int, int, int], width: int, last_from: bool, last_to:
             "CHANNELS": _CHANNELS,
             "WIDE": h * max(w, width) * c >= 2**31,
         },
-        # single pixels have many addresses, which would spill registers of four
+        # pixels that are copied one by one have many addresses, which would spill registers of four warps
         num_warps=4 if unit_from == unit_to == 8 else 8,
     )
     result = n, c, h, width

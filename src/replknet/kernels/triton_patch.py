@@ -1,15 +1,18 @@
 """Large kernels on tensor cores: products of patches of an image with Toeplitz matrices.
 
-A patch is ROWS x 16 neighbouring pixels (ROWS is 4, or 2 for TF32), seen as one dimension of a matrix. With the same
-dimension for the output, a patch of it is a sum over the row blocks D and the column blocks d that the kernel reaches:
+A patch is ROWS x 16 neighbouring pixels; ROWS is 4, or 2 for TF32 and for the gradient for the weights on sm_80. Its
+pixels are one dimension of a matrix. A patch of the output is a sum over the row blocks D and the column blocks d that
+the kernel reaches:
 
     y[images, patch j] += x[images, patch (D, j + d)] @ T[D, d]
 
 T[D, d] is a two-level Toeplitz matrix: its element ((a, k), (b, n)) is the tap in row ROWS * D + a - b and column
-16 * d + k - n. It is never stored as a whole. A first kernel writes the 16 x 16 Toeplitz matrix of each kernel row and
-column block (`triton_strips`), from which T is a load with linear addresses. The gradient for x
-is the same with the rotated kernel. The gradient for the weights sums x[images, patch]^T @ dy[images, patch] into
-matrices of the form of T, and then along their diagonals, in a fixed order.
+16 * d + k - n. T is never stored as a whole. A first kernel writes the 16 x 16 Toeplitz matrix of each kernel row and
+column block (`triton_strips`). From these, T is loaded with linear addresses.
+
+The gradient for x is the convolution with the rotated kernel. The gradient for the weights sums
+x[images, patch]^T @ dy[images, patch] into matrices of the form of T. It then sums along their diagonals, in a fixed
+order.
 
 All kernels see contiguous images and sum in float32. Counts and tiles: docs/decisions/0004-gpu-kernels.md.
 """
@@ -48,7 +51,7 @@ def _forward(
     height,
     units,  # of a row
     has_bias,
-    zero,  # 0, of which nothing is known when this is compiled
+    zero,  # 0, which the compiler does not know
     IMAGE_UNIT: tl.constexpr,  # images
     UNIT: tl.constexpr,  # pixels
     KH: tl.constexpr,
@@ -84,7 +87,7 @@ def _forward(
         part = part // tiles
     s = tl.arange(0, SAMPLES)
     if BY_IMAGE:
-        # neighbouring row blocks of some images; the kernel's row blocks that only see padding are left out
+        # samples are neighbouring row blocks of some images; kernel row blocks that meet only padding are left out
         steps = (row_blocks + HEIGHTS - 1) // HEIGHTS
         AT_ONCE: tl.constexpr = SAMPLES // HEIGHTS
         image = part // steps * AT_ONCE + s % AT_ONCE
@@ -105,7 +108,7 @@ def _forward(
     plane = (image * (size * channels) + channel * size)[:, None]
     strip = strips + channel.to(tl.int64) * (STRIP_ROWS * STRIP_ROW)
     if NEAR:
-        # only copies of up to 8 bytes go through the first-level cache, so no larger alignment is to be provable
+        # only copies of up to 8 bytes go through the first-level cache; `zero` hides a larger alignment
         strip += zero * 4
     if TRANSPOSED:
         toeplitz = (row[None, :] - row[:, None] + ROWS - 1) * STRIP_ROW + column[:, None] * _COLUMNS + column[None, :]
@@ -129,7 +132,7 @@ def _forward(
         if WIDE:
             h = h.to(tl.int64)
         for j in tl.static_range(PATCHES + BLOCKS - 1):
-            # a map of one tile: what lies outside of it is known when this is compiled
+            # with one tile the compiler knows which patches lie outside of the map
             if (
                 not ONE_TILE
                 or GROUPS > 1
@@ -184,7 +187,7 @@ def _products(
     ONE_TILE: tl.constexpr,
     SAMPLES: tl.constexpr,
     BY_IMAGE: tl.constexpr,
-    LONG: tl.constexpr,  # as of _forward
+    LONG: tl.constexpr,  # as in _forward
     WIDE: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
@@ -208,7 +211,7 @@ def _products(
     dy += channel * size
     first = 0
     if BY_IMAGE:
-        # row blocks whose products with the shifted image are not all padding
+        # row blocks whose products with the shifted image are not only padding
         first = tl.maximum(0, (REACH - depth * ROWS) // ROWS)
         last = tl.minimum(row_blocks, (height + REACH - depth * ROWS + ROWS - 1) // ROWS)
         steps = tl.maximum(last - first, 0) * parts * tiles
@@ -266,7 +269,7 @@ def _products(
     for d in tl.static_range(BLOCKS):
         m = tl.reshape(sums[d], (ROWS, 16, ROWS, 16))
         m = tl.reshape(tl.permute(m, (0, 2, 1, 3)), (ROWS * ROWS, 256))
-        # ones are exact in TF32; two parts of 11 bits and 13 bits keep the sums' float32 precision
+        # ones are exact in TF32; sums split into parts of 11 and 13 bits keep their float32 precision
         high = (m.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         along = tl.dot(high, belongs.to(tl.float32), input_precision="tf32")
         along = tl.dot(m - high, belongs.to(tl.float32), along, input_precision="tf32")
@@ -275,10 +278,10 @@ def _products(
 
 @triton.jit
 def _divided(a, b, inverse):
-    """Quotient and remainder for 0 <= a < 2^31, by a product: a division in a loop takes 20 instructions."""
+    """Quotient and remainder for 0 <= a < 2^31, by a multiplication: a division in a loop takes 20 instructions."""
     quotient = tl.umulhi(tl.cast(a, tl.uint32), tl.cast(inverse, tl.uint32, bitcast=True)).to(tl.int32)
     rest = a - quotient * b
-    # it may be one too small
+    # the quotient may be one too small
     more = rest >= b
     return tl.where(more, quotient + 1, quotient), tl.where(more, rest - b, rest)
 
@@ -301,7 +304,7 @@ def _taps(
     tap = tl.program_id(0) % programs * FLAT + tl.arange(0, FLAT)
     exists = tap < KH * KW
     row = tap // KW
-    # the tap's column is LEFT + 16 d + diagonal - 15 + KW // 2, for one block or two
+    # a tap has sums in one block d or two: its column is LEFT + 16 d + diagonal - 15 + KW // 2
     column = tap % KW - LEFT - KW // 2 + 15
     total = tl.zeros((FLAT,), tl.float32)
     for split in range(splits):
@@ -326,10 +329,10 @@ def _as_float(dtype: torch.dtype) -> bool:
 
 
 def forward(call: Work, tile: PatchTile) -> Run:
-    """The convolution of contiguous images; with the kernel rotated it is the gradient for x.
+    """The convolution of contiguous images; with the rotated kernel it is the gradient for x.
 
     Args:
-        call: its dtype is float16, bfloat16, or float32 for TF32 products; no tap only ever meets padding.
+        call: in float16, bfloat16, or float32 for TF32 products; every tap meets the map somewhere.
         tile: how the work is cut.
     """
     (n, c, h, w), (kh, kw) = call.shape, call.kernel
@@ -424,7 +427,7 @@ def weight_gradient(call: Work, tile: PatchTile) -> RunGradient:
 
 
 def _parts(n: int, tile: PatchTile) -> Number:
-    """Of a batch, each with as many images as a product has rows."""
+    """Parts of a batch; each has as many images as a product has rows."""
     if not tile.by_image:
         return known(1)
     parts = triton.cdiv(n, tile.samples)
@@ -432,7 +435,7 @@ def _parts(n: int, tile: PatchTile) -> Number:
 
 
 def _inverse(number: int) -> int:
-    """2^32 over a number, at most 2^32 - 1, in the 32 bits of a signed number, for `_divided`."""
+    """2^32 / number, rounded down, at most 2^32 - 1, as the bits of a signed 32-bit number; for `_divided`."""
     found = min((1 << 32) // number, (1 << 32) - 1)
     return found - (1 << 32) if found >= 1 << 31 else found
 
@@ -440,9 +443,9 @@ def _inverse(number: int) -> int:
 def _sizes(call: Work, tile: PatchTile, g: Geometry) -> tuple[tuple[Number, ...], dict[str, object]]:
     """The sizes of a batch as numbers and as constants of a kernel.
 
-    A small map is known to the compiler, whose addresses then are shorter. Of other maps it knows how many patches they
-    have along a row, and what their width is a multiple of, so that one compiled kernel serves many sizes. Where images
-    are rows of products it knows whether their number is a multiple of 16.
+    The compiler knows the sides of a small map, which gives shorter addresses. Of other maps it knows only a factor of
+    the width, and the number of patches along a row up to the width of a tile. So one compiled kernel serves many
+    sizes. Where rows of products are images, it knows whether their number is a multiple of 16.
     """
     n, c, h, w = call.shape
     small = max(h, w) <= SMALL_MAP and not tile.any_size
@@ -453,7 +456,7 @@ def _sizes(call: Work, tile: PatchTile, g: Geometry) -> tuple[tuple[Number, ...]
         "IMAGE_UNIT": images,
         "UNIT": unit,
         "ONE_TILE": g.tiles == 1 and not tile.any_size,
-        # with few images the gradient computes them in every step
+        # not by image, the gradient computes offsets in every step: 32 bits where they suffice
         "LONG": tile.by_image or n * c * h * w >= 2**31,
         "WIDE": h * w >= 2**31,
     }

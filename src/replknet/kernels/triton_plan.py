@@ -1,8 +1,9 @@
-"""Which of the Triton kernels takes a call, and how its work is cut: a pure function of the call and the device.
+"""Which Triton kernel takes a call, and how its work is cut: a pure function of the call and the device.
 
-No figure here comes from a clock. The kernels of 2026-11-28 ran on an H100 with the tiles that ship for maps of one
-size. No other tile was timed, so no other ships for them. All tiles compile without spilled registers and within the
-shared and tensor memory of their devices (tests/kernels/test_triton.py). Counts chose them: decisions 0004 and 0008.
+No figure here comes from a clock. The kernels of 2026-11-28 were timed on an H100, with the tiles that ship for maps of
+one size. No other tile was timed, so no other ships for such maps. All tiles compile without spilled registers and
+within the shared and tensor memory of their devices (tests/kernels/test_triton.py). Counts chose them: decisions 0004
+and 0008.
 """
 
 from collections.abc import Callable
@@ -14,26 +15,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# sm_80: products of registers (8.0, 8.6, 8.9, 12.0); sm_90: of shared memory; sm_100: with sums in tensor memory (10.x)
+# sm_80: operands of products in registers (8.0, 8.6, 8.9, 12.0); sm_90: in shared memory; sm_100: sums in tensor memory
+# (10.x)
 Family = Literal["sm_80", "sm_90", "sm_100"]
-# maps of at most this side are known to the compiler; others share kernels
+# the compiler knows the sides of maps up to this side; larger maps share kernels
 SMALL_MAP = 16
 # programs that fill the largest device: two for each of 132 multiprocessors
 _PROGRAMS = 264
-# kernels up to this side are summed directly: a patch would multiply zeros mostly
+# kernels up to this side are summed directly: a patch would mostly multiply zeros
 _SMALL_SIDE = 5
-# column blocks of a kernel that a program holds at once; the others follow in turns, as shared memory is small
+# column blocks of a kernel that a program holds at once, as shared memory is small; the others follow in turns
 _BLOCKS_AT_ONCE = 3
-# kernels from this side on have more column blocks than that
+# kernels wider than this have more column blocks than _BLOCKS_AT_ONCE
 _WIDE_SIDE = 33
-# of a thread, where the compiler would spill some to have more programs run at once
+# limit for a thread where the compiler would otherwise spill registers to run more programs at once
 _REGISTERS = 255
 _REGISTERS_OF_8_WARPS = 128
-# images from which rows of products are images alone
+# from this number of images on, rows of products are images alone
 _MANY_IMAGES = 64
-# columns of a map of several tiles, whatever they are
+# a width that stands for all maps of several tiles
 _WIDE_MAP = 128
-# kernels up to this side may be faster as sums, which the user's device finds out
+# kernels up to this side may be faster as sums; timing on the user's device decides
 _DOUBTFUL_SIDE = 9
 
 
@@ -43,15 +45,15 @@ class PatchTile:
 
     samples: int = 64  # rows of the products: images, or pairs of an image and a row block
     rows: int = 4  # of a patch
-    heights: int = 1  # of the samples, neighbouring row blocks of an image
+    heights: int = 1  # neighbouring row blocks of an image among the samples
     patches: int = 4  # along a row of the output, at most
     by_image: bool = True  # false for few images: samples are pairs of an image and a row block
-    near: bool = True  # strips come through the first-level cache
+    near: bool = True  # strips are loaded through the first-level cache
     splits: int = 1  # parts of the sum over samples, for the gradient of the weights
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # that a thread may have; None: as many as the compiler likes
-    any_size: bool = False  # one compiled kernel for maps of all sizes; else it knows a little, or all, of the size
+    registers: int | None = None  # limit for a thread; None: the compiler decides
+    any_size: bool = False  # one compiled kernel for maps of all sizes; else the compiler knows part or all of the size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class DirectTile:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneTile:
-    """How the work of the plane kernels is cut, which hold whole small maps of some images at once."""
+    """How the work of the plane kernels is cut: they hold whole small maps of some images at once."""
 
     samples: int = 64  # images
     rows: int = 4  # of a patch; 0: the map is one row of all its pixels
@@ -84,17 +86,17 @@ class Work:
     """A call as the Triton kernels see it."""
 
     shape: tuple[int, int, int, int]  # x as [N,C,H,W]
-    kernel: tuple[int, int]  # of which no tap only ever meets padding
+    kernel: tuple[int, int]  # height and width; every tap meets the map somewhere
     dtype: torch.dtype
     device: int  # its index; -1 where there is none
     channels_last: bool = False
     tf32: bool = False
     bias: bool = False
     relu: bool = False
-    rotated: bool = False  # the kernel, for the gradient for x
+    rotated: bool = False  # the kernel is rotated by 180 degrees, for the gradient for x
 
 
-# x, weight, bias -> y, and dy, x -> dw, of one kind of call
+# for one kind of call: x, weight, bias -> y, and dy, x -> dw
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 RunGradient = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,9 +106,9 @@ class Geometry:
     """Where the blocks of a kernel lie against the patches of an image."""
 
     depth: int  # row blocks of a kernel
-    groups: int  # of its column blocks
+    groups: int  # groups of column blocks
     blocks: int  # column blocks of a group
-    left: int  # first column of the first block relative to an output patch: a multiple of 8, for aligned loads
+    left: int  # first column of the first block, relative to an output patch: a multiple of 8, for aligned loads
     row_blocks: int  # of an image
     patches: int  # along a row, of a program
     tiles: int  # along a row
@@ -114,19 +116,19 @@ class Geometry:
 
     @property
     def strip_elements(self) -> int:
-        """Of one channel."""
+        """Elements of the strips of one channel."""
         return self.strip_rows * self.groups * self.blocks * 256
 
 
 def geometry(h: int, w: int, kh: int, kw: int, tile: PatchTile) -> Geometry:
-    """Of a kernel and a map; the kernel has no column that only ever meets padding."""
+    """The geometry of a kernel and a map; every column of the kernel meets the map somewhere."""
     reach = kw // 2
     left = -8 * ceil(reach / 8)
     blocks = ceil((16 - left + reach) / 16)
     depth = ceil((tile.rows + kh - 1) / tile.rows)
     patches = ceil(w / 16)
     if not tile.any_size:
-        # blocks that meet the map from no patch of it are left out
+        # blocks that meet the map from none of its patches are left out
         first = max(0, (-16 - left) // 16 + 2 - patches)
         blocks = min(blocks, (w - 1 - left) // 16 + 1) - first
         left += 16 * first
@@ -152,8 +154,9 @@ def family(capability: tuple[int, int]) -> Family:
 def padded_width(w: int, copied: bool) -> int:
     """The width to which images are padded before they are cut into patches.
 
-    Rows of 16-bit pixels are read 8 bytes at a time; else addresses and masks take so many registers that they spill.
-    Small maps are read as they are, since a copy would cost more, unless they are copied anyway for their layout.
+    Rows of 16-bit pixels are read 8 bytes at a time: smaller reads need so many addresses and masks that registers
+    spill. Small maps are read as they are, since a copy would cost more. With `copied` the layout needs a copy anyway,
+    so small maps are padded, too.
     """
     if w % 8 == 0 or (not copied and (w % 4 == 0 or w <= 8 or (w <= 16 and w % 2 == 0))):
         return w
@@ -170,16 +173,16 @@ def forward_tile(
     device: Family,
     any_size: bool = False,
 ) -> Tile:
-    """Of the convolution of x `[N,C,H,W]`, and of the gradient for x.
+    """The shipped tile for the convolution of x `[N,C,H,W]`, and for the gradient for x.
 
     Args:
-        shape: of x.
-        kernel: no tap of it only ever meets padding.
-        dtype: of x.
+        shape: shape of x.
+        kernel: height and width; every tap meets the map somewhere.
+        dtype: dtype of x.
         tf32: whether float32 may be multiplied in TF32.
         channels_last: layout of x.
-        device: where it runs.
-        any_size: for a layer whose maps change in size: compiled once for all of them.
+        device: family of the device.
+        any_size: whether the layer's maps change in size; one compiled kernel then serves them all.
     """
     n, _, h, w = shape
     if not _by_patches(kernel, dtype, tf32):
@@ -216,7 +219,7 @@ def forward_tiles(
     device: Family,
     any_size: bool = False,
 ) -> tuple[Tile, ...]:
-    """`forward_tile`, and what may be faster, the likeliest first."""
+    """`forward_tile`, then the tiles that may be faster, the likeliest first."""
     first = forward_tile(shape, kernel, dtype, tf32, channels_last, device, any_size)
     if not isinstance(first, PatchTile):
         others = (DirectTile(samples=16, channels=64, rows=4), DirectTile(samples=32, channels=32, rows=8))
@@ -250,7 +253,7 @@ def forward_tiles(
 
 
 def _some_images(n: int, device: Family) -> list[PatchTile]:
-    """Of 16 to 63 images: several row blocks of each fill the rows of a product, and padding can be left out."""
+    """For 16 to 63 images: several row blocks of each fill the rows of a product, and padding can be left out."""
     most = 32 if device == "sm_80" else 64
     if not 16 <= n < _MANY_IMAGES:
         return []
@@ -263,9 +266,9 @@ def _some_images(n: int, device: Family) -> list[PatchTile]:
 def plane_tiles(
     shape: tuple[int, int, int, int], kernel: tuple[int, int], dtype: torch.dtype, device: Family
 ) -> tuple[PlaneTile, ...]:
-    """Tiles that hold whole small maps in 16 bits, first the one with the best counts; none for other maps.
+    """Tiles that hold whole small maps in 16 bits, the best counts first; none for other maps.
 
-    They serve kernels of all sizes and both layouts; `padded_width` may widen a map before they see it.
+    They serve kernels of all sizes and both layouts. `padded_width` may widen a map before they see it.
     """
     n, _, h, w = shape
     if dtype == torch.float32 or max(h, w) > SMALL_MAP:
@@ -276,27 +279,27 @@ def plane_tiles(
         cuts = [(samples, 4), (samples, 8), *([(128, 8)] if n > 64 else [])]
     elif samples == 16:
         cuts = [(16, 8), (16, 4)]
-    else:  # more samples would spill registers, or there are not more
+    else:  # more samples would spill registers, or there are no more
         cuts = [(32, 8), (16, 8), (16, 4)]
-    # with fewer registers the compiler may spill some, or have the images wait for the weight
+    # with fewer registers the compiler may spill some, or make the images wait for the weight
     tile = PlaneTile(rows=0 if flat else 4, registers=_REGISTERS)
     return tuple(replace(tile, samples=samples, warps=warps) for samples, warps in cuts)
 
 
 def in_one_window(h: int, w: int) -> bool:
-    """Whether a map fits 64 elements from the last multiple of 8 elements before it, wherever it lies."""
+    """Whether a map, wherever it starts, fits a window of 64 elements that begins at a multiple of 8 elements."""
     return h * w + 8 - gcd(h * w, 8) <= 64
 
 
 def plane_geometry(h: int, w: int, kh: int, kw: int) -> Geometry:
-    """Of the plane kernels with patches: one column block, whose 16 x 16 matrices cover a row of 16 pixels."""
+    """The geometry of plane kernels with patches: the 16 x 16 matrices of one column block cover a whole row."""
     return replace(geometry(h, w, kh, kw, PatchTile()), groups=1, blocks=1, left=0)
 
 
 def _few_rows(samples: int, by_image: bool, w: int, device: Family) -> PatchTile:
-    """Of products with few rows, or whose rows are pairs of an image and a row block."""
+    """A tile for products with few rows, or whose rows are pairs of an image and a row block."""
     if samples < 64:
-        # else some kernels for wide maps take a few registers too many
+        # with `near` some kernels for wide maps take a few registers too many
         near = w <= {"sm_80": 63, "sm_90": w, "sm_100": 32}[device]
         patches = 2 if device == "sm_100" and w > 64 else 4
         return PatchTile(
@@ -311,7 +314,7 @@ def _sums(channels_last: bool) -> DirectTile:
 
 
 def _samples(pairs: int, most: int, by_image: bool) -> int:
-    """Rows of a product. Few pairs of an image and a row block take the instruction for 16 rows, at 0.6 of the rate."""
+    """Rows of a product. Few pairs of an image and a row block use the instruction for 16 rows, at 0.6 of the rate."""
     if by_image:
         return most
     return next(s for s in (16, 32, most) if pairs <= s or s == most)
@@ -326,7 +329,7 @@ def gradient_tile(
     device: Family,
     any_size: bool = False,
 ) -> Tile:
-    """Of the gradient for the weights; arguments as of `forward_tile`."""
+    """The shipped tile for the gradient for the weights; arguments as in `forward_tile`."""
     n, c, h, _ = shape
     kh, kw = kernel
     if not _by_patches(kernel, dtype, tf32):
@@ -357,7 +360,7 @@ def gradient_tiles(
     device: Family,
     any_size: bool = False,
 ) -> tuple[Tile, ...]:
-    """`gradient_tile`, and what may be faster, the likeliest first."""
+    """`gradient_tile`, then the tiles that may be faster, the likeliest first."""
     first = gradient_tile(shape, kernel, dtype, tf32, device, any_size)
     if not isinstance(first, PatchTile):
         assert isinstance(first, DirectTile)
@@ -373,7 +376,7 @@ def gradient_tiles(
 
 
 def _split(tile: PatchTile, shape: tuple[int, int, int, int], kernel: tuple[int, int], programs: int) -> PatchTile:
-    """The tile with its sum in as many parts as it takes for that many programs."""
+    """The tile, with its sum cut into as many parts as give that many programs."""
     n, c, h, w = shape
     g = geometry(h, w, *kernel, tile)
     parts = g.row_blocks * ceil(n / tile.samples) if tile.by_image else ceil(n * g.row_blocks / tile.samples)
@@ -382,5 +385,5 @@ def _split(tile: PatchTile, shape: tuple[int, int, int, int], kernel: tuple[int,
 
 
 def _by_patches(kernel: tuple[int, int], dtype: torch.dtype, tf32: bool) -> bool:
-    """Whether tensor cores may be used, and are worth it. Float32 stays float32 unless TF32 is allowed."""
+    """Whether tensor cores may be used and pay. Float32 stays float32 unless TF32 is allowed."""
     return max(kernel) > _SMALL_SIDE and (dtype != torch.float32 or tf32)

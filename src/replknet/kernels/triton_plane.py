@@ -3,12 +3,12 @@
 For maps of at most 16 x 16 pixels in 16-bit types there are two forms, in the words of `triton_patch`:
 
 - By patches: a program loads all patches of 4 x 16 pixels of its maps. For each distance D of row blocks it loads one
-  Toeplitz matrix T[D] from the strips, and adds x[images, patch b + D] @ T[D] to every patch b of the output.
+  Toeplitz matrix T[D] from the strips. It adds x[images, patch b + D] @ T[D] to every patch b of the output.
 - Flat: a map of at most about 56 pixels is one row of a matrix. It lies in a window of 64 elements, which starts at a
   multiple of 16 bytes. One product with the matrix of all taps, gathered from the weight, gives the output.
 
-A window has elements of other maps, too. They are set to zero, so that a neighbour's inf stays there. Sums are in
-float32. The gradient for x is the same with the rotated kernel.
+A window has elements of other maps, too. They are set to zero, so that an infinity stays in its own map. Sums are in
+float32. The gradient for x is the convolution with the rotated kernel.
 """
 
 import torch
@@ -46,7 +46,7 @@ def _by_patches(
     SAMPLES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    AS_FLOAT: tl.constexpr,  # as of triton_patch
+    AS_FLOAT: tl.constexpr,  # as in triton_patch
 ):
     PATCHES: tl.constexpr = (H + ROWS - 1) // ROWS
     # row blocks between an output and the farthest pixels that the kernel reaches
@@ -94,7 +94,7 @@ def _toeplitz(strips, distance: tl.constexpr, KH: tl.constexpr, ROWS: tl.constex
     row, column = p // _COLUMNS, p % _COLUMNS
     FIRST: tl.constexpr = distance * ROWS + KH // 2
     r = row[:, None] - row[None, :] + (FIRST + ROWS - 1)
-    # the first strip and the last lie outside of the kernel: they are zero
+    # the first strip and the last strip lie outside of the kernel: they are zero
     if FIRST < 0:
         r = tl.maximum(r, 0)
     if FIRST + 2 * (ROWS - 1) >= STRIP_ROWS:
@@ -122,11 +122,11 @@ def _flat(
     programs,  # of a channel
     H: tl.constexpr,
     W: tl.constexpr,
-    FULL: tl.constexpr,  # as of _by_patches
+    FULL: tl.constexpr,  # as in _by_patches
     LONG: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    UNIT: tl.constexpr,  # elements; the maps of an image have a multiple of it
+    UNIT: tl.constexpr,  # elements; C * H * W is a multiple of it
     SAMPLES: tl.constexpr,
     ROTATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -147,7 +147,7 @@ def _flat(
     at = (image * (channels * PIXELS // UNIT) + channel * PIXELS // UNIT)[:, None] * UNIT + p[None, :]
     touched = p // UNIT <= (shift + PIXELS - 1) // UNIT
     pixels = tl.load(x + at, mask=exists & touched[None, :], other=0.0)
-    # what lies outside of the map is zero, or not stored, and takes any tap
+    # elements outside of the map are zero or not stored, so any tap will do for them
     inner = tl.minimum(tl.maximum(p - shift, 0), PIXELS - 1)
     row, column = inner // W, inner % W
     tap = row * KW + column
@@ -157,7 +157,7 @@ def _flat(
     if KH >= 2 * H - 1 and KW >= 2 * W - 1:
         matrix = tl.load(taps)
     else:
-        # numbers below 0 are large without a sign
+        # as unsigned numbers, negative ones are large
         down = (row[:, None] - row[None, :] + KH // 2).to(tl.uint32)
         across = (column[:, None] - column[None, :] + KW // 2).to(tl.uint32)
         matrix = tl.load(taps, mask=(down < KH) & (across < KW), other=0.0)
@@ -167,7 +167,7 @@ def _flat(
         matrix = matrix.to(tl.float32)
     result = _finished(tl.dot(pixels, matrix), bias + channel, y.dtype.element_ty, HAS_BIAS, RELU)
     if PIXELS % UNIT != 0:
-        # whole units are stored at once; the others have elements of two maps
+        # whole units are stored at once; the other units have elements of two maps
         first = p // UNIT * UNIT
         whole = (first >= shift) & (first + UNIT <= shift + PIXELS)
         tl.store(y + at, result, mask=exists & whole[None, :])
@@ -177,14 +177,14 @@ def _flat(
 
 
 def forward(work: Work, tile: PlaneTile) -> Run:
-    """The convolution of contiguous images; with the kernel rotated it is the gradient for x.
+    """The convolution of contiguous images; with the rotated kernel it is the gradient for x.
 
     Args:
-        work: in float16 or bfloat16; no tap only ever meets padding.
+        work: in float16 or bfloat16; every tap meets the map somewhere.
         tile: how the work is cut.
 
     Raises:
-        ValueError: the maps, their layout or type, or the tile are not what these kernels take.
+        ValueError: these kernels do not take the maps, their layout or dtype, or the tile.
     """
     n, c, h, w = work.shape
     if work.dtype not in (torch.float16, torch.bfloat16):

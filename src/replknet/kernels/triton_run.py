@@ -1,7 +1,7 @@
 """A call of the operator, or of its gradient for the weights, with a given tile: copies of layout, then a kernel.
 
-Everything that a call does not change is settled once (`run_of`, `gradient_of`), so that a call itself is a few
-allocations and launches.
+`run_of` and `gradient_of` prepare once everything that calls of one kind share. A call itself is then a few allocations
+and launches.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from replknet.kernels.triton_plan import DirectTile, PatchTile, Run, RunGradient
 
 
 def work_of(x: Tensor, kernel: tuple[int, int], bias: bool = False, relu: bool = False, rotated: bool = False) -> Work:
-    """The call that these arguments make; every tap of the kernel meets the map somewhere."""
+    """The `Work` of these arguments; every tap of the kernel must meet the map somewhere."""
     n, c, h, w = x.shape
     return Work(
         shape=(n, c, h, w),
@@ -31,19 +31,19 @@ def work_of(x: Tensor, kernel: tuple[int, int], bias: bool = False, relu: bool =
 
 
 def allows_tf32() -> bool:
-    """Whether convolutions of float32 may multiply in TF32: torch's own switch for them, which is on by default."""
-    # torch's stubs do not know it; its older form, allow_tf32, raises once a program has used this one
+    """Whether float32 convolutions may multiply in TF32: torch's own switch for them, which is on by default."""
+    # torch's stubs lack this name; the older one, allow_tf32, raises once a program has used this one
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def aligned(t: Tensor) -> Tensor:
-    """`t`, or a copy of it where its first element does not lie as the kernels are compiled for."""
+    """`t`, or a copy if its first element does not lie at a multiple of 16 bytes, as the kernels need."""
     return t.clone(memory_format=torch.preserve_format) if t.data_ptr() & 15 else t
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copied:
-    """A `Run` on contiguous copies of some width, whose result is copied back."""
+    """A `Run` on contiguous copies of some width; its result is copied back."""
 
     inside: Run
     to: Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CopiedGradient:
-    """A `RunGradient` on such copies."""
+    """A `RunGradient` on contiguous copies of some width."""
 
     inside: RunGradient
     to: Callable[[Tensor], Tensor]
@@ -67,7 +67,7 @@ class CopiedGradient:
 
 
 def both(run: Run, gradient: RunGradient, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients for x and for the weights; a copy of dy that both take is made once."""
+    """The gradients for x and for the weights; a copy of dy that both need is made once."""
     if isinstance(run, Copied) and isinstance(gradient, CopiedGradient) and run.width == gradient.width:
         planes = run.to(dy)
         return run.back(run.inside(planes, weight, None)), gradient.inside(planes, gradient.to(x))
@@ -76,7 +76,7 @@ def both(run: Run, gradient: RunGradient, dy: Tensor, x: Tensor, weight: Tensor)
 
 @lru_cache(4096)
 def run_of(tile: Tile, work: Work) -> Run:
-    """What makes such a call with a tile; the result has the layout of x."""
+    """The `Run` of a tile for a call; its result has the layout of x."""
     from replknet.kernels import triton_direct, triton_layout, triton_patch, triton_plane
 
     if isinstance(tile, DirectTile):
@@ -95,7 +95,7 @@ def run_of(tile: Tile, work: Work) -> Run:
 
 @lru_cache(4096)
 def gradient_of(tile: Tile, work: Work) -> RunGradient:
-    """What computes the gradient for the weights of such a call with a tile."""
+    """The `RunGradient` of a tile for a call."""
     from replknet.kernels import triton_direct, triton_layout, triton_patch
 
     n, c, h, w = work.shape
@@ -115,11 +115,11 @@ def _any_size(tile: Tile) -> bool:
 
 
 def run(tile: Tile, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rotated: bool = False) -> Tensor:
-    """The convolution with a given tile, in the layout of `x`; no tap may meet padding alone."""
+    """The convolution with a given tile, in the layout of `x`; every tap must meet the map somewhere."""
     kernel = weight.shape[2], weight.shape[3]
     return run_of(tile, work_of(x, kernel, bias is not None, relu, rotated))(x, weight, bias)
 
 
 def run_gradient(tile: Tile, dy: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
-    """The gradient of such a weight with a given tile."""
+    """The gradient for the weights with a given tile; every tap must meet the map somewhere."""
     return gradient_of(tile, work_of(x, (kh, kw)))(dy, x)

@@ -1,8 +1,8 @@
 """The 16 x 16 Toeplitz matrices of a weight, one for each row and column block of the kernel: "strips".
 
-They are the second operand of the products in `triton_patch` and `triton_plane`: in element (k, n) of a matrix is the
-tap that is column 16 * d + k - n of the kernel, relative to its middle, or zero. A first kernel writes them in every
-call, since weights change; for weights that do not learn they are kept.
+They are the second operand of the products in `triton_patch` and `triton_plane`. Element (k, n) of a matrix is the tap
+in column 16 * d + k - n, counted from the middle of the kernel; or zero. A first kernel writes the strips in every
+call, since weights change. The strips of weights that do not learn are kept.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _AT_ONCE = 8  # matrices that a program writes in a step
 def _strips(
     weight,  # [C, KH, KW]
     strips,  # [C, rows, 16, 16]
-    taps,  # a copy of the weight, of the same bits as those that the strips were made of; for KEPT
+    taps,  # for KEEP and KEPT: a copy of the weight that the strips were made of
     rows,  # strip rows times blocks
     programs,  # of a channel
     rotated,  # 1 for the rotated kernel
@@ -40,8 +40,8 @@ def _strips(
     BLOCKS: tl.constexpr,
     LEFT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    KEEP: tl.constexpr,  # write `taps`; a channel has one program then
-    KEPT: tl.constexpr,  # write nothing where the weight still has the bits of `taps`
+    KEEP: tl.constexpr,  # write `taps`, too; a channel then has one program
+    KEPT: tl.constexpr,  # write nothing for a channel whose weight still has the bits of `taps`
     AT_ONCE: tl.constexpr,
     FLAT: tl.constexpr,
 ):
@@ -89,8 +89,8 @@ def _bits(x):
 class Strips:
     """The 16 x 16 Toeplitz matrices of a weight, which the kernels read as their second operand.
 
-    They are kept with the weight, where it is one that does not learn. Whether it still is what they were made of, the
-    device finds out in every call: it compares bits (docs/decisions/0008-gpu-default.md).
+    If the weight does not learn, its strips are kept with it. The device checks in every call that the weight has not
+    changed: it compares bits (docs/decisions/0008-gpu-default.md).
     """
 
     def __init__(self, call: Work, tile: PatchTile | PlaneTile, g: Geometry) -> None:
@@ -130,7 +130,7 @@ class Strips:
         forms = prepared.forms_of(weight)
         form = forms.get(key)
         if form is None:
-            # a weight that comes once may be a copy that a caller makes in every call
+            # the first call keeps no strips: the weight may be a copy that a caller makes anew in every call
             forms[key] = _Kept(prepared.next_use())
             return self._made(weight)
         assert isinstance(form, _Kept)
@@ -158,7 +158,7 @@ class Strips:
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """Strips, and the weight that they were made of; none yet for a weight that came once."""
+    """Kept strips, and a copy of the weight that they were made of; None until the second call."""
 
     used: int
     nbytes: int = 0
@@ -172,15 +172,15 @@ def _allocator() -> ThreadPoolExecutor:
 
 
 def apart(allocate: Callable[[], T], like: Tensor, stream: int) -> T:
-    """What stays after a call, allocated in another thread.
+    """Allocate memory that outlives the call, in another thread.
 
-    Torch warms a network up for its CUDA graphs with memory of their own, for one thread, and raises an error if some
-    of it stays in use.
+    For CUDA graphs torch warms up a network with a memory pool of its own, for one thread. It raises an error if memory
+    of the pool stays in use.
 
     Args:
-        allocate: makes it.
+        allocate: makes the tensors.
         like: a tensor on the device.
-        stream: on which it will be used.
+        stream: the stream on which the tensors will be used.
     """
 
     def run() -> T:
@@ -193,7 +193,7 @@ def apart(allocate: Callable[[], T], like: Tensor, stream: int) -> T:
 
 
 def _keeps(weight: Tensor) -> bool:
-    """Whether strips may be kept: not for weights that learn, nor in a CUDA graph, which outlives what is kept here."""
+    """Whether strips may be kept: not for weights that learn, nor in a CUDA graph, which outlives kept strips."""
     if weight.requires_grad and not torch.is_inference_mode_enabled():
         return False
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,8 +1,9 @@
-"""The fastest way for a kind of call: timed when it first comes to a device, and remembered on disk.
+"""The fastest way for a kind of call: timed at the first such call on a device, and remembered on disk.
 
 The ways are Triton's kernels with some tiles, and torch's own convolution. Calls are of one kind if a way that is fast
-for one of them is fast for the others: numbers of images up to a factor of two, and sides of maps up to about 1.4 in a
-layer whose maps change in size. With REPLKNET_AUTOTUNE=0 nothing is timed.
+for one of them is fast for the others. Within a kind, numbers of images differ by less than a factor of two, or are 64
+and more. In a layer whose maps change in size, sides differ by less than a factor of 1.5, or are 16 and less. With
+REPLKNET_AUTOTUNE=0 nothing is timed.
 """
 
 import json
@@ -30,16 +31,16 @@ from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Tile,
 VARIABLE = "REPLKNET_AUTOTUNE"
 # seconds for the tiles after the shipped one
 _BUDGET_S = 2.0
-# the part of it for compiling them
+# the part of these seconds for compiling
 _COMPILING = 0.8
-# of one way
+# most calls and seconds for timing one way
 _RUNS = 20
 _RUNS_S = 0.05
-# torch's convolution is timed from one call if that is slower by this factor
+# torch's convolution is timed by a single call if it is slower than the shipped tile by this factor
 _HOPELESS = 3.0
-# of compiling and timing, after which a line says why the first step takes long
+# seconds of compiling and timing after which a line says why the first step takes long
 _PATIENCE_S = 5.0
-# another process times the same kinds; after this long it is taken to hang
+# seconds to wait for another process that is timing; after that it is taken to hang
 _LOCK_S = 60.0
 # the files with kernels
 _KERNELS = ("direct", "layout", "patch", "plane", "strips")
@@ -50,32 +51,32 @@ class Timer(Protocol):
     """Times calls, ms."""
 
     def once(self, call: Callable[[], object]) -> float:
-        """Of a single call."""
+        """The time of a single call."""
 
     def median(self, call: Callable[[], object]) -> float | None:
-        """Of several, after one that does not count; None if the device does not have what the call needs."""
+        """The median of several calls after an untimed one; None if the device lacks what the call needs."""
 
 
 @cache
 def autotuned() -> bool:
-    """Whether the environment allows it; read once.
+    """Whether the environment allows timing; read once.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
     """
     found = os.environ.get(VARIABLE) or "1"
     if found not in ("0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 (nothing is timed) or 1 (ways are timed on first use), got {found!r}")
+        raise ValueError(f"{VARIABLE} must be 0 (no timing) or 1 (timing on first use), got {found!r}")
     return found == "1"
 
 
 def kind_of(direction: str, work: Work, any_size: bool = False) -> str:
-    """The name of a kind of calls, by which its fastest way is remembered.
+    """The name of a kind of calls, under which its fastest way is remembered.
 
     Args:
         direction: "forward", "dx" or "dw".
-        work: one of the calls.
-        any_size: whether the layer's maps change in size, so that calls of nearly one size are of one kind.
+        work: any call of the kind.
+        any_size: whether the layer's maps change in size; calls of nearly one size are then of one kind.
     """
     n, c, h, w = work.shape
     images = 1 << (min(n, 64).bit_length() - 1)
@@ -88,7 +89,7 @@ def kind_of(direction: str, work: Work, any_size: bool = False) -> str:
 
 
 def _rounded(side: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ..."""
+    """The side, rounded up to one of 16, 24, 32, 48, 64, 96, ..."""
     power = 1 << max(4, (side - 1).bit_length() - 1)
     return next(s for s in (power, power * 3 // 2, 2 * power) if s >= side)
 
@@ -99,8 +100,8 @@ class Entry:
 
     tile: Tile | None  # the fastest; None if the device can run none
     ms: float | None
-    torch_ms: float | None  # None if torch's convolution was not asked for
-    left: int = 0  # tiles that were not tried, for want of time
+    torch_ms: float | None  # None if torch's convolution was not timed
+    left: int = 0  # tiles that were not tried, since time ran out
 
     @property
     def best(self) -> Tile | None:
@@ -112,20 +113,20 @@ class Table:
     """What was timed and checked on one device, in a JSON file.
 
     Args:
-        path: of the file, which need not exist. What cannot be read in it is found anew, with a warning.
+        path: the file, which need not exist. If it cannot be read, a warning says so, and everything is timed anew.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        # the kinds that this process has looked at: what an earlier one left out it tries
+        # kinds that this process has timed; of others it tries the tiles that an earlier process left out
         self._here: set[str] = set()
         self.entries: dict[str, Entry] = {}
-        self.checks: dict[str, str] = {}  # by what was compared with float64: "right", or what was wrong
+        self.checks: dict[str, str] = {}  # `triton_check.check_name` -> "right", or what was wrong
         self._read()
 
     def _read(self) -> None:
-        """Take over what is in the file; what this process found itself stays."""
+        """Take over the contents of the file; this process keeps what it found itself."""
         if not self.path.exists():
             return
         try:
@@ -133,7 +134,7 @@ class Table:
             entries = {name: _entry(fields) for name, fields in written["kinds"].items()}
             checks = {str(name): str(found) for name, found in written["checks"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            warnings.warn(f"{self.path} is no table of tiles ({error!r}); they are timed anew", stacklevel=2)
+            warnings.warn(f"{self.path} is not a table of tiles ({error!r}); tiles are timed anew", stacklevel=2)
             return
         self.entries = entries | {kind: self.entries[kind] for kind in self._here if kind in self.entries}
         self.checks = checks | self.checks
@@ -143,9 +144,9 @@ class Table:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While this holds, no other thread or process times anything; what they found is read first."""
+        """Inside, no other thread or process times anything. The results of others are read first."""
         with self._lock, ExitStack() as held:
-            # a folder without writing or without locks, or a process that hangs: each times for itself
+            # if the folder allows no writing or no locks, or another process hangs, each process times for itself
             with suppress(OSError, Timeout, NotImplementedError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(f"{self.path}.lock", timeout=_LOCK_S))
@@ -162,9 +163,10 @@ class Table:
         self._write()
 
     def known(self, kind: str, with_torch: bool, tiles: Sequence[Tile]) -> Entry | None:
-        """What was timed, if it is enough: with torch's convolution or a tile, of kernels that may be used, and whole.
+        """The entry of a kind, or None if it must be timed anew.
 
-        A tile that an earlier process left out for want of time is compiled by now.
+        An entry needs a time of torch's convolution (`with_torch`) or else of a tile, and its tile must be of a usable
+        kind. If an earlier process left tiles out, the kind is timed anew: these tiles are compiled by now.
         """
         entry = self.entries.get(kind)
         if entry is None or (entry.torch_ms if with_torch else entry.tile) is None:
@@ -180,7 +182,7 @@ class Table:
                 json.dump({"kinds": kinds, "checks": self.checks}, file, indent=1)
             os.replace(file.name, self.path)
         except OSError as error:
-            warnings.warn(f"ways are timed again in the next process: {self.path}: {error}", stacklevel=2)
+            warnings.warn(f"cannot write {self.path}: {error}; the next process times kernels again", stacklevel=2)
 
 
 def _fields(entry: Entry) -> dict[str, object]:
@@ -189,7 +191,7 @@ def _fields(entry: Entry) -> dict[str, object]:
 
 
 def _entry(fields: dict[str, object]) -> Entry:
-    # what a file holds has no types; fields that a tile does not have raise TypeError
+    # the contents of a file have no types; fields that a tile lacks raise TypeError
     tile = fields.pop("tile")
     if tile is not None:
         tile = dict(tile)  # type: ignore[call-overload]
@@ -212,11 +214,11 @@ def timed(
     """Time some ways of a call: the first tile, then torch's convolution, then the other tiles while there is time.
 
     Args:
-        tiles: what may be tried; the shipped one is the first.
+        tiles: the tiles that may be tried; the first is the shipped one.
         run: makes the call with a tile.
-        torch_run: makes it with torch's convolution; None if that is not wanted.
+        torch_run: makes the call with torch's convolution; None if that is not wanted.
         compile_tile: compiles what a tile needs, in any thread.
-        timer: of a call.
+        timer: times a call.
         budget_s: seconds for all tiles but the first.
 
     Raises:
@@ -247,7 +249,7 @@ def timed(
 
 
 def _torch_ms(run: Callable[[], object], best: float | None, timer: Timer) -> float:
-    # the first call also holds cuDNN's search for an algorithm
+    # the first call includes cuDNN's search for an algorithm
     if best is not None and timer.once(run) > _HOPELESS * best and (second := timer.once(run)) > _HOPELESS * best:
         return second
     taken = timer.median(run)
@@ -256,19 +258,19 @@ def _torch_ms(run: Callable[[], object], best: float | None, timer: Timer) -> fl
 
 
 def _compiled_in_time(tiles: Sequence[Tile], compile_tile: Callable[[Tile], object], end: float) -> list[Tile]:
-    """Compile what some tiles need, as many at once as there are processors; those that are done in time, in order."""
+    """Compile tiles, as many at once as there are processors; returns those that are done in time, in order."""
     if not tiles or time.monotonic() > end:
         return []
     pool = ThreadPoolExecutor(os.cpu_count() or 1)  # compilers let other threads run
     jobs = {tile: pool.submit(compile_tile, tile) for tile in tiles}
     wait(jobs.values(), timeout=max(0.0, end - time.monotonic()))
-    # the others go on, and are found compiled the next time; an error comes up again when the tile is run
+    # running jobs go on, and the next process finds their kernels compiled; an error comes up again when the tile runs
     pool.shutdown(wait=False, cancel_futures=True)
     return [tile for tile, job in jobs.items() if job.done() and not job.cancelled()]
 
 
 class _Patience:
-    """Says once that kernels are being compiled, when that has taken long."""
+    """Says once that kernels are being compiled and timed, if that takes long."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -305,7 +307,7 @@ patience = _Patience()
 
 
 def kernels_digest(folder: Path = Path(__file__).parent) -> str:
-    """Of the source of the kernels, which Triton needs to be there."""
+    """A digest of the kernels' source files, which exist because Triton needs them."""
     found = sha256()
     for name in _KERNELS:
         found.update((folder / f"triton_{name}.py").read_bytes())
@@ -316,8 +318,8 @@ def kernels_digest(folder: Path = Path(__file__).parent) -> str:
 def table_of(device: int) -> Table:
     """The table of a CUDA device, in `~/.cache/replknet` or below XDG_CACHE_HOME.
 
-    Its file is named after the device, Triton, torch and the source of our kernels: what was timed and checked with
-    others says nothing.
+    Its file is named after the device, Triton, torch and the source of our kernels. Times and checks with others do not
+    hold.
     """
     import triton
 
@@ -333,7 +335,7 @@ def table_of(device: int) -> Table:
 
 
 class _OnDevice:
-    """On the current CUDA stream."""
+    """Times calls on the current CUDA stream."""
 
     def once(self, call: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

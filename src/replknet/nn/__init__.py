@@ -1,4 +1,4 @@
-"""Modules on the operator, and what is done with them: merging, acceleration, and warming a GPU up."""
+"""Modules that run on the operator, and functions for them: merging, acceleration, and warming up a GPU."""
 
 from replknet.nn.accelerate import accelerate
 from replknet.nn.blocks import ConvFFN, DropPath, RepLKBlock, stem, transition

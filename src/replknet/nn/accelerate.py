@@ -10,18 +10,18 @@ from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d, check
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did; `str()` of it is for people."""
+    """What `accelerate` did: `str()` is for people."""
 
     replaced: list[str]  # names of the convolutions that now run on the operator
     left: dict[str, str]  # name of every other convolution -> why it stayed
-    changed: list[str] = field(default_factory=list)  # names of those on the operator that got another algorithm
+    changed: list[str] = field(default_factory=list)  # names of layers already on the operator with a new algorithm
     _swaps: list[tuple[nn.Module, str, nn.Conv2d]] = field(default_factory=list, repr=False)
     _algorithms: list[tuple[DepthwiseConv2d | StridedDepthwiseConv2d, Algorithm]] = field(
         default_factory=list, repr=False
     )
 
     def undo(self) -> None:
-        """Put the original modules and algorithms back, with the parameters as they are now."""
+        """Put the original modules and algorithms back; the parameters keep their current values."""
         for parent, name, original in self._swaps:
             current = getattr(parent, name)
             original.weight, original.bias = current.weight, current.bias
@@ -34,7 +34,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} convolutions run on the operator, {len(self.left)} stay"]
         if self.changed:
-            lines.append(f"  {len(self.changed)} that ran on it got another algorithm")
+            lines.append(f"  {len(self.changed)} were on the operator already and got another algorithm")
         reasons = list(self.left.values())
         lines += [f"  {reasons.count(why)} {why}" for why in sorted(set(reasons))]
         return "\n".join(lines)
@@ -43,17 +43,18 @@ class Report:
 def accelerate(model: nn.Module, algorithm: Algorithm = "auto") -> Report:
     """Run the depthwise convolutions of any network on the operator, in place.
 
-    Exact `nn.Conv2d` children with one kernel a channel, odd sides, stride 1, dilation 1 and zero padding
-    of half the kernel become `DepthwiseConv2d` with the *same* Parameter objects, so optimisers and state
-    dicts go on as they were. A convolution used in several places stays shared.
+    A child becomes a `DepthwiseConv2d` if it is an `nn.Conv2d` (no subclass) with one kernel a channel, and stride and
+    dilation 1. Its sides must be odd and above 1x1, with zero padding of half the kernel; it must have no hooks. It
+    keeps the *same* Parameter objects, so optimisers and state dicts go on as before. A convolution used in several
+    places stays shared.
 
     Args:
-        model: any network. A model that is itself a convolution has no parent to hold another, and stays.
-        algorithm: of the operator, as in `replknet.ops.depthwise_conv2d`. Another than "auto" is also given to the
-            layers that run on the operator already.
+        model: any network. A model that is itself a convolution stays: no parent module can hold the new one.
+        algorithm: "direct", "fft" or "auto", as in `replknet.ops.depthwise_conv2d`. "direct" and "fft" are also set
+            on layers that already run on the operator.
 
     Returns:
-        What was replaced or changed, what was left and why; its `undo()` restores the original modules.
+        What was replaced or changed, what was left and why. Its `undo()` restores the original modules.
 
     Raises:
         ValueError: no algorithm has that name.
@@ -62,9 +63,9 @@ def accelerate(model: nn.Module, algorithm: Algorithm = "auto") -> Report:
     report = Report(replaced=[], left={})
     new: dict[nn.Module, DepthwiseConv2d] = {}
     if isinstance(model, nn.Conv2d) and not isinstance(model, DepthwiseConv2d):
-        report.left["(the model)"] = "has no parent module in which it could be replaced"
+        report.left["(the model)"] = "has no parent module to hold another one"
     for path, parent in list(model.named_modules()):
-        # not named_children(), which gives a module that has two names only once
+        # not named_children(), which yields a module with two names only once
         for name, child in list(parent._modules.items()):
             if not isinstance(child, nn.Conv2d) or isinstance(child, DepthwiseConv2d):
                 continue
@@ -84,7 +85,7 @@ def accelerate(model: nn.Module, algorithm: Algorithm = "auto") -> Report:
 
 
 def _change(model: nn.Module, algorithm: Algorithm, but: set[DepthwiseConv2d], report: Report) -> None:
-    """Give an algorithm to the layers that ran on the operator before."""
+    """Set the algorithm of the layers that were on the operator before."""
     for name, module in model.named_modules():
         on_operator = isinstance(module, DepthwiseConv2d | StridedDepthwiseConv2d)
         if on_operator and module not in but and module.algorithm != algorithm:
@@ -118,7 +119,7 @@ def _reason_to_stay(conv: nn.Conv2d) -> str | None:
 
 
 def _on_operator(conv: nn.Conv2d, algorithm: Algorithm) -> DepthwiseConv2d:
-    """A DepthwiseConv2d that owns the very Parameters of `conv`."""
+    """A DepthwiseConv2d with the Parameter objects of `conv`."""
     kh, kw = conv.kernel_size
     new = DepthwiseConv2d(conv.in_channels, (kh, kw), bias=conv.bias is not None, device="meta", algorithm=algorithm)
     new.weight, new.bias = conv.weight, conv.bias

@@ -8,7 +8,7 @@ from replknet.nn.reparam import ReparamLargeKernelConv
 
 
 class DropPath(nn.Module):
-    """Zero the residual branch of a random part of the images in training, and scale up the rest.
+    """In training, zero the residual branch of random images, and scale up the branches of the others.
 
     Args:
         rate: probability that the branch of an image is dropped, from 0 to below 1.
@@ -33,7 +33,7 @@ class DropPath(nn.Module):
 
 
 class RepLKBlock(nn.Module):
-    """Norm, 1x1, large depthwise kernel, 1x1, with the identity shortcut (paper, guideline 2).
+    """Norm, 1x1, large depthwise kernel and 1x1, beside the identity shortcut (paper, guideline 2).
 
     Args:
         channels: channels of input and output.
@@ -41,13 +41,13 @@ class RepLKBlock(nn.Module):
         kernel_size: side of the large kernel in pixels, odd.
         small_kernel: side of the parallel small kernel, or None.
         drop_path: rate of dropped residual branches.
-        merged: build the large kernel in the merged form.
+        merged: build the large kernel in its merged form.
         norm: builds a norm from the number of channels.
 
     Input and output: `[N,C,H,W]`, the dtype of the parameters.
 
     Raises:
-        ValueError: kernel sides that do not fit, as in `ReparamLargeKernelConv`.
+        ValueError: the kernel sides do not fit, as in `ReparamLargeKernelConv`.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
     """
@@ -77,7 +77,7 @@ class RepLKBlock(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Norm, 1x1 to `hidden_channels`, GELU, 1x1 back, with the identity shortcut.
+    """Norm, 1x1 to `hidden_channels`, GELU and 1x1 back, beside the identity shortcut.
 
     Args:
         channels: channels of input and output.
@@ -110,16 +110,16 @@ def stem(in_chans: int, channels: int, stride: int = 4, norm: Norm = nn.BatchNor
     Args:
         in_chans: channels of the image.
         channels: channels of the first stage.
-        stride: 4 as in the paper, 2 or 1 for small images; the first halving goes to the first
-            convolution, the second to the last.
+        stride: 4 as in the paper, or 2 or 1 for small images. The first convolution halves the image for 4 and 2,
+            the last one for 4.
         norm: builds a norm from the number of channels.
 
     Returns:
-        The four layers, to be run one after the other: `[N,in_chans,H,W]` to `[N,channels,H/stride,W/stride]`,
+        The four layers, to run one after the other: `[N,in_chans,H,W]` to `[N,channels,H/stride,W/stride]`,
         rounded up.
 
     Raises:
-        ValueError: another stride.
+        ValueError: the stride is not 4, 2 or 1.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 4.1; the strides 2 and 1 are ours.
     """

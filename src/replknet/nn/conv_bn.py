@@ -1,4 +1,4 @@
-"""A convolution with its batch norm, under the official names, and their folding into one convolution."""
+"""A convolution with its batch norm, under the official names, and folding both into one convolution."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,17 +17,17 @@ Norm = Callable[[int], nn.Module]
 class ConvBN(nn.Sequential):
     """A convolution without bias (`conv`), its norm (`bn`) and an activation (`nonlinear`), if any.
 
-    The padding keeps the size, but for the stride. Depthwise convolutions are those of `depthwise_conv`.
+    With stride 1 the padding keeps the size. `depthwise_conv` makes the depthwise convolutions.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: side of the kernel in pixels.
         stride: step of the convolution in pixels.
-        depthwise: one kernel a channel; `in_channels` and `out_channels` are equal then.
+        depthwise: one kernel a channel; `in_channels` and `out_channels` must then be equal.
         activation: the third child, or None.
         norm: builds the norm from the number of channels.
-        dilation: of a depthwise convolution, in pixels.
+        dilation: dilation of a depthwise convolution, in pixels.
     """
 
     if TYPE_CHECKING:  # TorchScript would read these at run time
@@ -58,15 +58,15 @@ class ConvBN(nn.Sequential):
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module is any kind of batch norm.
 
-    SyncBatchNorm is no subclass of BatchNorm2d, and torchvision's and timm's frozen norms share no class
-    with either, hence their name.
+    SyncBatchNorm is no subclass of BatchNorm2d. The frozen norms of torchvision and timm share no class with either, so
+    they are found by name.
     """
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ == "FrozenBatchNorm2d"
 
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Have the batch norms inside, in training mode too, leave their running statistics as they are."""
+    """Inside, the module's batch norms do not change their running statistics, even in training mode."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -82,8 +82,8 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The scale and shift, `[C]` in float64, that a batch norm applies in eval mode.
 
-    None if it applies none that is fixed: it is no batch norm, or it keeps no running statistics and so
-    normalises with the batch's even in eval mode.
+    None if scale and shift are not fixed. Then `norm` is no batch norm, or it keeps no running statistics and
+    normalises by the statistics of the batch, even in eval mode.
     """
     if not is_batch_norm(norm):
         return None
@@ -103,7 +103,7 @@ def _wide(module: nn.Module, name: str) -> Tensor | None:
 
 
 def weight_and_bias(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight `[O,I,Kh,Kw]` and bias `[O]` in float64; zeros for no bias."""
+    """Weight `[O,I,Kh,Kw]` and bias `[O]` in float64; the bias is zeros if there is none."""
     weight = conv.weight.detach().double()
     return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
 
@@ -112,7 +112,7 @@ def folded(layer: ConvBN) -> tuple[Tensor, Tensor]:
     """Weight `[O,I,Kh,Kw]` and bias `[O]`, in float64, of the convolution equal to `conv` and `bn` in eval mode.
 
     Raises:
-        ValueError: its norm has no fixed statistics.
+        ValueError: the norm has no fixed statistics.
     """
     weight, bias = weight_and_bias(layer.conv)
     if isinstance(layer.bn, nn.Identity):
@@ -128,7 +128,7 @@ def folded(layer: ConvBN) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def set_weight_and_bias(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Round float64 values once to the convolution's dtype, adding a bias if it has none."""
+    """Round float64 values once to the convolution's dtype; add a bias if it has none."""
     conv.weight.copy_(weight)
     if conv.bias is None:
         conv.bias = nn.Parameter(torch.empty_like(conv.weight[:, 0, 0, 0]), conv.weight.requires_grad)

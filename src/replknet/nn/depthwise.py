@@ -8,19 +8,20 @@ from torch import Tensor, nn
 from replknet.kernels import Algorithm
 from replknet.ops import depthwise_conv2d
 
-# in a graph of torch.fx each is one node, not what it asks of its input
+# each becomes one node of a torch.fx graph: fx does not trace into it
 torch.fx.wrap("depthwise")
 torch.fx.wrap("strided_depthwise")
 
-# side from which the operator at all pixels takes less time than torch at the few: measured on a CPU, of 3, 5, 9, 13
+# from this side on a full convolution plus subsampling wins over torch's strided one: measured on a CPU for sides of 3,
+# 5, 9 and 13
 _LARGE = 13
 
 
 def checked(algorithm: Algorithm) -> Algorithm:
-    """The name of an algorithm, if there is one of that name.
+    """The name of an algorithm, checked.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no algorithm has that name.
     """
     names = get_args(Algorithm)
     if algorithm not in names:
@@ -31,22 +32,22 @@ def checked(algorithm: Algorithm) -> Algorithm:
 class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)` on the operator.
 
-    Parameters, state-dict keys and initialisation are those of `nn.Conv2d`, so the two load each other.
+    Parameters, state-dict keys and initialisation equal those of `nn.Conv2d`, so each loads the other's state dict.
 
     Args:
         channels: channels of input and output.
         kernel_size: side of the kernel in pixels, or (height, width); odd.
         bias: whether to add a bias `[C]`.
-        device: of the parameters.
-        dtype: of the parameters: float64, float32, float16 or bfloat16.
-        algorithm: "direct", "fft" or "auto", as in `replknet.ops.depthwise_conv2d`; it can be changed later, and is no
-            part of the state dict.
+        device: device of the parameters.
+        dtype: dtype of the parameters: float64, float32, float16 or bfloat16.
+        algorithm: "direct", "fft" or "auto", as in `replknet.ops.depthwise_conv2d`. It can be changed later, and is not
+            in the state dict.
 
     Input and output: `[N,C,H,W]`, the dtype of the parameters, contiguous or channels_last; sums and errors as
     in `replknet.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: a kernel side is even, or the algorithm's name is none. Even, strided or dilated kernels are
+        ValueError: a kernel side is even, or no algorithm has that name. For even, strided or dilated kernels use
             `nn.Conv2d`.
     """
 
@@ -78,29 +79,30 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().extra_repr() + ("" if self.algorithm == "auto" else f", algorithm={self.algorithm}")
 
     def forward(self, input: Tensor) -> Tensor:
-        # TorchScript cannot call the operator, and a trace would record its questions about sizes:
-        # both get torch's own convolution
+        # TorchScript cannot call the operator, and a trace would record its checks of sizes: both get torch's own
+        # convolution
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return self._conv_forward(input, self.weight, self.bias)
         return depthwise(input, self.weight, self.bias, self.algorithm)
 
 
 class StridedDepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution of any stride: torch's own for small kernels, every so many pixels of the operator's for
-    large ones.
+    """A depthwise convolution of any stride.
 
-    For bfloat16 and float16 torch takes the gradients of strided depthwise convolutions on a CPU without vectors; here
-    a training on a CPU has these convolutions in float32, and rounds the result once.
+    Small kernels run on torch's own convolution. For large kernels the operator computes all pixels, and every
+    `stride`-th pixel of each row and column is kept.
+
+    On a CPU torch computes the gradients of strided depthwise convolutions in bfloat16 and float16 without vectors.
+    While gradients are recorded on a CPU, small kernels of these dtypes run in float32, and the result is rounded once.
 
     Args:
         channels: channels of input and output.
         kernel_size: side of the kernel in pixels, odd.
-        stride: in pixels.
+        stride: step of the convolution in pixels.
         bias: whether to add a bias `[C]`.
-        algorithm: of the operator, where that is used.
+        algorithm: algorithm of the operator, for large kernels.
 
-    Input `[N,C,H,W]` and output `[N,C,H',W']` are those of `nn.Conv2d` with padding kernel_size // 2, in the dtype that
-    it has.
+    Input `[N,C,H,W]` and output `[N,C,H',W']` have the shapes and dtypes of `nn.Conv2d` with padding kernel_size // 2.
     """
 
     def __init__(
@@ -115,9 +117,9 @@ class StridedDepthwiseConv2d(nn.Conv2d):
         return strided_depthwise(input, self.weight, self.bias, self.stride[0], self.algorithm)
 
 
-# TorchScript has no Literal, hence the strings that are cast
+# TorchScript has no Literal, so the algorithm is a string here and is cast
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Tensor:
-    """What `DepthwiseConv2d` computes; in a graph of torch.fx that TorchScript compiles, torch's own convolution."""
+    """What `DepthwiseConv2d` computes; torch's own convolution if TorchScript compiles a torch.fx graph."""
     if torch.jit.is_scripting():
         padding = [weight.shape[2] // 2, weight.shape[3] // 2]
         return nn.functional.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
@@ -125,7 +127,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) ->
 
 
 def strided_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, algorithm: str) -> Tensor:
-    """What `StridedDepthwiseConv2d` computes; for TorchScript as in `depthwise`."""
+    """What `StridedDepthwiseConv2d` computes; under TorchScript as in `depthwise`."""
     if torch.jit.is_scripting():
         padding = [weight.shape[2] // 2, weight.shape[3] // 2]
         return nn.functional.conv2d(x, weight, bias, [stride, stride], padding, groups=x.shape[1])
@@ -135,7 +137,7 @@ def strided_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
 
 
 def _every(y: Tensor, stride: int) -> Tensor:
-    """Every so many pixels of each row and column, in the memory format of the whole."""
+    """Every `stride`-th pixel of each row and column, in the memory format of `y`."""
     last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
     taken = y[:, :, ::stride, ::stride]
     return taken.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -156,13 +158,13 @@ def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
 def depthwise_conv(
     channels: int, kernel_size: int, stride: int = 1, dilation: int = 1, bias: bool = False
 ) -> nn.Conv2d:
-    """The module for a depthwise convolution that keeps the size, but for the stride.
+    """The module for a depthwise convolution; with stride 1 it keeps the size.
 
     Args:
-        channels: of input and output.
+        channels: channels of input and output.
         kernel_size: side of the kernel in pixels, odd.
-        stride: in pixels.
-        dilation: pixels from one value of the kernel to the next; with more than 1 it is torch's own convolution.
+        stride: step of the convolution in pixels.
+        dilation: pixels from one tap of the kernel to the next; above 1 the module is torch's own convolution.
         bias: whether to add a bias `[C]`.
     """
     if dilation > 1:

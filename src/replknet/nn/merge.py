@@ -19,10 +19,9 @@ def merge(model: Model, fold_bn: bool = True) -> Model:
     1e-10 in float64 and 2e-5 in float32. Merging a merged model gives an equal copy.
 
     Args:
-        model: any network with the blocks of this package in it, of any float dtype; other layers are copied
-            unchanged.
+        model: any network with blocks of this package, of any float dtype. Other layers are copied unchanged.
         fold_bn: also fold each batch norm that has a linear neighbour: the norm after a convolution, and
-            the norm before a block's first 1x1. `unfolded_norms` lists those that stay, such as the final
+            the norm before a block's first 1x1. `unfolded_norms` lists the norms that stay, such as the final
             norm and the norms of intermediate features. False merges only the parallel branches, which
             gives the official keys `large_kernel.lkb_reparam.{weight,bias}`.
 
@@ -30,8 +29,8 @@ def merge(model: Model, fold_bn: bool = True) -> Model:
         A model of the same class. Folded norms are `nn.Identity`; parameters keep dtype and device.
 
     Raises:
-        ValueError: two parallel kernels of which one side is odd and the other even, or a norm of a branch
-            that keeps no running statistics.
+        ValueError: of two parallel kernels one has odd sides and the other even ones, or the norm of a branch keeps no
+            running statistics.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """
@@ -56,7 +55,7 @@ def merge(model: Model, fold_bn: bool = True) -> Model:
 
 
 def unfolded_norms(model: nn.Module) -> list[str]:
-    """Names of the batch norms that a model still applies on their own, such as those `merge` had to leave.
+    """Names of the batch norms that a model still applies as layers, such as those that `merge` had to leave.
 
     Args:
         model: any network.
@@ -68,7 +67,7 @@ def unfolded_norms(model: nn.Module) -> list[str]:
 
 
 def _folded_before(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Fold a norm into the 1x1 convolution after it; what remains of the norm is returned."""
+    """Fold a norm into the 1x1 convolution after it; returns what remains of the norm."""
     scale_and_shift = affine(norm)
     if scale_and_shift is None:
         return norm

@@ -10,10 +10,10 @@ from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d, depth
 
 
 class ReparamLargeKernelConv(nn.Module):
-    """A large depthwise convolution with its norm beside an optional small one, summed.
+    """The sum of a large depthwise convolution and an optional small one, each with its norm.
 
     Children are named as in the released weights: `lkb_origin` and `small_conv` in the training form,
-    `lkb_reparam` in the merged one; those of the other form are None.
+    `lkb_reparam` in the merged form. The children of the other form are None.
 
     Args:
         channels: channels of input and output.
@@ -21,13 +21,13 @@ class ReparamLargeKernelConv(nn.Module):
         small_kernel: side of the small kernel, odd and not larger; None for no second branch.
         merged: build the merged form, one convolution with a bias.
         norm: builds the norm of a branch from the number of channels.
-        stride: of both kernels, in pixels.
-        dilation: of the large kernel, in pixels; with more than 1 there is no small one.
+        stride: step of both convolutions in pixels.
+        dilation: dilation of the large kernel, in pixels; above 1 no small kernel is allowed.
 
     Input `[N,C,H,W]` and output `[N,C,H/stride,W/stride]`, rounded up, in the dtype of the parameters.
 
     Raises:
-        ValueError: a side is even, or the small kernel is larger or beside a dilated one.
+        ValueError: a side is even, the small kernel is the larger one, or the large kernel beside it is dilated.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """
@@ -47,8 +47,8 @@ class ReparamLargeKernelConv(nn.Module):
             _check_pair(kernel_size, small_kernel)
             if dilation > 1:
                 raise ValueError(
-                    f"a small kernel cannot merge into one of dilation {dilation}, which has no pixels for it; take "
-                    "small_kernel=None or dilation=1"
+                    f"a small kernel cannot merge into a kernel of dilation {dilation}, whose taps are too far apart; "
+                    "take small_kernel=None or dilation=1"
                 )
         self.kernel_size = kernel_size
         self.small_kernel = small_kernel
@@ -76,7 +76,7 @@ class ReparamLargeKernelConv(nn.Module):
     def fuse(self) -> "ReparamLargeKernelConv":
         """A module in the merged form, equal to this one in eval mode; `self` stays as it was.
 
-        The sums are done in float64 and rounded once. `timm.utils.reparameterize_model` calls this.
+        Sums are in float64 and rounded once. `timm.utils.reparameterize_model` calls this method.
         """
         if self.lkb_reparam is not None:
             return copy.deepcopy(self)

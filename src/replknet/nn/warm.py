@@ -1,4 +1,4 @@
-"""Everything that a model's first step on a GPU would compile and time, done ahead."""
+"""Compiles and times ahead everything that a model's first step on a GPU would compile and time."""
 
 import os
 import time
@@ -19,17 +19,17 @@ from replknet.kernels.triton_tune import patience
 
 @dataclass(frozen=True)
 class Way:
-    """What was decided for one direction of one kind of calls."""
+    """The decision for one direction of one kind of calls; no tile and no times where nothing may be timed."""
 
     kind: str  # direction, N,C,H,W, kernel, dtype and layout
-    tile: str | None  # Triton's fastest, None if the device can run none
+    tile: str | None  # Triton's fastest; None if the device can run none
     ms: float | None
-    torch_ms: float | None  # None where nothing may be timed
+    torch_ms: float | None
 
 
 @dataclass(frozen=True)
 class Warmed:
-    """Result of `warm`; `str()` of it is for people, `asdict()` for programs."""
+    """Result of `warm`: `str()` is for people, `asdict()` for programs."""
 
     seconds: float
     ways: list[Way]
@@ -52,22 +52,23 @@ def _ms(ms: float | None) -> str:
 def warm(model: nn.Module, example: Any, backward: bool | None = None) -> Warmed:
     """Compile and time ahead what the first step of a model on a GPU would compile and time.
 
-    The model runs twice, as it is: in its mode, under the caller's autocast and grad mode. In between all kernels are
-    compiled, as many at once as there are processors. Afterwards the model, its gradients and torch's random numbers
-    are as before. What was found is kept on disk for the next process on this device (`replknet.doctor()` shows where).
+    The model runs twice, in its own mode, under the caller's autocast and grad mode. Between the two runs all kernels
+    are compiled, as many at once as there are processors. Afterwards the model, its gradients and torch's random
+    numbers are as before. The results stay on disk for later processes on this device (`replknet.doctor()` shows
+    where).
 
     Args:
-        model: on a CUDA device, else there is nothing to do.
+        model: a model on a CUDA device; on another device there is nothing to do.
         example: what the model is called with: a tuple of arguments, a mapping of keyword arguments, or one argument.
-            Its shapes and dtypes are those of the steps to come.
-        backward: whether gradients are computed too; by default where the model is in training mode and torch records
-            gradients.
+            Give it the shapes and dtypes of the steps to come.
+        backward: whether gradients are computed, too. By default they are, if the model is in training mode and torch
+            records gradients.
 
     Returns:
-        The kinds of calls that were met, with the times of Triton's kernels and of torch's own convolution.
+        The kinds of calls that the model made, with the times of Triton's kernels and of torch's own convolution.
 
     Raises:
-        ValueError: gradients are wanted, and no output of the model has any.
+        ValueError: gradients are wanted, but no output of the model has one.
     """
     if backward is None:
         backward = model.training and torch.is_grad_enabled()
@@ -92,25 +93,25 @@ def _step(model: nn.Module, example: Any, backward: bool) -> None:
         return
     outputs = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.requires_grad]
     if not outputs:
-        raise ValueError("no output of the model has a gradient; backward=False warms the forward pass alone")
+        raise ValueError("no output of the model has a gradient; backward=False warms only the forward pass")
     torch.stack([t.float().sum() for t in outputs]).sum().backward()
 
 
 def _compile(questions: list[Question]) -> None:
-    """Compile all tiles that may be tried, in threads: the compilers let each other run."""
+    """Compile all tiles that may be tried, in threads: the compilers let other threads run."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         jobs = []
         for question in questions:
             for tile in question.wanted_tiles():
                 device_at(question.work.device).compiled.add((question.kind, tile))
                 jobs.append(pool.submit(question.compile, tile))
-        # one that cannot be compiled raises its error where it is called
+        # a tile that cannot be compiled raises its error when it is called
         wait(jobs)
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """The model's buffers and gradients, and torch's random numbers, are as before afterwards."""
+    """Afterwards the model's buffers and gradients, and torch's random numbers, are as before."""
     buffers = {name: t.clone() for name, t in model.named_buffers()}
     gradients = {name: p.grad for name, p in model.named_parameters()}
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})

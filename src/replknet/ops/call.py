@@ -1,4 +1,4 @@
-"""What the operator accepts, the call that its arguments make, and the memory format of its result."""
+"""Which arguments the operator accepts, the `Call` that they make, and the memory format of the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> None:
-    """Raise a ValueError that says what was expected and what came, unless the arguments fit each other."""
+    """Raise a ValueError with what was expected and what came, if the arguments do not fit each other."""
     if x.dim() != 4:
         raise ValueError(f"x must be [N,C,H,W], got {x.dim()} dimensions {list(x.shape)}; x[None] adds a batch")
     c = x.shape[1]
@@ -40,40 +40,42 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Non
 
 
 def check_gradient(dy: Tensor, x: Tensor) -> None:
-    """The same for the gradient that comes to the result."""
+    """As `check`, for the gradient of the result."""
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
         raise ValueError(
-            f"dy must be as x, {list(x.shape)} {x.dtype} on {x.device}, got {list(dy.shape)} {dy.dtype} on {dy.device}"
+            f"dy must have the shape, dtype and device of x, {list(x.shape)} {x.dtype} on {x.device}, "
+            f"got {list(dy.shape)} {dy.dtype} on {dy.device}"
         )
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of the result, and of the gradient for x: the one rule, for real and for fake tensors.
+    """The memory format of the result and of the gradient for x: one rule for real and for fake tensors.
 
-    As torch's own convolution it follows the order of the strides of `x`, so a slice of the channels of a channels_last
-    tensor is channels_last, too. What fits both formats, such as one pixel of one channel, is contiguous.
+    As in torch's own convolution it follows the order of the strides of `x`. So a slice of the channels of a
+    channels_last tensor is channels_last, too. A tensor that fits both formats, such as one pixel of one channel, is
+    contiguous.
     """
     return torch.channels_last if _is_channels_last(x.shape, x.stride()) else torch.contiguous_format
 
 
 def _is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     n, c, h, w = range(4)
-    # a step along an axis has to go at least past all of the axis before it
+    # the stride of an axis must reach past the whole axis before it
     past = 0
     for axis in (c, w, h):
         if shape[axis] == 0 or strides[axis] < past:
             return False
         past = strides[axis] * shape[axis]
-    # channels that are one number in memory have no order, and one pixel of one channel has either
+    # channels expanded from one number have no order, and one pixel of one channel fits both orders
     ordered = strides[c] > 0 and past != strides[c]
     return shape[n] > 0 and ordered and strides[n] >= past
 
 
 def call_of(x: Tensor, weight: Tensor, algorithm: Algorithm = "auto") -> Call:
-    """The call that `depthwise_conv2d` would make with these arguments, which may be on the meta device.
+    """The call that `depthwise_conv2d` would make with these arguments; they may be on the meta device.
 
     Raises:
-        ValueError: the operator does not accept them.
+        ValueError: the operator does not accept the arguments.
     """
     check(x, weight, None, algorithm)
     return _call(x, weight, algorithm)
@@ -95,23 +97,23 @@ def _call(x: Tensor, weight: Tensor, algorithm: str) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What is known of a call whose arguments were checked."""
+    """What is known about a call whose arguments were checked."""
 
     layout: torch.memory_format  # of the result
     strides: tuple[int, ...]  # of an empty tensor of that layout
     backend: Backend | None  # None: there is nothing to compute
 
 
-# by all that the checks and the choice of a backend look at; a call costs less than these for the smallest maps
+# keyed by everything that the checks and the choice of a backend look at; both cost more than a call on a small map
 _ACCEPTED: dict[tuple[object, ...], Accepted] = {}
 _MOST_ACCEPTED = 4096
 
 
 def accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> Accepted:
-    """Checks the arguments, unless others like them were checked before.
+    """Check the arguments, unless others like them were checked before.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: as in `check`.
         RuntimeError: no backend takes the call.
     """
     facts = (
@@ -126,7 +128,7 @@ def accepted(x: Tensor, weight: Tensor, bias: Tensor | None, algorithm: str) -> 
 
 
 def accepted_gradients(dy: Tensor, x: Tensor, weight: Tensor, algorithm: str) -> Accepted:
-    """The same for the arguments of the gradients."""
+    """As `accepted`, for the arguments of the gradients."""
     facts = _facts(x, weight, algorithm), (dy.shape, dy.dtype, dy.device)
     found = _ACCEPTED.get(facts)
     if found is None:

@@ -1,6 +1,6 @@
 """The ops that compute: their kernels on real and on fake tensors, and what they cost.
 
-One kernel serves all devices, since the choice among the backends knows them.
+One kernel serves all devices: the choice of a backend depends on the device.
 """
 
 import torch
@@ -42,7 +42,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorit
 
 
 def _refuse_derivatives(x: Tensor, weight: Tensor, other: Tensor | None) -> None:
-    """What autograd passes by must not be asked for a derivative: it would be none, without a word."""
+    """Raise if a derivative is wanted: autograd passes this op by, and would silently give none."""
     recording = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (other is not None and other.requires_grad)
     )
@@ -100,7 +100,7 @@ for _name, _kernel, _fake in (
 
 @register_flop_formula([torch.ops.replknet.depthwise_conv2d, torch.ops.replknet._depthwise_conv2d])
 def _flops(x_shape: list[int], w_shape: list[int], *_: object, **__: object) -> int:
-    """Multiplications and additions counted apart, padding included, as torch counts a convolution."""
+    """Multiplications and additions count separately, padding included, as torch counts a convolution."""
     n, c, h, w = x_shape
     return 2 * n * c * h * w * w_shape[2] * w_shape[3]
 

@@ -1,4 +1,4 @@
-"""Derivatives of every order, and torch's own convolution for those who know only that."""
+"""Derivatives of every order, and torch's own convolution for calls that need its rules."""
 
 from typing import Any
 
@@ -47,18 +47,18 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algori
 
 
 def _recorded_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], algorithm: str) -> Gradients:
-    """The gradients, recorded for autograd where gradients of them are wanted."""
+    """The gradients, recorded for autograd where their own gradients are wanted."""
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad or weight.requires_grad):
         return _RecordedGradients.apply(dy, x, weight, wanted, algorithm)
     return computing_backward(dy, x, weight, wanted, algorithm)
 
 
 class _RecordedGradients(torch.autograd.Function):
-    """The gradients with theirs.
+    """The gradients with their own gradients.
 
     The operator A(x, w) is bilinear, so the derivatives of its adjoints are A and the adjoints again.
-    With dx = A'(dy, w), dw = B(dy, x), db = sum(dy) and the cotangents gx, gw, gb:
-    for dy: A(gx, w) + A(x, gw) + gb; for x: A'(dy, gw); for w: B(dy, gx).
+    Let dx = A'(dy, w), dw = B(dy, x) and db = sum(dy), with the cotangents gx, gw and gb. The gradients are
+    A(gx, w) + A(x, gw) + gb for dy, A'(dy, gw) for x, and B(dy, gx) for w.
     """
 
     @staticmethod
@@ -92,7 +92,7 @@ class _RecordedGradients(torch.autograd.Function):
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str = "auto") -> Tensor:
-    """The same by torch's own convolution, which has rules for exporters, `torch.func` and forward-mode AD."""
+    """The operator by torch's own convolution, which has rules for exporters, `torch.func` and forward-mode AD."""
     y = conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=x.shape[1])
     return y.relu() if relu else y
 
@@ -123,7 +123,7 @@ def _differentiable_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list
 
 library.impl("depthwise_conv2d", _differentiable, "CompositeImplicitAutograd")
 library.impl("depthwise_conv2d_backward", _differentiable_backward, "CompositeImplicitAutograd")
-# the first that a torch.func transform asks, whatever its tensors are
+# a torch.func transform asks this dispatch key first, whatever its tensors are
 for _prefix in ("", "_"):
     library.impl(f"{_prefix}depthwise_conv2d", plain, "FuncTorchDynamicLayerFrontMode")
     library.impl(f"{_prefix}depthwise_conv2d_backward", plain_gradients, "FuncTorchDynamicLayerFrontMode")

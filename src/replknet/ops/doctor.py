@@ -13,7 +13,7 @@ from replknet.kernels import BACKENDS, VARIABLE, Call, choose, forced, measured,
 from replknet.kernels.triton_device import device_at
 from replknet.ops.call import call_of
 
-# layers of RepLKNet-31B at 224 pixels: the calls people care about
+# the large-kernel layers of RepLKNet-31B at 224 pixels: x, kernel
 _LAYERS = (
     ((1, 128, 56, 56), (31, 31)),
     ((1, 256, 28, 28), (29, 29)),
@@ -33,19 +33,19 @@ class Check:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What is known of one CUDA device."""
+    """What is known about one CUDA device."""
 
     name: str
     capability: str
     refusal: str | None  # why no kernel of ours runs there
-    right: list[str]  # the kinds of kernels that were compared with the definition and agreed
-    broken: dict[str, str]  # those that are not used, and why
-    table: str  # the file of what was compared and timed
-    timed: int  # kinds of calls in it
+    right: list[str]  # kinds of kernels that agreed with the definition
+    broken: dict[str, str]  # kinds of kernels that are not used -> why
+    table: str  # the file with checks and times
+    timed: int  # kinds of calls in the file
 
     def __str__(self) -> str:
         if self.refusal is not None:
-            return f"{self.name} (capability {self.capability}): torch's own convolution; Triton's {self.refusal}"
+            return f"{self.name} (capability {self.capability}): torch's own convolution; Triton: {self.refusal}"
         checked = f"right: {', '.join(self.right)}" if self.right else "no kernel was compared or used yet"
         broken = "".join(f"; not used: {name}: {why}" for name, why in self.broken.items())
         return (
@@ -56,7 +56,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Result of `doctor`; `str()` of it is for people, `asdict()` for programs."""
+    """Result of `doctor`: `str()` is for people, `asdict()` for programs."""
 
     versions: dict[str, str]
     machine: str
@@ -88,12 +88,12 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """What this machine can do and which backend takes which call.
+    """What this machine can do, and which backend takes which call.
 
     Returns:
-        Versions, processor, threads, CUDA devices with what was compared and timed on each and what is broken there,
-        the forced backend, and for each large-kernel layer of
-        RepLKNet-31B in float32 (and bfloat16 on CUDA) the backend that takes it and the others' reasons.
+        Versions, processor, threads and the forced backend. For each CUDA device: what was compared and timed there,
+        and what is broken. For each large-kernel layer of RepLKNet-31B in float32 (and bfloat16 on CUDA): the backend
+        that takes it, and the reasons of the others.
 
     Raises:
         ValueError: REPLKNET_BACKEND names no backend.
@@ -125,29 +125,27 @@ class Opinion:
     """What one backend says about one call."""
 
     name: str
-    automatic: bool  # whether it is asked when none is forced
+    automatic: bool  # whether it is asked when no backend is forced
     refusal: str | None
-    declines: str | None  # why the automatic choice passes it by
+    declines: str | None  # why the automatic choice skips it
     explanation: list[str]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why one backend takes one call; `str()` of it is for people, `asdict()` for programs."""
+    """Why one backend takes one call: `str()` is for people, `asdict()` for programs."""
 
     call: str
     backend: str | None
     forced: str | None
-    error: str | None  # what the operator would raise
+    error: str | None  # text of the error that the operator would raise
     opinions: list[Opinion]
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        how = (
-            f"which {VARIABLE} or use_backend forces" if self.forced else "the first that neither refuses nor declines"
-        )
+        how = f"forced by {VARIABLE} or use_backend" if self.forced else "the first that neither refuses nor declines"
         lines = [self.call, f"{self.backend} takes it, {how}" if self.backend else f"error: {self.error}", ""]
         for opinion in self.opinions:
             lines.append(f"  {opinion.name:<10} {self._word(opinion)}")
@@ -181,11 +179,11 @@ def explain(
         device: "cpu", "cuda" or "cuda:1" and so on.
 
     Returns:
-        The choice; for each backend its refusal, and its explanation if it has one and does not refuse.
+        The choice, and the opinion of each backend: why it refuses or declines the call, or how it would carry it out.
 
     Raises:
-        ValueError: the operator does not accept such arguments, the device is none of those, or REPLKNET_BACKEND names
-            no backend.
+        ValueError: the operator does not accept such arguments, `device` is none of these names, or REPLKNET_BACKEND
+            names no backend.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)

@@ -1,14 +1,14 @@
 """The operator's ops as torch's dispatcher knows them: their names and schemas.
 
-There are two, each with its gradient:
+There are two ops, each with its gradient:
 
 - `replknet::depthwise_conv2d` knows its derivatives. It is the op of compiled graphs and of saved programs.
-- `replknet::_depthwise_conv2d` computes, and autograd passes it by. Below autograd it is all there is, so compilers,
-  modes, counters, profilers and tensor subclasses see this one.
+- `replknet::_depthwise_conv2d` computes, and autograd passes it by. Below autograd only this op remains, so compilers,
+  modes, counters, profilers and tensor subclasses see it.
 
-An eager call goes through `derivatives.recorded`, a `torch.autograd.Function` around the second op, since a kernel in
-Python at autograd's place in the dispatcher costs more than the convolution of a small map. The schemas are fixed: a
-change would break saved `.pt2` files.
+An eager call goes through `derivatives.recorded`, a `torch.autograd.Function` around the second op. A Python kernel at
+autograd's place in the dispatcher would cost more than the convolution of a small map. The schemas are fixed: a change
+would break saved `.pt2` files.
 """
 
 import torch

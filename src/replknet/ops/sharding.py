@@ -1,4 +1,4 @@
-"""How the operator works on DTensors: over images, or over channels."""
+"""How the operator works on DTensors: sharded over images, or over channels."""
 
 import sys
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from functools import cache
 
 from replknet.ops.schemas import computing, computing_backward
 
-# of the results, and of the arguments; None for one that is no tensor
+# of the results, and of the arguments; None for an argument that is no tensor
 Placements = tuple[Sequence[object], Sequence[object]]
 
 
 def know_sharded() -> None:
-    """Tell torch's DTensor how our ops are sharded, once, if the program uses it: importing it takes a second."""
+    """Tell DTensor once how our ops are sharded, if the program has imported it: the import takes a second."""
     if "torch.distributed.tensor" in sys.modules:
         _register()
 
@@ -22,7 +22,7 @@ def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     everywhere, images, channels = Replicate(), Shard(0), Shard(1)
-    # one dimension of a weight, a bias or their gradients is that of the channels
+    # dimension 0 of a weight, a bias and their gradients is the channels
     kernels = Shard(0)
 
     @register_sharding(computing)

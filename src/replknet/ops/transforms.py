@@ -1,8 +1,8 @@
 """Who looks at a call besides autograd: exporters, tracers, `torch.func` and forward-mode AD.
 
-The only place with names that torch does not document. `tests/ops/test_transforms.py` fails on a torch that lacks one
-of them. On such a torch the dispatcher still finds calls inside `torch.func` (`derivatives` registers them), and each
-tensor is asked whether it has a tangent.
+Torch does not document two of the names used here. `tests/ops/test_transforms.py` fails on a torch that lacks one of
+them. On such a torch the dispatcher still finds calls inside `torch.func` (`derivatives` registers kernels for them).
+Each tensor is then asked whether it has a tangent.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def differentiates_forward(*tensors: Tensor | None) -> bool:
 def must_be_plain(*tensors: Tensor | None) -> bool:
     """Whether the call must be torch's own convolution.
 
-    Exported and traced files have to run without this package. `torch.func` and forward-mode AD know torch's
-    convolution, and have no rule for ours.
+    Exported and traced files must run without this package. `torch.func` and forward-mode AD have rules for torch's
+    convolution, but none for ours.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
