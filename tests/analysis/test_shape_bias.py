@@ -148,7 +148,7 @@ def test_counting_errors():
     one = torch.tensor([0])
     with pytest.raises(ValueError, match=r"one decision, shape and texture an image, got \[1\], \[2\], \[1\]"):
         shape_bias(one, torch.tensor([0, 1]), one, NAMES)
-    with pytest.raises(ValueError, match="a decision is from 0 to 15, got 404 to 404"):
+    with pytest.raises(ValueError, match="a decision must be from 0 to 15, got 404 to 404"):
         shape_bias(torch.tensor([404]), one, one, NAMES)
 
 

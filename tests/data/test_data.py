@@ -241,7 +241,7 @@ def test_files_are_found_and_errors_name_them(tmp_path):
     with pytest.raises(images.ImageError, match=r"no image or folder at .*missing"):
         images.files([tmp_path / "missing"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(images.ImageError, match=r"no images in .*empty; known are \.jpg"):
+    with pytest.raises(images.ImageError, match=r"no images in .*empty; known endings are \.jpg"):
         images.files([tmp_path / "empty"])
     with pytest.raises(images.ImageError, match=r"notes\.txt cannot be read as an image"):
         images.read(tmp_path / "notes.txt")
@@ -374,7 +374,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 
 def test_the_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(images.ImageError, match="hfds/mine needs one package more: pip install datasets"):
+    with pytest.raises(images.ImageError, match="hfds/mine needs one more package: pip install datasets"):
         images.source_of(Path("hfds/mine"), "train")
 
 

@@ -168,9 +168,9 @@ def test_intermediates():
 @pytest.mark.parametrize("indices", [[], ()])
 def test_no_stage_at_all_is_an_error(indices):
     # official code: `if self.out_indices:` took () for a classifier's None
-    with pytest.raises(ValueError, match=r"indices must name one of the 4 stages at least, got .*None takes all"):
+    with pytest.raises(ValueError, match=r"indices must name at least one of the 4 stages, got .*None takes all"):
         timm.create_model("replknet_test").forward_intermediates(torch.zeros(1, 3, 64, 64), indices=indices)
-    with pytest.raises(ValueError, match="indices must name one of the 4 stages at least, got"):
+    with pytest.raises(ValueError, match="indices must name at least one of the 4 stages, got"):
         timm.create_model("replknet_test", features_only=True, out_indices=indices)
 
 

@@ -13,9 +13,9 @@ class Cost:
     """What `cost` counts.
 
     Args:
-        parameters: numbers that are trained.
-        multiply_adds: of one image, a multiplication and an addition counted as one; the paper prints them as FLOPs.
-        image_size: side of that image in pixels, or its height and width.
+        parameters: number of parameters.
+        multiply_adds: of one image; a multiplication with its addition counts as one. The paper calls them FLOPs.
+        image_size: side of the image in pixels, or (height, width).
     """
 
     parameters: int
@@ -27,8 +27,8 @@ def cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3)
     """Count a network on the meta device, where nothing is computed.
 
     Args:
-        model: any network whose operators have shape functions; it stays as it was.
-        image_size: side of the image in pixels, or its height and width.
+        model: any network whose operators have shape functions; it stays unchanged.
+        image_size: side of the image in pixels, or (height, width).
         in_chans: channels of the image.
 
     Returns:

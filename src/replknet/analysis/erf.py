@@ -1,8 +1,11 @@
 """The effective receptive field: which input pixels the centre of the last feature map depends on.
 
-Luo et al. 2016, arXiv:1701.04128; protocol of Ding et al. 2022, arXiv:2203.06717, section 5 and the official
-`erf/` scripts: gradients of the rectified centre of the last feature map *before the final norm*, rectified,
-summed over images and channels; shares are of the map on a logarithmic scale.
+Luo et al. 2016, arXiv:1701.04128. The protocol comes from Ding et al. 2022, arXiv:2203.06717, section 5, and the
+official `erf/` scripts:
+
+- take the last feature map *before the final norm*, and rectify its centre;
+- rectify the gradients of this centre, and sum them over images and channels;
+- measure shares of the resulting map on a logarithmic scale.
 """
 
 import difflib
@@ -26,12 +29,12 @@ class ERF:
 
     Args:
         map: `[H,W]`, float64, on the CPU: the mean over images of the summed rectified gradients.
-        sides: for each threshold the side in pixels of the smallest centred square that holds more than this
-            share of the scaled map, or None where even the largest does not.
-        areas: that square's share of the image, from 0 to 1.
-        images: how many were measured.
-        skipped: images beside them whose gradients were not finite.
-        scale: of the map in `sides`, `areas` and `curve`.
+        sides: threshold -> side in pixels of the smallest centred square that holds more than this share of the
+            scaled map. None: no square holds more.
+        areas: threshold -> area of this square as a share of the image, from 0 to 1. None: no square holds more.
+        images: number of images measured.
+        skipped: number of images left out because their gradients were not finite.
+        scale: scale of the map in `sides`, `areas` and `curve`.
     """
 
     map: Tensor
@@ -43,23 +46,23 @@ class ERF:
 
     @property
     def log_map(self) -> Tensor:
-        """log10(map + 1), scaled to a largest value of 1: what the paper shows and measures."""
+        """log10(map + 1), scaled to a largest value of 1: the paper shows and measures this map."""
         return _scaled(self.map, "log")
 
     @property
     def scaled(self) -> Tensor:
-        """The map on its scale, the largest value being 1: what is measured here."""
+        """The map on its scale, scaled to a largest value of 1: `sides`, `areas` and `curve` measure this map."""
         return _scaled(self.map, self.scale)
 
     def curve(self, points: int = 100) -> list[tuple[float, float]]:
-        """What centred squares of growing size hold.
+        """The share of the map that centred squares of growing size hold.
 
         Args:
             points: at most this many squares, 2 or more; their sides are evenly spaced.
 
         Returns:
-            The area of each square as a share of the image, and the share of the scaled map in it, both from 0 to
-            1: the 3x3 square first and the whole image last. Squares are cut where they reach over the border.
+            For each square the pair (area as a share of the image, share of the scaled map), both from 0 to 1. The 3x3
+            square is first, the whole image last. Squares are cut at the border.
 
         Raises:
             ValueError: fewer than two points.
@@ -82,26 +85,26 @@ def effective_receptive_field(
     """The effective receptive field of a network.
 
     Args:
-        model: any network. Meanwhile it is in eval mode and its parameters collect no gradients.
+        model: any network. During the call it is in eval mode, and its parameters collect no gradients.
         images: batches of normalised images `[N,C,H,W]`, all of one size, in the dtype and on the device of the
             model. Large images show more: the official protocol resizes to 1024x1024.
-        features: a function from images to the last feature map, or the dotted name of the submodule whose output
-            is that map; the network runs until the submodule was called once. A map is `[N,C,h,w]`, or tokens
-            `[N,L,C]`, of which the first `model.num_prefix_tokens` are dropped if the model has such a number; the
-            rest is laid out on the grid of `model.patch_embed` if it fits, else in the proportions of the image.
-            `[N,h,w,C]` is understood if the model says so, as timm's do. By default the last stage's features
-            before the final norm, for models with timm's `forward_intermediates`.
+        features: a function from images to the last feature map, or the dotted name of a submodule. The network then
+            runs until the submodule is called once, and the output is the map. Default: the last stage's features
+            before the final norm, for models with timm's `forward_intermediates`. A map is `[N,C,h,w]`, or `[N,h,w,C]`
+            if the model says so, as timm's models do. Tokens `[N,L,C]` are a map, too: the first
+            `model.num_prefix_tokens` are dropped if the model has this number. The rest is laid out on the grid of
+            `model.patch_embed` if it fits, otherwise in the proportions of the image.
         thresholds: shares, from 0 to 1.
-        scale: "log", as the paper has it, or "linear"; the map itself is the same.
+        scale: "log", as in the paper, or "linear"; `map` does not depend on it.
 
     Returns:
-        The map, and the side and the area of the square that holds each share. Larger is wider. Images whose
-        gradients are not finite are left out and counted.
+        The map, and the side and the area of the square that holds each share. A larger square means a wider field.
+        Images whose gradients are not finite are left out and counted.
 
     Raises:
-        ValueError: there is no image; images of different sizes; a model without `forward_intermediates`
-            and no `features`; features that are no map, or have no gradient; gradients that are all zero or not
-            finite; or another scale.
+        ValueError: there is no image, or images differ in size. The model has no `forward_intermediates` and there are
+            no `features`, or `features` names no submodule that runs. The features are no map, or have no gradient.
+            All gradients are zero or not finite. The scale is unknown.
 
     Source: Luo et al. 2016, arXiv:1701.04128; protocol of Ding et al. 2022, arXiv:2203.06717, section 5 and its
     `erf/` scripts.
@@ -135,7 +138,7 @@ def effective_receptive_field(
 
 
 def _rectified_gradients(take: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """Of the centres of the maps, one sum over channels for each image: `[N,H,W]`, float64."""
+    """The rectified gradients of the maps' centres, summed over the images' channels: `[N,H,W]`, float64."""
     x = batch.detach().clone().requires_grad_()
     y = take(x)
     centre = y[:, :, y.shape[2] // 2, y.shape[3] // 2].relu().sum()
@@ -147,7 +150,7 @@ def _rectified_gradients(take: Callable[[Tensor], Tensor], batch: Tensor) -> Ten
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and parameters without gradients, for which autograd would keep more; both are put back."""
+    """Eval mode, and parameters without gradients, so that autograd keeps less memory; both are restored at the end."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -163,7 +166,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _features(model: nn.Module, features: Callable[[Tensor], Tensor] | str | None) -> Callable[[Tensor], Tensor]:
-    """From images to the map `[N,C,h,w]`."""
+    """A function from images to the map `[N,C,h,w]`."""
     take: Callable[[Tensor], Any]
     if features is None:
         take = _last_stage(model)
@@ -185,7 +188,7 @@ def _last_stage(model: nn.Module) -> Callable[[Tensor], Any]:
 
 
 class _Reached(Exception):
-    """The submodule gave its output; what comes after it may not fit the size of the images."""
+    """Stops the network once the submodule has its output; later layers may not accept this image size."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
@@ -239,7 +242,7 @@ def _as_map(y: Any, x: Tensor, model: nn.Module) -> Tensor:
 
 
 def _alike(grid: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether the sides have the same proportion."""
+    """Whether grid and image have the same proportions."""
     return grid[0] * image[1] == grid[1] * image[0]
 
 
@@ -257,7 +260,7 @@ def _grid(model: nn.Module, tokens: int, prefix: int, image: tuple[int, int]) ->
         return rows, columns
     raise ValueError(
         f"{tokens} tokens, the first {prefix} of them dropped (num_prefix_tokens), do not fill a grid of an image of "
-        f"{image[0]}x{image[1]}; pass features=, a function that drops what is not of the image and gives [N,C,h,w]"
+        f"{image[0]}x{image[1]}; pass features=, a function that drops tokens outside the image and gives [N,C,h,w]"
     )
 
 
@@ -267,17 +270,17 @@ def _scaled(map: Tensor, scale: Scale) -> Tensor:
 
 
 def _squares(map: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the centred squares of sides 1, 3, 5, ... up to the whole map: the shares of its pixels and of its sum."""
+    """Shares of the map's pixels and of the map's sum in centred squares of sides 1, 3, 5, ... up to the whole map."""
     rows, columns = ((torch.arange(n) - n // 2).abs() for n in map.shape)
-    # the square in whose border a pixel lies
+    # the number of the square that has a pixel on its border
     square = torch.maximum(rows[:, None], columns).flatten()
     pixels, sums = (torch.bincount(square, weights.flatten()).cumsum(0) for weights in (torch.ones_like(map), map))
     return pixels / pixels[-1], sums / sums[-1]
 
 
 def _side(map: Tensor, threshold: float) -> int | None:
-    """Side 2i+1 of the smallest centred square, i from 1, that holds more than this share of the sum."""
+    """Side 2i+1 of the smallest centred square, i from 1, that holds more than this share of the sum, or None."""
     _, shares = _squares(map)
-    # as in the official code: the largest square leaves a border
+    # as in the official code, the largest square leaves a border
     reached = (shares[1 : min(map.shape) // 2] > threshold).nonzero()
     return None if len(reached) == 0 else 2 * int(reached[0]) + 3

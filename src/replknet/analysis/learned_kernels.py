@@ -1,7 +1,7 @@
-"""The learned depthwise kernels of a network: where their weight lies, and what the small branch added.
+"""The learned depthwise kernels of a network: where their weight lies, and what the small branch adds.
 
-The scale of a channel's kernel says little: the norm or convolution before it and the 1x1 convolution after it can
-double it and halve it again. So every channel is measured in its own unit and counts alike.
+The scale of a channel's kernel says little. The norm or convolution before it can double it, and the 1x1 convolution
+after it can halve it again. So every channel is measured in its own unit, and all channels count alike.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from replknet.nn import ReparamLargeKernelConv
 from replknet.nn.conv_bn import ConvBN, folded, weight_and_bias
 
-# of a re-parameterizable convolution: with a small branch, without one, merged; or any other depthwise convolution
+# a re-parameterizable convolution with a small branch, without one, or merged; or any other depthwise convolution
 Form = Literal["two branches", "one branch", "merged", "convolution"]
 
 
@@ -24,10 +24,10 @@ class LayerKernels:
     """The depthwise kernels of a layer, `[C,Kh,Kw]` in float64 on the CPU.
 
     Args:
-        name: of the layer, as in `named_modules`.
-        form: what the layer is; the small branch is known where it has "two branches" alone.
-        merged: the kernels that the layer applies in eval mode, a norm that belongs to it included.
-        large: the large branch's part of them, or None.
+        name: name of the layer, as in `named_modules`.
+        form: kind of the layer; only with "two branches" is the small branch known.
+        merged: the kernels that the layer applies in eval mode, including a norm that belongs to the layer.
+        large: the large branch's part of `merged`, or None.
         small: the small branch's part with zeros around it, or None; large + small = merged.
         small_side: side of the small branch's kernels in pixels, or None.
     """
@@ -51,19 +51,19 @@ class LayerKernels:
 
 
 def layer_kernels(network: nn.Module, min_side: int = 5) -> list[LayerKernels]:
-    """The kernels of every depthwise convolution of a network, branches and their norms folded as `merge` does.
+    """The kernels of every depthwise convolution of a network; branches and their norms are folded as in `merge`.
 
     Args:
-        network: ours in any form, or any other; it stays as it was. Of other networks the weights of each
-            `nn.Conv2d` with one kernel a channel are taken as they are: norms that follow are not folded, which is
-            another scale of a channel, and parallel branches are layers each for itself.
-        min_side: smallest larger side of the kernels, pixels.
+        network: ours in any form, or any other; it stays unchanged. In other networks, each `nn.Conv2d` with one
+            kernel a channel is a layer, with its plain weights. Norms after it are not folded, so channels have
+            another scale. Parallel branches are separate layers.
+        min_side: smallest side to keep, pixels; it is compared with the larger side of a layer's kernels.
 
     Returns:
         One record a layer, in the order of `named_modules`.
 
     Raises:
-        ValueError: there is no such layer; weights that are not finite; or a norm of a branch that keeps no running
+        ValueError: there is no such layer, weights are not finite, or the norm of a branch keeps no running
             statistics.
     """
     found: list[LayerKernels] = []
@@ -78,7 +78,7 @@ def layer_kernels(network: nn.Module, min_side: int = 5) -> list[LayerKernels]:
     if not found:
         kind = type(network).__name__
         if not largest:
-            raise ValueError(f"{kind} has no depthwise convolution, whose kernels could be looked at")
+            raise ValueError(f"{kind} has no depthwise convolution, so there are no kernels to look at")
         raise ValueError(
             f"{kind} has no depthwise kernel of {min_side} pixels or more, the largest has {largest}; a minimum side "
             f"of {largest} takes it"
@@ -107,7 +107,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _reparam(name: str, module: ReparamLargeKernelConv) -> LayerKernels:
-    # in float64, so that merging rounds nothing
+    # in float64, so that rounding in the merge does not matter
     whole = copy.deepcopy(module).double().fuse().lkb_reparam
     assert whole is not None
     merged = _kernels(whole.weight)
@@ -129,16 +129,16 @@ def _kernels(weight: Tensor) -> Tensor:
 def distances(height: int, width: int) -> Tensor:
     """The Chebyshev distance of each tap of a kernel from its centre: the larger of rows and columns.
 
-    Its rings are squares: those up to distance d are the central window of side 2d+1, so that a small kernel is a
-    whole number of rings, and none is cut off by the border. Euclidean rings are cut in the corners, and a 3x3
-    kernel ends between two of them.
+    Taps at one distance form a square ring. The rings up to distance d are the central window of side 2d+1. So a small
+    kernel is a whole number of rings, and the border cuts none of them. Euclidean rings are cut in the corners, and a
+    3x3 kernel ends between two of them.
 
     Args:
-        height: of the kernel, pixels.
-        width: of the kernel, pixels.
+        height: height of the kernel, pixels.
+        width: width of the kernel, pixels.
 
     Returns:
-        `[height,width]` in taps, in float64; halves where a side is even, whose centre is between pixels.
+        `[height,width]` in taps, float64. The centre of an even side lies between pixels, so its distances are halves.
     """
     rows, columns = ((torch.arange(side).double() - (side - 1) / 2).abs() for side in (height, width))
     return torch.maximum(rows[:, None], columns)
@@ -147,12 +147,12 @@ def distances(height: int, width: int) -> Tensor:
 def mean_magnitude(kernels: Tensor, whole: Tensor | None = None) -> Tensor:
     """The mean of |w| over channels, each in its own unit: the mean of |w| over the taps of its kernel.
 
-    A value of 1 is what a kernel with equal magnitudes everywhere has.
+    A kernel with equal magnitudes everywhere has the value 1.
 
     Args:
         kernels: `[C,Kh,Kw]`.
-        whole: kernels that give the units, `[C,Kh,Kw]`: for a branch the merged ones; `kernels` by default. Channels
-            that are zero in it are left out.
+        whole: kernels that give the units, `[C,Kh,Kw]`: the merged ones if `kernels` is a branch. Default: `kernels`.
+            Channels that are zero here are left out.
 
     Returns:
         `[Kh,Kw]`; 0 where every channel of `whole` is zero.
@@ -170,8 +170,8 @@ def magnitude_by_distance(kernels: Tensor, whole: Tensor | None = None) -> dict[
         whole: kernels that give each channel's unit, as in `mean_magnitude`.
 
     Returns:
-        From distance in taps, as in `distances`, to magnitude. With the sizes of the rings as weights the mean is 1,
-        where `kernels` give the units.
+        Distance in taps, as in `distances` -> magnitude. If `kernels` give the units, the mean weighted by the sizes
+        of the rings is 1.
     """
     magnitudes = mean_magnitude(kernels, whole)
     rings = distances(*magnitudes.shape)
@@ -179,31 +179,31 @@ def magnitude_by_distance(kernels: Tensor, whole: Tensor | None = None) -> dict[
 
 
 def energy_within(kernels: Tensor) -> dict[int, float]:
-    """The share of a kernel's squared norm that lies in its central window, as the mean over channels.
+    """The share of a kernel's squared norm that lies in its central window; mean over channels.
 
     Args:
         kernels: `[C,Kh,Kw]`. Channels that are zero are left out.
 
     Returns:
-        From side of the window in taps, 1, 3, 5, ... up to the larger side of the kernel (2, 4, ... where it is
-        even), to a share from 0 to 1; 0 where every channel is zero.
+        Side of the window in taps -> share from 0 to 1. Sides are 1, 3, 5, ... up to the larger side of the kernel;
+        2, 4, ... if that is even. Shares are 0 if every channel is zero.
     """
     squares = kernels.square()
-    # the mean of squares in units of their own mean, over the number of taps
+    # the mean of squares in units of their own mean, divided by the number of taps
     shares = mean_magnitude(squares) / squares[0].numel()
     rings = distances(*shares.shape)
     return {int(2 * distance + 1): shares[rings <= distance].sum().item() for distance in rings.unique().tolist()}
 
 
 def branch_agreement(layer: LayerKernels) -> float | None:
-    """The cosine between both branches' parts where the small one has its taps: the median over channels.
+    """The cosine between the parts of both branches, within the taps of the small branch; median over channels.
 
     Args:
-        layer: as from `layer_kernels`.
+        layer: a record from `layer_kernels`.
 
     Returns:
-        1 where the branches add up, -1 where they cancel; None where there is no small branch, it is no longer known,
-        or a part is zero in every channel.
+        1 if the branches add up, -1 if they cancel. None if there is no small branch, if it is no longer known, or if
+        every channel has a part that is zero.
     """
     if layer.small is None or layer.large is None or layer.small_side is None:
         return None
@@ -215,16 +215,16 @@ def branch_agreement(layer: LayerKernels) -> float | None:
 
 
 def small_share(layer: LayerKernels, within: int | None = None) -> float | None:
-    """The norm of the small branch's part relative to that of the merged kernel: the median over channels.
+    """The norm of the small branch's part divided by the norm of the merged kernel; median over channels.
 
-    The branches may cancel, so that it may be more than 1, and without a bound in a channel: hence the median.
+    The branches of a channel may cancel, so its ratio may exceed 1 and has no bound: hence the median.
 
     Args:
-        layer: as from `layer_kernels`.
-        within: side in taps of the central window in which the norms are taken; None for the whole kernel.
+        layer: a record from `layer_kernels`.
+        within: side in taps of a central window; norms are taken inside it. None for the whole kernel.
 
     Returns:
-        The ratio; None where there is no small branch, it is no longer known, or every channel is zero.
+        The ratio. None if there is no small branch, if it is no longer known, or if every channel is zero.
     """
     if layer.small is None:
         return None

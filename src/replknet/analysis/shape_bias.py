@@ -1,7 +1,7 @@
 """Shape bias: which of two conflicting cues a classifier follows, the shape in an image or the texture.
 
 Geirhos et al. 2019, "ImageNet-trained CNNs are biased towards texture", arXiv:1811.12231. The mapping from ImageNet to
-16 categories and the rule of decision are those of the authors' repositories rgeirhos/texture-vs-shape and
+16 categories and the decision rule come from the authors' repositories, rgeirhos/texture-vs-shape and
 bethgelab/model-vs-human, which agree.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# outputs of an ImageNet-1k classifier, in the order of ILSVRC-2012, that count for a category: 207 of the 1000
+# category -> its outputs of an ImageNet-1k classifier, in the order of ILSVRC-2012; 207 of the 1000 have a category
 CATEGORIES: dict[str, tuple[int, ...]] = {
     "airplane": (404,),
     "bear": (*range(294, 298),),
     "bicycle": (444, 671),
-    # the authors took some out, such as ostrich and kite
+    # the authors left out some birds, such as ostrich and kite
     "bird": (
         *(8, *range(10, 17), 18, 19, 20, 22, 23, 24, *range(80, 84), *range(87, 97), 98, 99, 100),
         *(*range(127, 134), *range(135, 146)),
@@ -28,7 +28,7 @@ CATEGORIES: dict[str, tuple[int, ...]] = {
     "cat": (*range(281, 287),),
     "chair": (423, 559, 765, 857),
     "clock": (409, 530, 892),
-    # and of the dogs such as boxer and Samoyed
+    # the authors left out some dogs, such as boxer and Samoyed
     "dog": (
         *(*range(152, 192), *range(193, 204), *range(205, 227), *range(228, 242), *range(243, 251)),
         *(*range(252, 258), 259, 261, 262, 263, *range(265, 269)),
@@ -46,11 +46,11 @@ class ShapeBias:
     """Decisions on images with conflicting cues, counted by the category of the shape.
 
     Args:
-        categories: their names.
-        shape: for each category, images with this shape that were taken for it.
-        texture: images with this shape that were taken for the category of their texture.
-        other: images with this shape that were taken for neither.
-        no_conflict: images whose shape and texture have one category; they count nowhere else.
+        categories: names of the categories.
+        shape: for each category, the number of images with this shape that were classified by their shape.
+        texture: the number of images with this shape that were classified by their texture.
+        other: the number of images with this shape that were classified as neither.
+        no_conflict: the number of images whose shape and texture agree; they count nowhere else.
     """
 
     categories: tuple[str, ...]
@@ -66,22 +66,22 @@ class ShapeBias:
 
     @property
     def bias(self) -> float | None:
-        """Share of shape among the decisions for either cue, over all images; None if there were none."""
+        """Shape decisions divided by shape and texture decisions, over all images; None if there are none."""
         return _share(sum(self.shape), sum(self.texture))
 
     @property
     def per_category(self) -> tuple[float | None, ...]:
-        """The same for the images with each category's shape."""
+        """`bias` for the images with the shape of each category."""
         return tuple(_share(s, t) for s, t in zip(self.shape, self.texture, strict=True))
 
     @property
     def shape_share(self) -> float | None:
-        """Share of all images that were taken for their shape; None if there are no images."""
+        """Share of all images that were classified by their shape; None if there are no images."""
         return _share(sum(self.shape), self.images - sum(self.shape))
 
     @property
     def texture_share(self) -> float | None:
-        """Share of all images that were taken for their texture."""
+        """Share of all images that were classified by their texture; None if there are no images."""
         return _share(sum(self.texture), self.images - sum(self.texture))
 
 
@@ -90,22 +90,22 @@ def _share(part: int, rest: int) -> float | None:
 
 
 def decided(logits: Tensor) -> Tensor:
-    """The one of the 16 categories that an ImageNet classifier decides for.
+    """The category, one of 16, that an ImageNet classifier decides for.
 
     Args:
         logits: `[N,1000]`, outputs in the order of ILSVRC-2012.
 
     Returns:
-        `[N]`, int64: index into `CATEGORIES` of the largest mean probability. The probabilities are those of a
-        softmax over all 1000 classes, and the mean is arithmetic and over a category's own classes, so that the 109
-        breeds of dogs are worth no more than one airliner. Computed as logarithms in float64: the same order, without
-        the zeros that small probabilities become in float32.
+        `[N]`, int64: index into `CATEGORIES` of the largest mean probability. The probabilities come from a softmax
+        over all 1000 classes. The mean is arithmetic, over a category's own classes: 109 breeds of dogs count no more
+        than one airliner. It is computed as a logarithm in float64. This keeps the order, and small probabilities do
+        not become zero as in float32.
 
     Raises:
         ValueError: there are not 1000 logits, or some are not finite.
 
-    Source: rgeirhos/texture-vs-shape, `code/probabilities_to_decision.py`. Its README recommends this mean and says
-        that the figures of the paper itself come from a slightly different aggregation.
+    Source: rgeirhos/texture-vs-shape, `code/probabilities_to_decision.py`. Its README recommends this mean. It says
+        that the figures in the paper come from a slightly different aggregation.
     """
     if logits.ndim != 2 or logits.shape[1] != 1000:
         raise ValueError(f"expected the logits of 1000 ImageNet classes, [N, 1000], got {list(logits.shape)}")
@@ -132,13 +132,13 @@ def _check_finite(logits: Tensor) -> None:
 
 @torch.inference_mode()
 def decisions(model: nn.Module, batches: Iterable[Tensor], decide: Callable[[Tensor], Tensor] = decided) -> Tensor:
-    """What a network decides for images.
+    """The decisions of a network for images.
 
     Args:
-        model: images to logits; it is put into eval mode.
+        model: maps images to logits; it is put into eval mode.
         batches: normalised images `[N,3,H,W]`, in the dtype and on the device of the model.
-        decide: from logits `[N,classes]` to categories `[N]`: `decided`, or `likeliest` for a network whose classes
-            are the categories themselves.
+        decide: maps logits `[N,classes]` to categories `[N]`: `decided`, or `likeliest` if the network's classes are
+            the categories themselves.
 
     Returns:
         `[images]`, int64, on the CPU.
@@ -157,10 +157,10 @@ def shape_bias(decisions: Tensor, shapes: Tensor, textures: Tensor, categories: 
     """Count the decisions for the shape, for the texture and for neither.
 
     Args:
-        decisions: category that was decided for, `[N]`, int64 indices into `categories`.
+        decisions: decided category, `[N]`, int64 indices into `categories`.
         shapes: category of the shape, `[N]`.
-        textures: category of the texture, `[N]`; an image with one category for both has no conflict and is left out.
-        categories: their names.
+        textures: category of the texture, `[N]`. An image with one category for both has no conflict and is left out.
+        categories: names of the categories.
 
     Returns:
         The counts; `bias` is their ratio shape / (shape + texture).
@@ -176,7 +176,7 @@ def shape_bias(decisions: Tensor, shapes: Tensor, textures: Tensor, categories: 
         raise ValueError(f"expected one decision, shape and texture an image, got {sizes[0]}, {sizes[1]}, {sizes[2]}")
     for name, t in (("decision", decisions), ("shape", shapes), ("texture", textures)):
         if len(t) and (int(t.min()) < 0 or int(t.max()) >= len(categories)):
-            raise ValueError(f"a {name} is from 0 to {len(categories) - 1}, got {int(t.min())} to {int(t.max())}")
+            raise ValueError(f"a {name} must be from 0 to {len(categories) - 1}, got {int(t.min())} to {int(t.max())}")
     conflict = shapes != textures
     for_shape, for_texture = conflict & (decisions == shapes), conflict & (decisions == textures)
     counts = [

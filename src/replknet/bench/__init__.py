@@ -1,1 +1,1 @@
-"""Timing: workloads by name, the harness and its records."""
+"""Benchmarks: workloads by name, the harness and its records."""

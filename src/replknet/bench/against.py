@@ -1,11 +1,11 @@
-"""One network in its inference form beside itself in torch and in other runtimes: times, differences, memory.
+"""One network in our inference form, in torch and in other runtimes: times, differences, memory.
 
-Every way computes the same outputs from the same images on the same number of threads, and is timed in turns with the
-others in one process. Torch's own ways run the merged network on torch's own convolution. The other runtimes read an
-ONNX file of the merged network, fixed to the shape of the images, which is their best case. The peak of memory is of a
-process of its own for each way.
+All ways compute the same outputs from the same images, with one number of threads. They are timed in turns in one
+process. The torch ways run the merged network on torch's own convolution. The other runtimes read an ONNX file of the
+merged network with the shape of the images fixed, which is their best case.
 
-`python -m replknet.bench.against NETWORK WAY DTYPE THREADS ONNX KEEP` is that process.
+Peak memory is measured in a separate process for each way, which runs
+`python -m replknet.bench.against NETWORK WAY DTYPE THREADS ONNX KEEP`.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ from replknet.nn import merge
 from replknet.timing import Load, Timing, interleaved
 
 OURS = "replknet"
-# what can be compared with: name -> its ways
+# what our form can be compared with: name -> its ways
 AGAINST = {
     "merged": ("merged",),
     "torch": ("torch channels_last", "torch contiguous"),
@@ -46,7 +46,7 @@ AGAINST = {
     "openvino": ("openvino",),
 }
 _FORMATS = {"torch contiguous": torch.contiguous_format}
-# these have threads of their own
+# ways with their own threads
 _APART = ("onnxruntime", "openvino")
 _IN_ONNX = _APART
 
@@ -55,11 +55,11 @@ Way = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a process of its own, in bytes, beyond what Python and the libraries held before the network was loaded.
+    """Memory of a separate process, bytes, without what Python and the libraries held before the network was loaded.
 
     Args:
-        held: before the first run: weights, in the form in which they are used.
-        peak: while the images are computed twice.
+        held: memory before the first run: the weights as this way keeps them.
+        peak: peak of memory during two runs.
     """
 
     held: int
@@ -71,11 +71,11 @@ class Row:
     """One way of running the network.
 
     Args:
-        way: its name.
-        timing: of all images.
-        ratio: its median by that of our inference form.
-        difference: largest relative L2 difference of an output from the merged network's in float32.
-        memory: None where it was not asked for, or the system does not tell.
+        way: name of the way.
+        timing: time of a call with all images.
+        ratio: median time divided by the median time of our inference form.
+        difference: largest relative L2 difference between an output and the merged network's output in float32.
+        memory: memory of the way; None if it was not asked for, or if the system does not report it.
     """
 
     way: str
@@ -87,14 +87,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of layer takes of our inference form's time.
+    """The time that one kind of layer takes in our inference form.
 
     Args:
-        kind: of layer.
-        calls: of it.
-        ms: median over the runs of the sum of its calls.
-        multiply_adds: as the layers define them, padding included.
-        bound_ms: what these would take at the rate of the fastest matrix product.
+        kind: kind of layer.
+        calls: number of its calls in a run.
+        ms: time of all its calls in a run, ms; median over the runs.
+        multiply_adds: multiply-adds as the layers define them, padding included.
+        bound_ms: time of these multiply-adds at the rate of the fastest matrix product, ms.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All ways of one network, and where they were measured; `asdict` of it is JSON."""
+    """All ways of one network, and where they were measured; `asdict` gives JSON."""
 
     network: str
     shape: tuple[int, ...]
@@ -128,25 +128,25 @@ def compare(
     memory: bool = False,
     keep_memory: bool = False,
 ) -> Comparison:
-    """Time our inference form and others.
+    """Time our inference form and other ways.
 
     Args:
-        name: of the network, for the record.
+        name: name of the network, for the record.
         model: a classifier, a backbone with features, or a segmentation network, in float32 on the CPU.
         x: images `[N,3,H,W]`.
-        against: of `AGAINST`.
-        dtype: in which all compute: torch.float32, or torch.bfloat16, which onnxruntime does not have.
+        against: names in `AGAINST`.
+        dtype: dtype of all ways: torch.float32, or torch.bfloat16, which onnxruntime does not have.
         runs: rounds, at least 2.
-        limit_s: seconds after which a slow way sits out, after three rounds.
-        memory: also measure the peak of each way.
-        keep_memory: have the process keep what it frees, as `optimize` may; it does so for all ways that allocate
-            through the C library.
+        limit_s: a way that has taken this many seconds sits out after three rounds.
+        memory: also measure the memory of each way.
+        keep_memory: keep freed memory in the process, as `optimize` may. This helps every way that allocates through
+            the C library.
 
     Returns:
-        A row a way, ours first.
+        One row a way, ours first.
 
     Raises:
-        ValueError: a name or dtype that is not known.
+        ValueError: a name or the dtype is unknown.
         RuntimeError: outputs differ by more than `BOUNDS` of their norm; nothing is timed.
     """
     ways = [OURS]
@@ -185,13 +185,10 @@ def _check_dtype(dtype: torch.dtype, ways: Sequence[str]) -> None:
 
 
 def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
-    """A merged network for images of one shape, with standard nodes."""
+    """Write a merged network as ONNX, for images of one shape, with standard nodes."""
     exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False, input_names=["image"])
     assert exported is not None
     exported.save(path)
-
-
-# ---- ways
 
 
 def _call(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: Path) -> Way:
@@ -246,7 +243,7 @@ def _openvino(way: str, merged: nn.Module, x: Tensor, dtype: torch.dtype, file: 
     }
     request = openvino.compile_model(file, "CPU", settings).create_infer_request()
     feed = {0: x.contiguous().numpy()}
-    # its outputs are shared, which saves it a copy
+    # shared inputs and outputs save copies
     return lambda: list(request.infer(feed, share_inputs=True, share_outputs=True).values())
 
 
@@ -274,19 +271,16 @@ def _difference(way: str, wanted: Sequence[Tensor], found: Any, bound: float) ->
     return largest
 
 
-# ---- where the time goes
-
-
 def parts(optimized: Optimized, x: Tensor, runs: int = 7) -> list[Part]:
-    """What each kind of layer of an inference form takes, the slowest first, and what is left over.
+    """The time of each kind of layer in an inference form, the slowest first, then the rest and the total.
 
     Args:
-        optimized: not compiled.
+        optimized: an inference form that is not compiled.
         x: images `[N,3,H,W]`.
-        runs: of which medians are taken.
+        runs: number of runs; times are their medians.
 
     Raises:
-        ValueError: it was compiled: it has no layers any more.
+        ValueError: the form is compiled, so it has no layers to time.
     """
     if optimized.report.compiled:
         raise ValueError("a compiled network has no layers that could be timed: optimize it with compile=False")
@@ -319,7 +313,7 @@ def parts(optimized: Optimized, x: Tensor, runs: int = 7) -> list[Part]:
 
 
 def product_rate() -> float:
-    """Multiply-adds that the fastest of twenty large matrix products reaches, 10**9 a second, in float32."""
+    """Rate of the fastest of 21 large matrix products in float32, 10**9 multiply-adds a second."""
     product, rows = Product(torch.randn(1024, 1024), None, 1024), torch.randn(1024, 1024)
     with torch.inference_mode():
         best = min(_timed(partial(product, rows)) for _ in range(21))
@@ -337,7 +331,7 @@ def _timed(call: Way) -> float:
 
 
 class _Watch:
-    """Times the layers of a network, those inside of others not twice."""
+    """Times the innermost layers of a network, so that no time counts twice."""
 
     def __init__(self) -> None:
         self._begin = 0.0
@@ -393,13 +387,10 @@ def _kind(layer: nn.Module, x: Tensor, y: Any) -> tuple[str, int]:
     return "norms, pooling and classifier", y.numel() * x.shape[-1] if isinstance(layer, nn.Linear) else 0
 
 
-# ---- memory
-
-
 def peak(
     merged: nn.Module, x: Tensor, way: str, dtype: torch.dtype, file: Path, keep_memory: bool = False
 ) -> Memory | None:
-    """The peak of a process that does nothing but one way; None where the system does not tell."""
+    """Memory of a process that runs only one way; None if the system does not report it."""
     if platform.system() != "Linux":
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -416,11 +407,11 @@ def peak(
 
 
 def _run_alone(network: str, way: str, dtype: str, threads: str, file: str, keep_memory: str) -> Memory:
-    """In a process that has done nothing else."""
+    """Measure the memory of this process, which has done nothing else."""
     torch.set_num_threads(int(threads))
     if int(keep_memory):
         keep_freed_memory()
-    # written by this package, a moment ago
+    # safe: this package wrote the file a moment ago
     merged, x = torch.load(network, weights_only=False)
     if way in _APART:
         importlib.import_module(way)
@@ -429,10 +420,10 @@ def _run_alone(network: str, way: str, dtype: str, threads: str, file: str, keep
         call = _call(way, merged, x, getattr(torch, dtype), Path(file))
         del merged
         gc.collect()
-        # glibc keeps what was freed
+        # give back the freed memory that glibc keeps
         ctypes.CDLL(None).malloc_trim(0)
         held = _resident()
-        # the peak so far is of the making
+        # reset the peak, which so far is the peak of building the way
         Path("/proc/self/clear_refs").write_text("5")
         call()
         call()

@@ -1,4 +1,4 @@
-"""Workloads of the depthwise benchmark, by name, in suites; they come from real networks and the paper."""
+"""Workloads of the depthwise benchmark: named cases in suites, from real networks and the paper."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ Rival = Literal["torch nhwc", "torch nchw", "torch"]  # torch's own convolution 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How many times faster than a rival the operator is meant to be."""
+    """A goal: the operator is this many times faster than a rival."""
 
     what: What
     rival: Rival
@@ -30,13 +30,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions counted apart, padding included, as torch's FLOP counter has it."""
+        """Multiplications plus additions, padding included, as torch's FLOP counter counts."""
         n, c, h, w = self.shape
         return 2 * n * c * h * w * self.kernel**2
 
     @property
     def useful_flops(self) -> int:
-        """The same without the products with padding, which a direct algorithm can leave out."""
+        """`flops` without the products with padding, which a direct algorithm can skip."""
         n, c, h, w = self.shape
         return 2 * n * c * _taps(h, self.kernel) * _taps(w, self.kernel)
 
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers that run one after the other, each with weights of its own, as in a network."""
+    """Layers that run one after the other, each with its own weights, as in a network."""
 
     name: str
     layers: tuple[Case, ...]
@@ -73,7 +73,7 @@ class Suite:
 
 
 def _taps(side: int, kernel: int) -> int:
-    """Pairs of an output and a tap along one axis that meet inside the image."""
+    """The number of pairs (output, tap) along one axis whose tap lies inside the image."""
     return sum(max(0, side - abs(d)) for d in range(-(kernel // 2), kernel // 2 + 1))
 
 
@@ -132,12 +132,12 @@ _TABLE_1 = tuple(
 
 
 def grid(count: int = 100, largest: float = 1e9) -> tuple[Case, ...]:
-    """Shapes with K >= 7 and C >= 32, spread evenly over N, C, H, W and K; the same ones every time.
+    """Shapes with K >= 7 and C >= 32, spread evenly over N, C, H, W and K; every call gives the same shapes.
 
-    Point i of the sequence is the fractional part of i * (1/g, 1/g**2, ..., 1/g**5) with g**6 = g + 1 (the
-    additive recurrence with the generalised golden ratio), and each coordinate picks from a list of sizes.
-    Points of more than `largest` products, padding included, are left out, since torch's contiguous
-    convolution would take seconds for them, and so are repetitions.
+    Point i of the sequence is the fractional part of i * (1/g, 1/g**2, ..., 1/g**5) with g**6 = g + 1. This is the
+    additive recurrence with the generalised golden ratio. Each coordinate picks from a list of sizes. Repetitions are
+    left out. So are points of more than `largest` products, padding included: torch's contiguous convolution would
+    take seconds for them.
     """
     sizes = (
         (1, 2, 4, 8, 16, 32),  # N
@@ -175,7 +175,7 @@ SUITES: dict[str, Suite] = {
 def chosen(suite: str | None, patterns: list[str]) -> Iterator[tuple[str, Suite, list[Case | Stack]]]:
     """The suites and their workloads whose name fits one of the patterns; each workload once.
 
-    Without a suite, patterns are looked up in all of them, and no pattern means "layers".
+    Without a suite, patterns are looked up in all suites. Without suite and patterns, the suite is "layers".
 
     Raises:
         ValueError: a pattern fits no workload.

@@ -1,8 +1,8 @@
-"""Correct before fast: results against the float64 definition, by a bound that every algorithm keeps.
+"""Correct before fast: results are compared with the float64 definition, by a bound that every algorithm keeps.
 
-The error of a Fourier transform is relative to the norms of the channel, c * eps * log2(L) * |x| * |w| for
-transforms of L points, not to the single output. A sum of products in float32 keeps this bound as well, since
-the sum of |products| is at most |x| * |w|. The tests of the kernels have the sharper bound of direct sums.
+The error of a Fourier transform is relative to the norms of the channel, not to the single output. It is
+c * eps * log2(L) * |x| * |w| for transforms of L points. A sum of products in float32 keeps this bound, too, since the
+sum of |products| is at most |x| * |w|. The tests of the kernels use the sharper bound of direct sums.
 """
 
 import math
@@ -16,13 +16,13 @@ from replknet.bench.cases import Case, What
 from replknet.kernels import reference
 
 _EPS = torch.finfo(torch.float32).eps
-# products that one check of one result may cost; more channels are sampled, the first and the last always
+# products that one check of one result may cost; beyond it channels are sampled, always with the first and the last
 _PRODUCTS = 4e8
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a result must be on some channels, and how far it may be from that."""
+    """The right result on some channels, and the error that is allowed."""
 
     channels: Tensor
     axis: int  # of the channels
@@ -40,7 +40,7 @@ class Truth:
 
 
 def truths(case: Case, what: What, x: Tensor, weight: Tensor, dy: Tensor, share: float = 1.0) -> list[Truth]:
-    """What y, or dx and dw, must be. `share` is the part of the usual effort that may be spent."""
+    """The truth of y, or of dx and dw. `share` is the part of the usual products that this check may cost."""
     n, c, h, w = case.shape
     affordable = int(share * _PRODUCTS / (n * h * w * case.kernel**2))
     channels = torch.linspace(0, c - 1, max(2, min(c, affordable))).round().long().unique()
@@ -58,10 +58,10 @@ def truths(case: Case, what: What, x: Tensor, weight: Tensor, dy: Tensor, share:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Of each channel of each image, `[N,C,1,1]`."""
+    """The L2 norm of each channel of each image, `[N,C,1,1]`."""
     return x.flatten(2).norm(dim=2)[..., None, None]
 
 
 def excess(expected: Sequence[Truth], found: Sequence[Tensor]) -> float:
-    """The worst of several results."""
+    """The largest excess of several results."""
     return max(truth.excess(f) for truth, f in zip(expected, found, strict=True))

@@ -1,7 +1,7 @@
 """Checks and times on a machine with a CUDA device: layers, then whole networks, then tiles.
 
-It runs with torch, triton, timm and numpy alone, from a source tree: `PYTHONPATH=src python3 -m replknet.bench.gpu`.
-A way whose result misses the float64 definition gets no time. The Triton kernels run with the tiles that ship.
+It needs only torch, triton, timm and numpy, and a source tree: `PYTHONPATH=src python3 -m replknet.bench.gpu`.
+A way whose result misses the float64 definition gets no time. The Triton kernels run with the shipped tiles.
 """
 
 import argparse
@@ -42,11 +42,11 @@ class Job:
     name: str
     measure: Callable[[], Iterator[Record | Wrong]]
     rows: Rows
-    compile: tuple[Callable[[], None], ...]  # what its kernels are compiled by
+    compile: tuple[Callable[[], None], ...]  # calls that compile its kernels
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check and time what was asked for; 1 if something is wrong or failed, or there is no device."""
+    """Check and time what was asked for. Returns 1 if a result is wrong, a job failed, or there is no device."""
     p = _parser()
     args = p.parse_args(argv)
     try:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(todo: Sequence[Job], folder: Path, limit_s: float) -> int:
-    """Compile, then measure what fits into the time; 1 if something is wrong or failed."""
+    """Compile, then measure what fits into the time. Returns 1 if a result is wrong or a job failed."""
     start = time.monotonic()
     failed = compile_all(todo)
     print(f"kernels compiled after {time.monotonic() - start:.0f} s", flush=True)
@@ -76,7 +76,7 @@ def _run(todo: Sequence[Job], folder: Path, limit_s: float) -> int:
             continue
         try:
             new = list(job.measure())
-        # of torch or of the device: the other jobs may still be measured
+        # torch or the device failed: the other jobs may still work
         except RuntimeError as error:
             traceback.print_exception(error)
             failed[job.name] = str(error)
@@ -117,10 +117,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         nargs="+",
         choices=[name_of(dtype) for dtype in DTYPES],
-        help="of the layers; by default bfloat16, for some layers also float32 and float16",
+        help="dtypes of the layers; by default bfloat16, for some layers also float32 and float16",
     )
     p.add_argument(
-        "--images", nargs="+", type=int, default=gpu_networks.IMAGES, metavar="N", help="in a batch of the networks"
+        "--images",
+        nargs="+",
+        type=int,
+        default=gpu_networks.IMAGES,
+        metavar="N",
+        help="images in a batch of the networks",
     )
     p.add_argument(
         "--torch-limit-ms",
@@ -149,11 +154,11 @@ def jobs(
     """What to measure, the most telling first.
 
     Args:
-        parts: of PARTS.
-        patterns: of names of cases; empty for the most telling ones.
-        dtypes: of the layers; None for bfloat16, and the two others for some layers.
-        images: in a batch of the networks.
-        torch_limit_ms: a call of torch's that takes longer is timed once.
+        parts: names in PARTS.
+        patterns: patterns of case names; empty for the most telling cases.
+        dtypes: dtypes of the layers; None for bfloat16, and for some layers also the two others.
+        images: images in a batch of the networks.
+        torch_limit_ms: a call of torch's convolution that takes longer is timed once.
 
     Raises:
         ValueError: a pattern fits no case of these parts.
@@ -221,22 +226,22 @@ def _network(name: str, images: Sequence[int]) -> Job:
 
 
 def compile_all(todo: Sequence[Job]) -> dict[str, str]:
-    """Compile what the jobs need, into Triton's cache on disk, in several processes: alone it would take minutes.
+    """Compile the jobs' kernels into Triton's cache on disk. Several processes do it; one would take minutes.
 
     Returns:
-        By name of the job, why its kernels cannot be compiled.
+        Job name -> why its kernels cannot be compiled.
     """
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     failed: dict[str, str] = {}
-    # each process has settings of its own
+    # each process needs its own settings
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_settle) as pool:
-        # networks and tiles take longest
+        # networks and tiles take longest, so they start first
         begun = [(job, pool.submit(_compile, call)) for job in reversed(todo) for call in job.compile]
         for job, future in begun:
             if (error := future.exception()) is None:
                 continue
             traceback.print_exception(error)
-            # an error of a device also fails what the same process is given later, which may be right
+            # after a device error, later calls in that process fail, too, though their kernels may be right
             if not isinstance(error, RuntimeError):
                 failed[job.name] = f"{type(error).__name__}: {error}"
     return failed
@@ -250,22 +255,22 @@ def _compile(call: Callable[[], None]) -> None:
 
 
 def _settle() -> None:
-    """The tiles that ship, and float32 without TF32."""
-    # read at the first call; the records show it
+    """Use the shipped tiles, and float32 without TF32."""
+    # read at the first call; the records show this variable
     os.environ[triton_tune.VARIABLE] = "0"
-    # torch's stubs do not know it
+    # torch's stubs lack this attribute
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def _summary(found: dict[str, list[Record | Wrong]]) -> list[str]:
-    """Once more at the end, where it is read first: networks, and a line a layer."""
+    """What people read first, once more at the end: networks, and one line a layer."""
     lines = gpu_networks.rows(found["networks"])
     records = [one for one in found["layers"] if isinstance(one, Record)]
     return [*lines, *gpu_layers.summary(records), *gpu_layers.headline(records)] if records else lines
 
 
 def file_name(theme: str) -> str:
-    """<theme>_<device>_<date>.jsonl, with the device as people call it: h100, h200, a100."""
+    """<theme>_<device>_<date>.jsonl with the short name of the device: h100, h200, a100."""
     name = torch.cuda.get_device_name()
     found = re.search(r"\b[A-Z]{1,2}\d{2,3}\b", name)
     device = (found[0] if found else re.sub(r"\W+", "-", name)).lower()

@@ -1,6 +1,6 @@
-"""What a GPU has to do for a depthwise layer: bytes, useful operations, and those of the kernels on tensor cores.
+"""What a GPU has to do for a depthwise layer: bytes, useful operations, and operations of our tensor-core kernels.
 
-Counts, no times: the floors take the rates of an NVIDIA H100 as they are published or were measured by others.
+These are counts, not times. The floors use the rates of an NVIDIA H100, published or measured by others.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Tile,
 
 # bytes a second from memory
 H100_BYTES = 3.0e12
-# operations a second: bfloat16 in a large matrix product (cuBLAS), by the instruction for fewer than 64 rows, and
-# float32 outside of the tensor cores
+# operations a second: bfloat16 in a large matrix product (cuBLAS); bfloat16 by the instruction for fewer than 64 rows;
+# float32 without tensor cores
 H100_FLOPS = 790e12
 H100_FLOPS_FEW_ROWS = 490e12
 H100_FLOPS_SUMS = 67e12
@@ -19,13 +19,13 @@ H100_FLOPS_SUMS = 67e12
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the forward pass in 16 bits; the gradient for x takes the same."""
+    """Counts of the forward pass in 16 bits; the gradient for x has equal counts."""
 
     bytes: int  # the image read once and the result written once
     useful_flops: int  # products that meet the image, and their sums
-    done_flops: int  # of the kernel: the zeros of Toeplitz matrices and padding included
-    flops_per_s: float  # at which they could be done
-    strip_bytes: int = 0  # Toeplitz matrices, written and then read: mostly in the second-level cache, in no floor here
+    done_flops: int  # operations of the kernel, including zeros of Toeplitz matrices and padding
+    flops_per_s: float  # the device's rate for `done_flops`
+    strip_bytes: int = 0  # Toeplitz matrices, written and then read, mostly in the L2 cache; not in the floors
 
     @property
     def redundancy(self) -> float:
@@ -41,12 +41,12 @@ class Counts:
 
     @property
     def floor_us(self) -> float:
-        """No launch of these kernels is faster on that device."""
+        """Lower bound for the time of a launch of these kernels on an H100."""
         return max(self.memory_us, self.products_us)
 
 
 def counts(case: Case, tile: Tile) -> Counts:
-    """What a layer takes with a tile; the loops are those of `triton_patch._forward` and of `triton_plane`."""
+    """The counts of a layer with a tile; the loops are as in `triton_patch._forward` and `triton_plane`."""
     n, c, h, w = case.shape
     moved = 2 * 2 * n * c * h * w
     if isinstance(tile, DirectTile):
@@ -67,7 +67,7 @@ def counts(case: Case, tile: Tile) -> Counts:
 
 
 def _patch_products(case: Case, kernel: tuple[int, int], tile: PatchTile) -> tuple[int, int]:
-    """Products of a matrix of samples with a Toeplitz matrix, and elements of strips, of a channel."""
+    """For one channel: products of a sample matrix with a Toeplitz matrix, and elements of strips."""
     n, _, h, w = case.shape
     g = geometry(h, w, *kernel, tile)
     reach = kernel[0] // 2

@@ -1,6 +1,6 @@
-"""RepLKNet-31B in its inference form on a CUDA device, beside the merged network and torch's own convolution.
+"""RepLKNet-31B on a CUDA device: its inference form, the merged network, and torch's own convolution.
 
-It runs with torch, triton, timm and numpy alone, from a source tree:
+It needs only torch, triton, timm and numpy, and a source tree:
 `PYTHONPATH=src python3 -m replknet.bench.gpu_inference`.
 """
 
@@ -26,13 +26,13 @@ from replknet.kernels import use_backend
 from replknet.nn import merge
 
 _DTYPE = torch.bfloat16
-# images and their side
+# (images, side in pixels)
 CASES = ((1, 224), (8, 224), (64, 224), (1, 384), (8, 384))
 _LIMIT_S = 120.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check and time every case; 1 if something is wrong or there is no device."""
+    """Check and time every case. Returns 1 if a result is wrong or there is no device."""
     p = argparse.ArgumentParser(
         prog="python -m replknet.bench.gpu_inference",
         description="check and time the inference form of RepLKNet-31B in bfloat16 on a CUDA device",
@@ -61,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 def measure(
     device: str, timer: Timer, images: int, size: int, model: str = "replknet_31b", compile: bool = True
 ) -> Iterator[Record | Wrong]:
-    """A record of each way of running one network, or what is wrong with it.
+    """One record for each way of running a network, or what is wrong with it.
 
     Args:
         device: "cuda".
-        timer: of a call.
-        images: of a batch.
-        size: their side, pixels.
+        timer: times a call.
+        images: images in a batch.
+        size: side of the images, pixels.
         model: registered name.
-        compile: also the inference form that may be compiled.
+        compile: also measure the inference form that may be compiled.
     """
     torch.manual_seed(0)
     source = timm.create_model(model, num_classes=1000).to(device).eval()

@@ -1,7 +1,7 @@
 """The operator's layers on a CUDA device: every way is compared with float64, then timed.
 
-The ways are torch's own convolution and every backend that takes a call, by name, in both layouts. Times are of the
-device alone; for one image also with the launches from Python.
+The ways are torch's own convolution and every backend that takes a call, in both layouts. Times cover the device
+alone. For one image there are also times with the launches from Python.
 """
 
 import time
@@ -24,7 +24,7 @@ from replknet.timing import Timing, quantiles_of
 
 _LAYERS = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
 _SIDES = (16, 32, 64)
-# what is measured unless other cases are asked for, the most telling first: the time limit leaves out the last
+# the default cases, the most telling first, since the time limit leaves out the last ones
 FIRST: tuple[Case, ...] = (
     *(Case(f"31b.{h}.n{n}", (n, c, h, h), k) for n in (1, 32, 64) for c, h, k in _LAYERS),
     *(Case(f"table1.r{r}.k{k}", (64, 384, r, r), k) for k in (31, 3, 13, 7, 21, 5) for r in _SIDES),
@@ -40,16 +40,16 @@ CASES: tuple[Case, ...] = (
 # the cases that are measured in float32 and float16, too
 IN_EVERY_DTYPE = ("31b.56.n64", "31b.14.n64", "table1.r32.k31")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-# of the channel's rms: rounding of the result to the dtype, with room for TF32-free float32 sums
+# allowed error relative to the channel's norm: rounding of the result, with room for float32 sums without TF32
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# what a way may take of the device, and how many times it is called at least
+# seconds of the device for one way, and the least number of calls
 _WAY_S = 0.1
 _LEAST_CALLS = 3
-# a call that takes longer is timed once, as it is: its launch does not matter
+# a call that takes longer is timed once, without a graph: its launch does not matter
 _LONG_MS = 50.0
 _EAGER_ROUNDS = 10
 _EAGER_CALLS = 20
-# on larger kernels cuDNN's trial of all its algorithms takes from seconds to minutes
+# for larger kernels, cuDNN's trial of all its algorithms takes seconds to minutes
 _LARGEST_TRIAL = 7
 
 # dy, x, weight -> y, dx, dw
@@ -59,7 +59,7 @@ Timer = Callable[[Callable[[], Any]], Timing]
 
 @dataclass(frozen=True)
 class Timers:
-    """What times a call of a backend, a call of torch's convolution, and either with its launches."""
+    """Timers for a call of a backend, for a call of torch's convolution, and for either with its launches."""
 
     backend: Timer
     torch: Timer
@@ -68,7 +68,7 @@ class Timers:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A way whose result is not the definition's."""
+    """A way whose result misses the definition."""
 
     way: str
     error: float
@@ -97,7 +97,7 @@ def device_time(call: Callable[[], Any], limit_ms: float = _LONG_MS) -> Timing:
 
 
 def eager_time(call: Callable[[], Any]) -> Timing:
-    """Quantiles of the wall time of one of several calls that follow each other without a wait."""
+    """Quantiles of the wall time a call, over several calls without a wait between them."""
     call()
     times: list[float] = []
     for _ in range(_EAGER_ROUNDS):
@@ -111,14 +111,14 @@ def eager_time(call: Callable[[], Any]) -> Timing:
 
 
 def once(call: Callable[[], Any]) -> Timing:
-    """No time: a timer that only makes the call, so that its kernels are compiled."""
+    """A timer that times nothing: it makes the call once, so that its kernels are compiled."""
     call()
     return Timing(0.0, 0.0, 0.0, runs=1)
 
 
 @contextmanager
 def cudnn_trials(kernel: int) -> Iterator[None]:
-    """While it lasts, cuDNN tries its algorithms for kernels of that side, unless it is a large one."""
+    """In this context cuDNN tries all its algorithms, unless the kernel's side is large."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = kernel <= _LARGEST_TRIAL
     try:
@@ -137,7 +137,7 @@ def _device_ms(call: Callable[[], Any]) -> float:
 
 
 def measure(case: Case, dtype: torch.dtype, device: str, timers: Timers) -> Iterator[Record | Wrong]:
-    """Every way of one case: its times forward, and forward and backward, or what is wrong with it."""
+    """For every way of a case: its times, forward and forward with backward, or what is wrong with it."""
     x, dy, weight = tensors(case, dtype, device)
     truth = truth_of(dy, x, weight)
     for layout in ("nchw", "nhwc"):
@@ -173,11 +173,11 @@ def measure(case: Case, dtype: torch.dtype, device: str, timers: Timers) -> Iter
 
 
 def _times(calls: Mapping[str, Callable[[], Any]], timer: Timer, eager: Timer | None) -> dict[str, Timing]:
-    """The time of each call by its name, and by `NAME, eager` the one with its launches."""
+    """Call name -> time; `NAME, eager` -> time with launches."""
     found: dict[str, Timing] = {}
     for what, call in calls.items():
         found[what] = timer(call)
-        # launches do not matter to a call so long that it is timed once
+        # a call long enough to be timed once does not depend on its launches
         if eager is not None and found[what].runs > 1:
             found[f"{what}, eager"] = eager(call)
     return found
@@ -193,7 +193,7 @@ def compile_case(case: Case, dtype: torch.dtype, device: str = "cuda") -> None:
 
 
 def rows(case: Case, dtype: torch.dtype, found: list[Record | Wrong]) -> list[str]:
-    """The table of one case; the memory's share is of the forward pass in 16 bits on an H100."""
+    """The table of one case; the memory's rate is for the forward pass in 16 bits on an H100."""
     side = min(case.kernel, 2 * case.shape[2] - 1)
     memory = counts(case, forward_tile(case.shape, (side, side), torch.bfloat16, False, False, "sm_90")).memory_us
     lines = [
@@ -217,9 +217,9 @@ def rows(case: Case, dtype: torch.dtype, found: list[Record | Wrong]) -> list[st
 
 
 def summary(records: list[Record]) -> list[str]:
-    """A line a case and dtype: the fastest Triton way and the fastest of torch's, us, forward and with gradients.
+    """One line a case and dtype: the fastest Triton way and the fastest torch way, us, forward and with gradients.
 
-    Eager times have a line of their own.
+    Eager times have their own line.
     """
     fastest: dict[tuple[str, str, str, str], float] = {}
     for one in records:
@@ -273,13 +273,13 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
 
 
 def _ways(case: Case, dtype: torch.dtype, device: str, channels_last: bool) -> dict[str, tuple[Way, Way]]:
-    """By name: forward, and forward with both gradients."""
+    """Way name -> forward, and forward with both gradients."""
     call = Call(
         shape=case.shape, kernel=(case.kernel, case.kernel), dtype=dtype, device=device, channels_last=channels_last
     )
     found: dict[str, tuple[Way, Way]] = {"torch": (partial(_torch, case, False), partial(_torch, case, True))}
     for backend in BACKENDS:
-        # aten is torch's own on a GPU, and measured takes the fastest of the others
+        # on a GPU, aten is torch's own convolution, and measured takes the fastest of the other ways
         if backend.name in ("aten", "measured", reference.BACKEND.name) or backend.refusal(call) is not None:
             continue
 
@@ -306,9 +306,9 @@ def _torch(case: Case, gradients: bool, dy: Tensor, x: Tensor, weight: Tensor) -
 
 
 def truth_of(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[list[int], tuple[Tensor | None, ...]]:
-    """y, dx and dw in float64 of some channels, the first and the last among them, and which those are."""
+    """Some channels, with the first and the last, and their y, dx and dw in float64."""
     c = x.shape[1]
-    # only some: products in float64 of all of them would take longer than everything else
+    # float64 products of all channels would take longer than everything else
     chosen = sorted({0, c // 3, c // 2, c - 1})
     part = [t[:, chosen].double() for t in (dy, x)]
     inner = weight[chosen].double()
@@ -318,7 +318,7 @@ def truth_of(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[list[int], tuple[Te
 
 
 def error_of(found: tuple[Tensor | None, ...], truth: tuple[list[int], tuple[Tensor | None, ...]]) -> float:
-    """The largest relative error of y, dx and dw in a chosen channel, in the norm."""
+    """The largest relative L2 error of y, dx and dw in a chosen channel."""
     chosen, expected = truth
     errors = []
     for i, (got, want) in enumerate(zip(found, expected, strict=True)):
@@ -329,12 +329,12 @@ def error_of(found: tuple[Tensor | None, ...], truth: tuple[list[int], tuple[Ten
 
 
 def image_error(got: Tensor, chosen: list[int], want: Tensor) -> float:
-    """Of y or dx `[N,C,H,W]`; `want` has the chosen channels."""
+    """The largest relative L2 error of y or dx `[N,C,H,W]`; `want` has the chosen channels only."""
     return _largest_error(got[:, chosen], want, (0, 2, 3))
 
 
 def weight_error(got: Tensor, chosen: list[int], want: Tensor) -> float:
-    """Of dw `[C,1,Kh,Kw]`; `want` has the chosen channels."""
+    """The largest relative L2 error of dw `[C,1,Kh,Kw]`; `want` has the chosen channels only."""
     return _largest_error(got[chosen], want, (1, 2, 3))
 
 

@@ -1,4 +1,4 @@
-"""RepLKNet-31B as a whole on a CUDA device, by backend, and two networks of its size without large kernels."""
+"""The whole RepLKNet-31B on a CUDA device, by backend, and two networks of its size without large kernels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,16 +15,16 @@ from replknet.kernels import use_backend
 from replknet.nn import merge
 from replknet.timing import Timing, quantiles_of
 
-# by registered name: the ways of running it. "default" leaves the choice of the backend free; "torch" stands for a
-# network without our operator
+# registered name -> ways of running it. "default": the backend is chosen automatically. "torch": the network does not
+# use our operator
 NETWORKS: dict[str, tuple[str, ...]] = {
     "replknet_31b": ("default", "triton", "aten"),
     "swin_base_patch4_window7_224": ("torch",),
     "convnext_base": ("torch",),
 }
-# of a batch
+# images in a batch
 IMAGES = (64, 32)
-# of the logits in bfloat16, relative L2
+# allowed relative L2 error of the logits in bfloat16
 _BOUND = 5e-2
 _ROUNDS = 3
 _CALLS = 4
@@ -44,12 +44,12 @@ def measure(
 
     Args:
         model: registered name.
-        ways: "default", "torch", or a backend to force; aten is cuDNN or torch's own kernel on a GPU.
-        images: of a batch; inference and training are timed with each number.
+        ways: "default", "torch", or a backend to force. On a GPU, aten is cuDNN or torch's own kernel.
+        images: images in a batch; inference and training are timed with each number.
         device: "cuda".
-        timer: of a call.
-        size: side of the images in pixels.
-        options: of the model.
+        timer: times a call.
+        size: side of the images, pixels.
+        options: options of the model.
     """
     form = torch.channels_last
     trained = timm.create_model(model, num_classes=1000, **options).to(device).to(memory_format=form)
@@ -85,12 +85,12 @@ def measure(
 
 
 def compile_network(model: str, images: int, way: str = "triton", device: str = "cuda", size: int = 224) -> None:
-    """Call the kernels of a RepLKNet once, in a copy with one block a stage: the other blocks need no others."""
+    """Call the kernels of a RepLKNet once, in a copy with one block a stage: other blocks use the same kernels."""
     list(measure(model, (way,), (images,), device, once, size, depths=(1, 1, 1, 1)))
 
 
 def steady_time(call: Callable[[], Any]) -> Timing:
-    """Time of one of several calls that follow each other without a wait, as in a training or a server."""
+    """The time a call, over several calls without a wait between them, as in a training or a server."""
     for _ in range(2):  # compiles, and lets cuDNN choose
         call()
     times = []
@@ -106,7 +106,7 @@ def steady_time(call: Callable[[], Any]) -> Timing:
 
 
 def rows(found: list[Record | Wrong]) -> list[str]:
-    """A line a way, with images a second and the ratio to the same network on torch's own convolution."""
+    """One line a way, with images a second and the ratio to the network on torch's own convolution."""
     records = [one for one in found if isinstance(one, Record)]
     lines = [f"{one.way} WRONG by {one.error:.1e}, not timed" for one in found if isinstance(one, Wrong)]
     torchs = {(r.case, r.shape, r.what): r.timing.p50_ms for r in records if r.backend in ("aten", "torch")}

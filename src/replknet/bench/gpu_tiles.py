@@ -1,4 +1,4 @@
-"""The tiles that the autotuner may try, each timed: those that ship are to be the best of them."""
+"""Times of each tile that the autotuner may try: the shipped tiles should be the fastest."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +23,7 @@ CASES = (
 
 
 def measure(case: Case, device: str, timer: Timer) -> Iterator[Record | Wrong]:
-    """Each tile of a case: its time forward or for the gradient of the weights, or what is wrong with it."""
+    """For each tile of a case: its time, forward or for the weight gradient, or what is wrong with it."""
     x, dy, weight = tensors(case, DTYPE, device)
     chosen, (y, _, dw) = truth_of(dy, x, weight)
     assert y is not None
@@ -71,7 +71,7 @@ def compile_case(case: Case, device: str = "cuda") -> None:
 
 
 def rows(case: Case, found: list[Record | Wrong]) -> list[str]:
-    """A line a tile; the first of each direction is the one that ships."""
+    """One line a tile; the first of each direction ships."""
     lines = [f"tiles of {case.name}"]
     for one in found:
         if isinstance(one, Wrong):

@@ -1,4 +1,4 @@
-"""Whole networks before and after: timm's through `accelerate`, ours with and without the forced `aten` backend."""
+"""Whole networks before and after: timm's before and after `accelerate`, ours on `aten` and on the chosen backend."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -17,7 +17,7 @@ from replknet.kernels import use_backend
 from replknet.nn import accelerate
 from replknet.timing import Load, interleaved
 
-# relative L2 difference of the logits before and after that is taken for rounding
+# a relative L2 difference of the logits, before and after, up to this counts as rounding
 _BOUND = 1e-4
 
 
@@ -25,8 +25,8 @@ _BOUND = 1e-4
 class Network:
     """One network at work: images `[batch,3,size,size]`, and what "before" means.
 
-    "torch": the network as timm has it, and after it `accelerate`. "aten": a network of ours with that backend
-    forced, and after it the automatic choice.
+    "torch": before is timm's network, after is the network after `accelerate`. "aten": before is our network with this
+    backend forced, after is our network with the automatic choice.
     """
 
     name: str
@@ -47,7 +47,7 @@ NETWORKS = (
 
 
 def measure(networks: list[Network], runs: int, limit_s: float) -> Iterator[list[Found]]:
-    """For each network: a record of each way, before and after in both layouts, or what is wrong with it."""
+    """For each network: one record for each way, before and after in both layouts, or what is wrong with it."""
     for network in networks:
         yield _measure(network, runs, limit_s)
 
@@ -100,7 +100,7 @@ def _call(network: Network, model: nn.Module, backend: str | None, x: Tensor) ->
     if network.what == "forward":
         return partial(_forward, model.eval(), backend, x)
     labels = torch.arange(network.batch) % 1000
-    # the plainest optimiser: its own time and memory are not what is measured
+    # the simplest optimiser: we do not measure its time and memory
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     return partial(_step, model, backend, x, labels, optimizer)
 

@@ -29,7 +29,7 @@ Call = Callable[[], Any]  # returns new tensors
 
 @dataclass(frozen=True)
 class Wrong:
-    """A way whose result is not the reference's; it is not timed."""
+    """A way whose result misses the reference; it is not timed."""
 
     case: str
     what: str
@@ -42,7 +42,7 @@ Found = Record | Wrong
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds, seconds a way, the FMA peak in GFLOP/s with its source, and patterns of the ways."""
+    """How to measure: rounds, seconds a way, the FMA peak in GFLOP/s with its source, and patterns of way names."""
 
     runs: int
     limit_s: float
@@ -79,12 +79,12 @@ class Way:
 def measure(
     name: str, suite: Suite, cases: Sequence[Case | Stack], whats: Sequence[What], settings: Settings
 ) -> Iterator[list[Found]]:
-    """For each workload, and forward and gradients apart: one record for each way, or what is wrong with it."""
+    """For each workload and each of `whats`: one record for each way, or what is wrong with it."""
     for case in cases:
         layers = _layers(case)
         for what in whats:
             yield _measure(name, case, what, layers, settings, suite.runtimes and what == "forward")
-        # before the next workload is made: the largest tensors have 400 MB
+        # free them before the next workload: the largest tensors have 400 MB
         del layers
 
 
@@ -106,7 +106,7 @@ def _measure(
     apart = [way for way in calls if right[way].backend in runtimes.NAMES]
     times = interleaved(calls, settings.runs, settings.limit_s, apart)
     disturbed = load.end()
-    # dx and dw are as many products each as y
+    # dx and dw each take as many products as y
     factor = {"forward": 1, "gradients": 2, "step": 3}[what]
     return wrong + [
         Record(
@@ -154,9 +154,9 @@ def _excesses(what: What, layers: list[Layer], ways: list[Way]) -> dict[str, flo
 
 
 def _ways(what: What, layers: list[Layer]) -> list[Way]:
-    """The operator as it chooses, every other backend and instruction set by force, and torch, in both layouts."""
+    """Torch, the operator's own choice, and every other backend and instruction set by force, in both layouts."""
     layouts = ("nhwc", "nchw")
-    # torch goes first: its calls are long, so that the processor and the threads are awake when the operator follows
+    # torch goes first: its long calls wake the processor and the threads for the operator
     ways = [
         Way(f"torch {layout}", "torch", tuple(_call(what, _torch, *layer.tensors(layout)) for layer in layers))
         for layout in layouts
@@ -191,7 +191,7 @@ def _forced(backend: Backend, call: Call) -> Any:
 
 
 def _other_sets() -> list[str]:
-    """Instruction sets of the native kernel that run here and were not chosen; `plain` is for machines without one."""
+    """Instruction sets of the native kernel that run here and were not chosen, except `plain`, which needs no set."""
     names = [name for name, runs in native_core.instruction_sets().items() if runs and name != "plain"]
     return [name for name in names if name != native_core.instruction_set()]
 

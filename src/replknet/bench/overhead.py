@@ -1,6 +1,6 @@
-"""What a call of the operator costs beyond torch's own convolution, on an image so small that little else is left.
+"""What a call of the operator costs beyond torch's own convolution, on an image so small that the rest costs little.
 
-For a GPU's kernels it is the host's time of a call, without a GPU: whatever would start a kernel there does nothing.
+For the GPU kernels it is the host's time of a call. No GPU is needed: the launches do nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ TARGET_US = 15.0
 GPU = "overhead.gpu"
 GPU_SHAPE = (1, 16, 16, 16)
 GPU_KERNEL = 13
-# of the host; under autocast what torch's own casts take comes on top
+# time of the host; under autocast the time of torch's own casts comes on top
 GPU_TARGETS_US = {"forward": 25.0, "step": 60.0, "autocast step": 60.0}
 CASES = [*KERNELS, GPU]
-# one timing is this many calls, since the clock itself costs a tenth of a microsecond
+# calls in one timing, since reading the clock takes a tenth of a microsecond
 _CALLS = 200
 
 
@@ -76,7 +76,7 @@ def _measure(name: str, recorded: bool, runs: int) -> list[Found]:
 
 
 def _measure_host(runs: int) -> Iterator[list[Found]]:
-    """Of calls that would go to a GPU in bfloat16, in both layouts."""
+    """Host times of calls that would go to a GPU in bfloat16, in both layouts."""
     calls: dict[str, dict[str, Callable[[], Any]]] = {what: {} for what in GPU_TARGETS_US}
     for layout, memory_format in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
         x = torch.randn(GPU_SHAPE).contiguous(memory_format=memory_format)
@@ -111,18 +111,18 @@ def _measure_host(runs: int) -> Iterator[list[Found]]:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Every call on a CPU goes the way of the Triton kernels, whose launches do nothing; results are uninitialised."""
+    """Every CPU call runs the host code of the Triton kernels. Launches do nothing, so results are uninitialised."""
     from replknet.kernels.triton_launch import Launch
 
     def first(self: Any, tensors: object) -> None:
-        # takes any arguments, at once
+        # str.format stands for the launcher: it takes any arguments and returns at once
         self._direct = "".format, 0, None, lambda device: 0, -1
 
     choice, before, plain = Choice(measured=False), kernels.BACKENDS, Launch._first
     backend = replace(
         triton.BACKEND, refusal=lambda call: None, automatic=True, forward=choice.forward, backward=choice.backward
     )
-    # both are put back below
+    # both are restored below
     kernels.BACKENDS = (backend,)
     Launch._first = first  # type: ignore[method-assign]
     try:
@@ -130,7 +130,7 @@ def without_launches() -> Iterator[None]:
     finally:
         kernels.BACKENDS = before
         Launch._first = plain  # type: ignore[method-assign]
-        # whose launches do nothing
+        # the cached runs have launches that do nothing
         for cache in (triton_run.run_of, triton_run.gradient_of):
             cache.cache_clear()
 
@@ -153,7 +153,7 @@ def _autocast_step(tensors: list[Tensor], dy: Tensor) -> None:
 
 
 def _casts(tensors: list[Tensor], low: list[Tensor]) -> None:
-    """What torch does for autocast, and its gradients, without a convolution."""
+    """Torch's casts for autocast and the gradients of these casts, without a convolution."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = [t.to(torch.bfloat16) for t in tensors]
     torch.autograd.grad(cast, tensors, low)

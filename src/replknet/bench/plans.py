@@ -1,4 +1,4 @@
-"""How far the plans that the C++ core is given are from the best candidates: the cost model against the clock."""
+"""The cost model against the clock: how much slower the chosen plans of the C++ core are than the best candidates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from replknet.kernels import native
 from replknet.kernels.native_plan import BLOCK, Plan, candidates
 from replknet.timing import Load, Timing, interleaved
 
-# the chosen plan may take so many times the best candidate's time
+# largest time of the chosen plan, as a multiple of the best candidate's time
 TARGET = 1.3
-# candidates that are expected to take longer than so many times the chosen one are not tried
+# a candidate is not tried if its expected time is more than this multiple of the chosen plan's
 _HOPELESS = 4.0
-# channels of the map: as many as are expected to take so long, within bounds, since a call costs 20 us by itself
+# expected time of a call, and fewest and most blocks of channels; it must be long, since a call alone costs 20 us
 _LONG_NS = 400_000
 _BLOCKS = (4, 256)
 
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """The chosen plan's time as a multiple of the best candidate's, in the lower quantiles: the least disturbed."""
+        """The chosen plan's time divided by the best candidate's, both at the 20th percentile, the least disturbed."""
         return self.times[self.chosen].p20_ms / self.times[self.best].p20_ms
 
 
@@ -63,7 +63,7 @@ def channels(h: int, w: int, kh: int, kw: int) -> int:
 
 
 def compare(h: int, w: int, kh: int, kw: int, runs: int = 10) -> Comparison:
-    """Times all candidates that are not hopeless on one h x w map, channels_last, one thread."""
+    """Time all candidates that are not hopeless, on one h x w map, channels_last, with one thread."""
     c = channels(h, w, kh, kw)
     x = torch.randn(1, c, h, w).contiguous(memory_format=torch.channels_last)
     weight, y = torch.randn(c, 1, kh, kw), torch.empty_like(x)
@@ -74,7 +74,7 @@ def compare(h: int, w: int, kh: int, kw: int, runs: int = 10) -> Comparison:
 
 
 def measure(names: list[str], runs: int) -> Iterator[list[Found]]:
-    """For each shape: a record of the chosen plan and of the best candidate."""
+    """For each shape: one record of the chosen plan and one of the best candidate."""
     for name in names:
         load = Load()
         h, w, kh, kw = SHAPES[name]

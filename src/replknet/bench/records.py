@@ -1,4 +1,4 @@
-"""Records of measurements, one JSON line each, with the machine and the versions that they are of."""
+"""Records of measurements, one JSON line each, with their machine and versions."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def _device() -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    # torch's own text names its build, too
+    # torch's own text also names its build
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("replknet", "timm", "onnxruntime", "openvino"):
         try:
@@ -45,7 +45,7 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """The commit that this file is of, with a mark if anything differs from it; "unknown" when installed."""
+    """The commit of this source tree, with a mark if the tree differs from it; "unknown" if installed."""
     here = Path(__file__)
     try:
         tracked = _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
@@ -106,14 +106,14 @@ class Record:
 
 
 def append(path: Path, records: list[Record]) -> None:
-    """Add records to a file; earlier ones are never edited."""
+    """Append records to a file; earlier records are never edited."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(record.json() + "\n" for record in records)
 
 
 def peak_gflops() -> float:
-    """What one product of 1024x1024 matrices reaches with torch's threads: the best of twenty, float32."""
+    """GFLOP/s of a product of 1024x1024 matrices in float32 with torch's threads: the best of 21."""
     a = torch.randn(1024, 1024)
     best = min(milliseconds(lambda: a @ a) for _ in range(21))
     return round(2 * 1024**3 / best / 1e6, 1)

@@ -1,10 +1,11 @@
-"""RepLKNet-31B beside the networks that the paper compares it with: costs, times and peaks of memory.
+"""RepLKNet-31B and the networks that the paper compares it with: costs, times and peak memory.
 
-Weights are random, one image, float32, in inference mode. RepLKNet is merged, its batch norms folded; the others are as
-timm builds them, the batch norms of the ResNets unfolded. Every network is timed in both memory formats and credited
-with the faster. The peak of memory is of a process of its own, which loads the network and runs it once.
+Weights are random; the input is one image in float32, in inference mode. RepLKNet is merged, with batch norms folded.
+The others are as timm builds them, with the batch norms of the ResNets unfolded. Every network is timed in both memory
+formats, and the faster one counts.
 
-`python -m replknet.bench.rivals FILE SIZE LAYOUT BACKEND DEVICE THREADS` is that process.
+Peak memory is measured in a separate process, which loads the network and runs it once:
+`python -m replknet.bench.rivals FILE SIZE LAYOUT BACKEND DEVICE THREADS`.
 """
 
 import json
@@ -31,13 +32,13 @@ from replknet.timing import Load, Timing, interleaved
 Layout = Literal["nhwc", "nchw"]
 Bar = tuple[float, float, float, float | None, float | None]
 _FORMATS: dict[Layout, torch.memory_format] = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-# relative L2 difference of a network's outputs in different ways that is taken for rounding
+# a relative L2 difference between a network's outputs in two ways up to this counts as rounding
 _BOUND = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """What the networks do: one image `[1,3,size,size]` to 1000 logits, or, if dense, to four levels of features."""
+    """What the networks do: one image `[1,3,size,size]` to 1000 logits or, if dense, to four levels of features."""
 
     name: str
     size: int
@@ -55,12 +56,12 @@ class Rival:
     """One network of the comparison.
 
     Args:
-        name: for people.
+        name: name for people.
         model: timm's name.
-        at_384: the same network built for 384 pixels, where that is another one.
+        at_384: timm's name of the version for 384 pixels, if that is another model.
         sized: whether timm must be told the size of the images.
-        convolution: of the depthwise layers: "torch" leaves the network as timm has it, "operator" merges and
-            accelerates it, "aten" does the same and forces the backend that is torch's own convolution.
+        convolution: convolution of the depthwise layers. "torch" leaves the network as timm builds it. "operator"
+            merges and accelerates it. "aten" does so, too, and forces torch's own convolution.
     """
 
     name: str
@@ -86,20 +87,20 @@ RIVALS: dict[str, Rival] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What papers say of a network, pretrained on ImageNet-1K alone; None where we know of no source.
+    """Published results of a network pretrained on ImageNet-1K alone; None if we know no source.
 
     Args:
-        top1_224: ImageNet, %, at 224 pixels.
-        top1_384: the same at 384.
-        gmacs_224: multiply-adds in units of 10**9 (the papers print them as FLOPs), at 224 pixels.
-        gmacs_384: the same at 384.
+        top1_224: top-1 on ImageNet, %, at 224 pixels.
+        top1_384: top-1 on ImageNet, %, at 384 pixels.
+        gmacs_224: multiply-adds in units of 10**9, at 224 pixels; the papers print them as FLOPs.
+        gmacs_384: multiply-adds in units of 10**9, at 384 pixels.
         ade20k: mIoU of UperNet, %, single-scale and multi-scale.
-        cityscapes: the same.
+        cityscapes: mIoU of UperNet, %, single-scale and multi-scale.
         coco: AP of boxes and masks, Cascade Mask R-CNN, 3x schedule.
 
-    Source: Ding et al. 2022, arXiv:2203.06717, Table 6 and the official README (RepLKNet and Swin on ImageNet,
-    Cityscapes; RepLKNet everywhere); the journal version, arXiv:2410.08049, Table 7 (ADE20K); Chen et al. 2024,
-    arXiv:2403.07589 (COCO of Swin and ConvNeXt).
+    Source: Ding et al. 2022, arXiv:2203.06717, Table 6 and the official README: RepLKNet everywhere, Swin on ImageNet
+    and Cityscapes. The journal version, arXiv:2410.08049, Table 7: ADE20K. Chen et al. 2024, arXiv:2403.07589: Swin
+    and ConvNeXt on COCO.
     """
 
     top1_224: float | None = None
@@ -138,7 +139,7 @@ PUBLISHED: dict[str, Published] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a process of its own; on a CUDA device, of what torch allocated there, without the libraries."""
+    """Memory of a separate process; on a CUDA device, what torch allocated there, without the libraries."""
 
     program_bytes: int  # held before the network is loaded: Python, torch and timm, the same for all
     loaded_bytes: int  # held before the first run: with the weights
@@ -148,7 +149,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class RivalRecord:
-    """What one network costs in one mode; `asdict` of it is JSON."""
+    """What one network costs in one mode; `asdict` gives JSON."""
 
     name: str
     mode: str
@@ -159,14 +160,14 @@ class RivalRecord:
     multiply_adds: int  # of one image, padding included
     timings: Mapping[Layout, Timing]
     layout: Layout  # the faster
-    memory: Memory | None  # in that layout; None where neither Linux nor CUDA tells
+    memory: Memory | None  # in that layout; None if neither Linux nor CUDA reports it
     device: str
     threads: int
     load: Mapping[str, float | None]
 
     @property
     def timing(self) -> Timing:
-        """In the faster memory format."""
+        """The time in the faster memory format."""
         return self.timings[self.layout]
 
 
@@ -177,21 +178,21 @@ def measure(
     limit_s: float = 60.0,
     device: str = "cpu",
 ) -> list[RivalRecord]:
-    """Count, time in turns in one process, and run once in processes of their own.
+    """Count the networks, time them in turns in one process, and run each once in its own process.
 
     Args:
         mode: one of `MODES`.
-        names: of `RIVALS`; None for all. Two copies of each are held at once, 5 GB for all.
+        names: names in `RIVALS`; None for all. Two copies of each network are held at once, 5 GB for all.
         runs: rounds, at least 2.
-        limit_s: seconds after which one network in one layout sits out, after three rounds.
-        device: "cpu" or "cuda". There torch's convolutions may be in TF32, whose results differ by more than rounding:
-            `torch.backends.cudnn.conv.fp32_precision = "ieee"` before.
+        limit_s: a network in one layout that has taken this many seconds sits out after three rounds.
+        device: "cpu" or "cuda". On CUDA, torch's convolutions may use TF32, and results then differ by more than
+            rounding: set `torch.backends.cudnn.conv.fp32_precision = "ieee"` before.
 
     Returns:
-        A record a network, in the order of the names.
+        One record a network, in the order of the names.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: there is no network of that name.
         RuntimeError: a network's outputs are not finite, or differ between two ways by more than rounding.
     """
     names = list(RIVALS) if names is None else names
@@ -247,43 +248,43 @@ def network(rival: Rival, mode: Mode) -> nn.Module:
     """A network with random weights, ready for inference.
 
     Args:
-        rival: which.
-        mode: for which images, and with which outputs.
+        rival: the network to build.
+        mode: size of its images and kind of its outputs.
 
     Returns:
-        In eval mode; logits `[1,1000]`, or a list of four levels at 1/4, 1/8, 1/16 and 1/32 of the image.
+        The network in eval mode. It gives logits `[1,1000]`, or four levels, at 1/4, 1/8, 1/16 and 1/32 of the image.
     """
     torch.manual_seed(0)
     options: dict[str, Any] = {"num_classes": 1000}
     if mode.dense:
-        # a ResNet has one more, before these
+        # the last four levels: a ResNet has one more before them
         options = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     if rival.sized:
         options["img_size"] = mode.size
     model = timm.create_model(_model(rival, mode), **options).eval()
     if rival.convolution == "torch":
         return model
-    # each leaves alone what is not its own
+    # both leave layers that they do not know unchanged
     model = merge(model)
     accelerate(model)
     return model
 
 
 def peak(model: nn.Module, size: int, layout: Layout, backend: str | None, device: str = "cpu") -> Memory | None:
-    """Peak of memory of a process that loads a network and runs it once on one image.
+    """Memory of a process that loads a network and runs it once on one image.
 
     Args:
-        model: which; it is copied through a file.
+        model: the network; the process reads it from a file.
         size: side of the image, pixels.
-        layout: of the image and the weights.
-        backend: that is forced, or None.
+        layout: memory format of the image and the weights.
+        backend: the backend to force, or None.
         device: "cpu" or "cuda".
 
     Returns:
-        What it held and its peaks; None on a CPU without Linux, which does not tell.
+        What the process held and its peaks; None on a CPU without Linux, where the system does not report them.
 
     Raises:
-        RuntimeError: that process failed; the text has its last words.
+        RuntimeError: the process failed; the text has its last line on stderr.
     """
     if device == "cpu" and platform.system() != "Linux":
         return None
@@ -303,7 +304,7 @@ def _run_once(file: str, size: str, layout: Layout, backend: str, device: str, t
     """The fields of `Memory`, in a process that has done nothing else."""
     torch.set_num_threads(int(threads))
     program = _held(device)[0]
-    # written by this package, a moment ago
+    # safe: this package wrote the file a moment ago
     model = torch.load(file, map_location=device, weights_only=False)
     x = torch.randn(1, 3, int(size), int(size), device=device).contiguous(memory_format=_FORMATS[layout])
     loaded, loaded_peak = _held(device)
@@ -320,7 +321,7 @@ def _held(device: str) -> tuple[int, int]:
     """Bytes held by this process or on the device, and their peak."""
     if device != "cpu":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    # of this program alone; getrusage would give the peak of the one that started it
+    # this program alone; getrusage would give the peak of the program that started it
     status = Path("/proc/self/status").read_text()
     rss, hwm = (1024 * int(status.split(f"{field}:")[1].split()[0]) for field in ("VmRSS", "VmHWM"))
     return rss, hwm
@@ -331,7 +332,7 @@ def _model(rival: Rival, mode: Mode) -> str:
 
 
 def _key(rival: Rival) -> tuple[str, bool]:
-    """Of the network in memory: one with a forced backend is the same as without."""
+    """The key of the network in memory; a forced backend needs no other network."""
     return rival.model, rival.convolution != "torch"
 
 
@@ -358,7 +359,7 @@ def _compare(
     networks: Mapping[tuple[str, bool], Mapping[Layout, nn.Module]],
     images: Mapping[Layout, Tensor],
 ) -> None:
-    """An error unless all ways of a network give the same finite outputs."""
+    """Raise an error unless all ways of a network give the same finite outputs."""
     first: dict[str, list[Tensor]] = {}
     for rival in rivals:
         for layout, model in networks[_key(rival)].items():

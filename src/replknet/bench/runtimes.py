@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# what must be importable for each
+# packages that each runtime needs
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 
 NAMES = tuple(_NEEDS)
@@ -19,13 +19,13 @@ def missing() -> list[str]:
 
 
 def installed() -> dict[str, Callable[[Tensor, Tensor, int], Callable[[], Any]]]:
-    """Name -> a function of x `[N,C,H,W]`, weight `[C,1,K,K]` and threads that prepares the call to be timed."""
+    """Name -> a function that prepares the timed call, from x `[N,C,H,W]`, weight `[C,1,K,K]` and threads."""
     ways = {"onnxruntime": _onnxruntime, "openvino": _openvino}
     return {name: way for name, way in ways.items() if name not in missing()}
 
 
 def _onnxruntime(x: Tensor, weight: Tensor, threads: int) -> Callable[[], Any]:
-    """A new output each call; idle threads do not spin, since they would disturb torch's."""
+    """Each call gives a new output. Idle threads do not spin, since they would disturb torch's threads."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -51,7 +51,7 @@ def _onnxruntime(x: Tensor, weight: Tensor, threads: int) -> Callable[[], Any]:
 
 
 def _openvino(x: Tensor, weight: Tensor, threads: int) -> Callable[[], Any]:
-    """Input and output are shared with the runtime, so there is no copy: its best case."""
+    """The runtime shares input and output, so there is no copy: its best case."""
     import openvino
     from openvino import opset13
 

@@ -1,7 +1,7 @@
 """Table 1 of the paper: what a stack of 24 depthwise layers costs as its kernels grow, the operator against torch.
 
-All kernels and ways of one resolution are timed in turns in one process, so that their ratios can be trusted. A way
-whose result misses float64 gets no time.
+All kernels and ways of one resolution are timed in turns in one process, so their ratios can be trusted. A way whose
+result misses float64 gets no time.
 """
 
 import math
@@ -22,16 +22,16 @@ from replknet.ops.call import call_of
 from replknet.timing import Timing, interleaved
 
 Way = Literal["operator nhwc", "torch nhwc", "operator nchw", "torch nchw", "triton nhwc", "triton nchw"]
-# on every device; a GPU has the Triton kernels as well, which no automatic choice takes
+# ways on every device, and further ways on a GPU: the Triton kernels by force
 WAYS: tuple[Way, ...] = ("torch nhwc", "torch nchw", "operator nhwc", "operator nchw")
 ON_GPU: tuple[Way, ...] = ("triton nhwc", "triton nchw")
 KERNELS = (3, 5, 7, 9, 13, 17, 21, 27, 29, 31)
 RESOLUTIONS = (16, 32, 64)
 LAYERS = 24
 CHANNELS = 384
-# channels and images whose result is computed in float64, the first and the last among them
+# channels, and images, that are checked in float64, with the first and the last
 _CHECKED = 4
-# error of a layer's sums or transforms, in units of float32's rounding
+# allowed error of a layer's sums or transforms, in units of float32's eps
 _SUMS = 4.0
 
 
@@ -39,8 +39,8 @@ def _row(*times_ms: float) -> dict[int, float]:
     return dict(zip(KERNELS, times_ms, strict=True))
 
 
-# Ding et al. 2022, arXiv:2203.06717, Table 1, as its journal version, arXiv:2410.08049, repeats it: ms by kernel side,
-# for 64 images on a 2080Ti with PyTorch 1.9 and cuDNN 7.6 in float32; "ours" is the authors' convolution
+# Ding et al. 2022, arXiv:2203.06717, Table 1, repeated in the journal version, arXiv:2410.08049. Kernel side -> ms, for
+# 64 images in float32 on a 2080Ti with PyTorch 1.9 and cuDNN 7.6. "ours" is the authors' convolution
 PAPER_TABLE_1: dict[tuple[int, Literal["PyTorch", "ours"]], dict[int, float]] = {
     (16, "PyTorch"): _row(5.6, 11.0, 14.4, 17.6, 36.0, 57.2, 83.4, 133.5, 150.7, 171.4),
     (16, "ours"): _row(5.6, 6.5, 6.4, 6.9, 7.5, 8.4, 8.4, 8.4, 8.3, 8.4),
@@ -76,27 +76,28 @@ def measure(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[StackTime | Wrong]:
-    """Time stacks of depthwise layers, each on the result of the one before it, with weights of its own.
+    """Time stacks of depthwise layers; each layer has its own weights and takes the result of the layer before it.
 
     Args:
         resolution: side of the maps, pixels.
         kernels: sides of the kernels, pixels, odd; one stack each.
-        batch: images; the paper has 64.
-        layers: of a stack.
-        channels: of every layer.
-        ways: what to compare, by who computes and the memory format; None for `WAYS`, and on a CUDA device those of
-            `ON_GPU` that take every stack. torch's contiguous convolution takes seconds for large kernels on a CPU.
+        batch: number of images; the paper has 64.
+        layers: number of layers in a stack.
+        channels: channels of every layer.
+        ways: ways to compare: who computes, and the memory format. None for `WAYS`, and on a CUDA device also for the
+            ways in `ON_GPU` that take every stack. On a CPU, torch's contiguous convolution takes seconds for large
+            kernels.
         runs: rounds, at least 2.
-        limit_s: seconds after which one stack of one way sits out, after three rounds.
-        device: "cpu" or "cuda". There torch's float32 convolutions may be in TF32, which is refused as wrong:
+        limit_s: a stack of one way that has taken this many seconds sits out after three rounds.
+        device: "cpu" or "cuda". On CUDA, torch's float32 convolutions may use TF32, which is refused as wrong: set
             `torch.backends.cudnn.conv.fp32_precision = "ieee"` before.
-        dtype: of values and weights.
+        dtype: dtype of values and weights.
 
     Returns:
-        One entry a kernel and way: first what is wrong, then the times, kernel by kernel.
+        One entry a kernel and way: first the wrong ways, then the times, kernel by kernel.
 
     Raises:
-        ValueError: there is no such way.
+        ValueError: there is no way of that name.
         RuntimeError: a Triton way was asked for by name and does not take a stack.
     """
     for way in ways or ():
@@ -104,7 +105,7 @@ def measure(
             raise ValueError(f"no way is called {way!r}; there are {', '.join(get_args(Way))}")
     x = torch.randn(batch, channels, resolution, resolution, generator=torch.Generator().manual_seed(0))
     x = x.to(device, dtype)
-    # one for all stacks: that of the paper's largest has 400 MB
+    # one tensor for all stacks: at the paper's largest size it has 400 MB
     last = x.contiguous(memory_format=torch.channels_last)
     stacks = [_stack(x, last, kernel, layers) for kernel in kernels]
     if ways is None:
@@ -157,7 +158,7 @@ class _Run:
 
 
 def _stack(x: Tensor, last: Tensor, kernel: int, layers: int) -> _Stack:
-    """Weights that leave every channel of every layer's result with a mean square of one."""
+    """A stack with weights that give every channel of every layer's result a mean square of one."""
     generator = torch.Generator().manual_seed(kernel)
     weights = []
     y = x.float()
@@ -198,7 +199,7 @@ def _torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _part(x: Tensor) -> Tensor:
-    """Some images and channels, the first and the last among them, in float64."""
+    """Some images and channels, with the first and the last, in float64."""
     for axis in (0, 1):
         chosen = torch.linspace(0, x.shape[axis] - 1, min(x.shape[axis], _CHECKED)).round().long()
         x = x.index_select(axis, chosen.to(x.device))
@@ -213,10 +214,10 @@ def _truth(stack: _Stack) -> Tensor:
 
 
 def _excess(stack: _Stack, found: Tensor, truth: Tensor) -> float:
-    """The worst channel's relative error in the L2 norm, as a multiple of what is allowed.
+    """The largest relative L2 error of a channel, as a multiple of the allowed error.
 
-    Allowed is for each layer the rounding of its result, and that of sums or Fourier transforms in float32; the layers'
-    errors add up.
+    Each layer may round its result and may have the error of sums or Fourier transforms in float32. The errors of all
+    layers add up.
     """
     if found.shape != stack.x.shape or not found.isfinite().all():
         return math.inf

@@ -1,4 +1,4 @@
-"""What people read: rows of a measurement, and what a suite says as a whole."""
+"""Text for people: the rows of a measurement, and what a suite says as a whole."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,18 +19,18 @@ HEADER_NETWORKS = (
 )
 HEADER_OVERHEAD = f"{'case':<12} {'what':<17} {'way':<14} {'backend':<11} {'p50 us':>8} {'beyond torch':>13}  target"
 HEADER_PLANS = f"{'case':<20} {'us':>9} {'x best':>7}  plan"
-# slower than this times torch's better layout is too slow on the grid
+# on the grid, more than this multiple of torch's better layout is too slow
 _TOO_SLOW = 1.05
-# 31x31 against torch's 3x3: at R=16, and at every R with 64 images
+# largest time of 31x31 as a multiple of torch's 3x3, at R=16 and, with 64 images, at every R
 _TARGET_LARGE = 1.5
 
 
 def explanation(record: Record) -> list[str]:
-    """What the columns mean; the record is one of those in the table."""
+    """What the columns mean; `record` is any record of the table."""
     lines = [
         "x nhwc, x nchw, x torch: times faster than torch's channels_last, its contiguous, and the faster of the two",
-        "GFLOP/s: of a direct sum that leaves out the padding; a way that goes through Fourier transforms computes",
-        "fewer, so that these are effective ones and may be more than the peak",
+        "GFLOP/s: operations of a direct sum without padding, divided by the time; Fourier transforms need fewer, so",
+        "their effective rate may exceed the peak",
         f"of peak: {record.peak_gflops:g} GFLOP/s, {record.peak_from}, threads: {record.threads}",
     ]
     missing = runtimes.missing()
@@ -40,7 +40,7 @@ def explanation(record: Record) -> list[str]:
 
 
 def rows(found: Iterable[Found]) -> list[str]:
-    """A heading and one line a way, for one workload of one of the suites of layers."""
+    """A heading and one line a way, for one workload of a suite of layers."""
     found = list(found)
     records = [record for record in found if isinstance(record, Record)]
     rivals = _rivals({record.way: record.timing.p50_ms for record in records})
@@ -90,7 +90,7 @@ def _wrong(w: Wrong) -> str:
 
 
 def large_against_small(records: Iterable[Record]) -> list[str]:
-    """Table 1 in a line for each N and R: what 31x31 costs in the operator against 3x3 in torch."""
+    """Table 1 in one line for each N and R: what 31x31 costs in the operator against 3x3 in torch."""
     best: dict[tuple[int, int, int, str], float] = {}
     for record in records:
         if record.suite != "table1" or record.what != "forward" or record.shape is None or record.kernel is None:
@@ -133,7 +133,7 @@ def worst_of_grid(records: Iterable[Record], shown: int = 10) -> list[str]:
 
 
 def overhead_rows(found: Iterable[Found]) -> list[str]:
-    """Microseconds a call, and how many of them the operator adds to torch's own, or to torch's casts, in a layout."""
+    """Microseconds a call, and how many of them the operator adds to torch's own call, or to torch's casts."""
     records = [record for record in found if isinstance(record, Record)]
     times = {record.way: 1e3 * record.timing.p50_ms for record in records}
     lines = []
@@ -159,7 +159,7 @@ def _under(us: float, target: float) -> str:
 
 
 def plan_rows(found: Iterable[Found]) -> list[str]:
-    """The plan that a shape gets, its time, and how much longer it takes than the best candidate."""
+    """The chosen plan of a shape, its time, and this time divided by the best candidate's."""
     chosen, best = [record for record in found if isinstance(record, Record)]
     ratio = chosen.timing.p20_ms / best.timing.p20_ms
     lines = [f"{chosen.case:<20} {1e3 * chosen.timing.p20_ms:>9.1f} {ratio:>7.2f}  {chosen.way}"]
@@ -171,7 +171,7 @@ def plan_rows(found: Iterable[Found]) -> list[str]:
 
 
 def network_rows(found: Iterable[Found]) -> list[str]:
-    """One line a way, with its speed relative to the same layout before."""
+    """One line a way, with its speed relative to "before" in the same layout."""
     found = list(found)
     times = {record.way: record.timing.p50_ms for record in found if isinstance(record, Record)}
     lines = []

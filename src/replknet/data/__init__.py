@@ -1,1 +1,1 @@
-"""Data sets, a file each, and transforms."""
+"""Data sets, one a file, and transforms."""

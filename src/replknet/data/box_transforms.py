@@ -1,4 +1,4 @@
-"""What happens to an image and the objects in it together, as in mmdetection's configurations for RepLKNet."""
+"""Transforms of an image together with its objects, as in mmdetection's configurations for RepLKNet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from replknet.data.mask_transforms import DISTORTION, Normalize, fitted
 
 Targets = dict[str, Tensor]
 
-# sides of a crop of DETR, pixels
+# shortest and longest side of DETR's random crops, pixels
 _SMALLEST_CROP, _LARGEST_CROP = 384, 600
-# pixels; a box with a shorter side is none
+# pixels; a box with a shorter side is dropped
 _SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
 class ForTraining:
-    """A random flip, crop and size; boxes are clipped to what is left of the image, and those outside are dropped.
+    """Random flip, crop and size. Boxes are clipped to the new image; boxes outside it are dropped.
 
-    A target's area changes as its box's does. What is drawn comes from torch's generator.
+    The area of a target scales with the area of its box. Random numbers come from torch's generator.
 
     Args:
-        scales: longer and shorter side that an image is fitted into, pixels; one is drawn.
+        scales: (longer, shorter) sides that an image is fitted into, pixels; one pair is drawn.
         normalize: the last step of the image.
-        crop_scales: as DETR does, half of the images are first fitted into one of these, and a rectangle with sides
-            from 384 to 600 pixels is cut out, which may have no object; none for no crops.
+        crop_scales: as in DETR, half of the images are first fitted into one of these scales and cropped. The crop is a
+            random rectangle with sides from 384 to 600 pixels; it may have no object. Empty: no crops.
         flip: share of the images that are mirrored.
         distort: whether to distort the colours.
 
     Raises:
-        ValueError: there are no scales, or their sides are not positive and in the order (longer, shorter).
+        ValueError: there are no scales, or a scale is not (longer, shorter) with positive sides.
     """
 
     scales: Sequence[tuple[int, int]]
@@ -56,8 +56,9 @@ class ForTraining:
         """The image `[3,H,W]`, uint8, as float32 `[3,H',W']`, and its targets.
 
         Args:
-            image: as it was read.
-            targets: `boxes` `[n,4]` (x1, y1, x2, y2), `labels`, `crowd`, `area` `[n]`, and perhaps `masks` `[n,H,W]`.
+            image: the image as read from its file.
+            targets: `boxes` `[n,4]` (x1, y1, x2, y2), `labels`, `crowd`, `area` `[n]`, and optionally `masks`
+                `[n,H,W]`.
         """
         before = _areas(targets["boxes"])
         if torch.rand(()) < self.flip:
@@ -77,16 +78,16 @@ class ForTraining:
 
 @dataclass(frozen=True)
 class ForEvaluation:
-    """An image fitted into a scale; its targets stay those of the image as it was read, which scores are about.
+    """Fit an image into a scale. Targets keep the pixels of the original image, since scores are computed there.
 
-    `rescaled` brings what a network predicts to the same size.
+    `rescaled` brings predictions back to the original size.
 
     Args:
-        scale: longer and shorter side, pixels.
+        scale: (longer, shorter) side that the image is fitted into, pixels.
         normalize: the last step of the image.
 
     Raises:
-        ValueError: the sides are not positive and in the order (longer, shorter).
+        ValueError: the scale is not (longer, shorter) with positive sides.
     """
 
     scale: tuple[int, int]
@@ -96,23 +97,24 @@ class ForEvaluation:
         _check(self.scale)
 
     def __call__(self, image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-        """The image `[3,H,W]`, uint8, as float32 `[3,H',W']`, and its targets as they came."""
+        """The image `[3,H,W]`, uint8, as float32 `[3,H',W']`, and its targets unchanged."""
         return self.normalize(_fitted_image(image, self.scale)), targets
 
 
 def rescaled(prediction: Targets, from_size: tuple[int, int], to_size: tuple[int, int]) -> Targets:
-    """Boxes and masks of an image that was resized, in pixels of another size of it.
+    """Convert predicted boxes and masks from one size of an image to another.
 
     Args:
-        prediction: `boxes` `[n,4]` (x1, y1, x2, y2), perhaps `masks` `[n,H,W]`, probabilities; all else stays.
-        from_size: (height, width) that the network saw, without what fills up a batch.
+        prediction: `boxes` `[n,4]` (x1, y1, x2, y2), optionally `masks` `[n,H,W]`, probabilities. Other entries stay
+            unchanged.
+        from_size: (height, width) that the network saw, without the padding of a batch.
         to_size: (height, width) of the result.
 
     Returns:
         A new dict: boxes multiplied, masks `[n,*to_size]` interpolated bilinearly.
 
     Raises:
-        ValueError: the masks are not of `from_size`.
+        ValueError: the masks do not have the size `from_size`.
     """
     result = {**prediction, "boxes": _scaled(prediction["boxes"], from_size, to_size)}
     masks = prediction.get("masks")
@@ -126,14 +128,14 @@ def rescaled(prediction: Targets, from_size: tuple[int, int], to_size: tuple[int
 
 
 class BoxSet(Dataset[Any]):
-    """Images and the objects in them, transformed together.
+    """Images and their objects, transformed together.
 
     Args:
-        images: with their targets.
-        transform: from an image `[3,H,W]`, uint8, and targets to what the network gets and what it is compared with.
+        images: images with their targets.
+        transform: maps an image `[3,H,W]`, uint8, and its targets to the network's input and new targets.
 
-    An item is (image, targets). The targets have also `image_id` `[]`, int64, and `size` `[2]`, int64: (height, width)
-    of the image as it was read.
+    An item is (image, targets). The targets also have `image_id` `[]`, int64, and `size` `[2]`, int64: (height, width)
+    of the original image.
     """
 
     def __init__(self, images: CocoImages, transform: Callable[[Tensor, Targets], tuple[Tensor, Targets]]) -> None:
@@ -151,11 +153,8 @@ class BoxSet(Dataset[Any]):
 
 
 def listed(items: Sequence[tuple[Tensor, Targets]]) -> tuple[list[Tensor], list[Targets]]:
-    """For a loader: a batch of images of different sizes and their targets, as two lists."""
+    """Collate a batch of images of different sizes and their targets into two lists."""
     return [image for image, _ in items], [targets for _, targets in items]
-
-
-# ---- steps
 
 
 def _check(scale: tuple[int, int]) -> None:
@@ -185,13 +184,13 @@ def _flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
 
 
 def _fitted_image(image: Tensor, scale: tuple[int, int]) -> Tensor:
-    # one pixel at least, however long the image is
+    # at least one pixel, even for a very long image
     size = [max(1, side) for side in fitted(image.shape[-2], image.shape[-1], *scale)]
     return F.resize(image, size, InterpolationMode.BILINEAR, antialias=False)
 
 
 def _scaled(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Boxes of an image of one (height, width), in another."""
+    """Boxes in pixels of the (height, width) `new`, from boxes in pixels of `old`."""
     y, x = (b / a for a, b in zip(old, new, strict=True))
     return boxes * boxes.new_tensor([x, y, x, y])
 
@@ -201,13 +200,13 @@ def _resized(image: Tensor, targets: Targets, scale: tuple[int, int]) -> tuple[T
     size = resized.shape[-2:]
     targets = {**targets, "boxes": _scaled(targets["boxes"], image.shape[-2:], size)}
     if "masks" in targets:
-        # exact: the plain one shifts a mask by half a pixel against its box
+        # NEAREST would shift a mask by half a pixel against its box
         targets["masks"] = F.resize(targets["masks"], list(size), InterpolationMode.NEAREST_EXACT)
     return resized, targets
 
 
 def _cropped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-    """A rectangle of random sides and place; a box outside has no area then."""
+    """Cut out a rectangle of random sides and place; boxes outside it end with no area."""
     (top, height), (left, width) = (_cut(side) for side in image.shape[-2:])
     boxes = _clipped(targets["boxes"] - targets["boxes"].new_tensor([left, top, left, top]), height, width)
     targets = {**targets, "boxes": boxes}

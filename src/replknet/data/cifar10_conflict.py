@@ -1,9 +1,9 @@
-"""Texture-shape conflicts of our own from CIFAR-10's test images; they are not the stimuli of Geirhos et al.
+"""Our own texture-shape conflicts from CIFAR-10's test images; they are not the stimuli of Geirhos et al.
 
-An image is split into its cartoon, the large regions with their sharp outlines, and the texture that remains (Meyer
-2001, "Oscillating Patterns in Image Processing and Nonlinear Evolution Equations"; the cartoon of Rudin, Osher and
-Fatemi 1992). A conflict is the cartoon of one image plus the texture of another, whose patches have changed places, so
-that it has fine detail and no outline. docs/shape-bias.md has the check that both can be recognised.
+An image is split into two parts (Meyer 2001, "Oscillating Patterns in Image Processing and Nonlinear Evolution
+Equations"). The cartoon has the large regions with sharp outlines (Rudin, Osher and Fatemi 1992). The texture is the
+rest. A conflict is the cartoon of one image plus the texture of another. The patches of the texture change places, so
+that it keeps fine detail and loses outlines. docs/shape-bias.md checks that both can be recognised.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch.nn.functional import pad
 from replknet.data.cifar10 import CLASSES, Arrays
 from replknet.data.sampling import number
 
-# how much of an image's variation is texture, grey levels: the larger, the less is left to the cartoon
+# strength of the split, grey levels: a larger value moves more of the image into the texture
 STRENGTH = 60.0
-# side of the patches of texture that change places, pixels
+# side of the texture patches that change places, pixels
 PATCH = 8
 
-# at STRENGTH the cartoon is then 0.6 grey levels (root mean square) from its limit
+# after these steps at STRENGTH, the cartoon is 0.6 grey levels (root mean square) from its limit
 _STEPS = 40
 # images at a time, so that their arrays stay in the processor's cache
 _CHUNK = 50
@@ -35,8 +35,8 @@ class Conflicts:
         images: `[N,3,32,32]`, uint8.
         shapes: class of the shape, `[N]`, int64.
         textures: class of the texture, `[N]`.
-        shape_cues: what of each image is shape alone, `[N,3,32,32]`, uint8.
-        texture_cues: what is texture alone, on mid-grey.
+        shape_cues: the shape part of each image, `[N,3,32,32]`, uint8.
+        texture_cues: the texture part on mid-grey, `[N,3,32,32]`, uint8.
     """
 
     images: Tensor
@@ -47,16 +47,16 @@ class Conflicts:
 
 
 def conflicts(arrays: Arrays, each: int = 100, seed: int = 0) -> Conflicts:
-    """Conflicts of CIFAR-10's test images, equally many for each ordered pair of different classes.
+    """Make conflicts from CIFAR-10's test images, equally many for each ordered pair of different classes.
 
     Args:
         arrays: what `cifar10.load` returns.
-        each: images a pair of classes; 90 times as many in all. Up to a ninth of a class's images, none has its shape
-            or its texture used twice.
-        seed: of the pairs and of the patches' places.
+        each: images a pair of classes; there are 90 pairs. Up to a ninth of a class's images, no image gives its
+            shape or its texture twice.
+        seed: seed of the pairs and of the patches' places.
 
     Returns:
-        The images, ordered by shape class and then by texture class; those of a seed are always the same.
+        The images, ordered by shape class and then by texture class. A seed always gives identical images.
 
     Raises:
         ValueError: `each` is not positive, or a class has no test images.
@@ -79,7 +79,7 @@ def conflicts(arrays: Arrays, each: int = 100, seed: int = 0) -> Conflicts:
 
 
 def _queues(labels: Tensor, each: int, generator: torch.Generator) -> list[Tensor]:
-    """For each class its images in random order, again and again until there are enough: `[9,each]`."""
+    """For each class its images in random order, repeated until there are enough: indices `[9,each]`."""
     queues = []
     for label, name in enumerate(CLASSES):
         own = (labels == label).nonzero()[:, 0]
@@ -95,18 +95,18 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def cartoons(x: Tensor, strength: float = STRENGTH) -> Tensor:
-    """Images without their texture: u that minimises TV(u) + |u - x|^2 / (2 strength), over the channels together.
+    """Images without their texture: u that minimises TV(u) + |u - x|^2 / (2 strength), over all channels together.
 
     Args:
-        x: `[N,C,H,W]`, float, grey levels.
-        strength: in grey levels; a larger one leaves less of the image.
+        x: images `[N,C,H,W]`, float, grey levels.
+        strength: grey levels; a larger value leaves less of the image.
 
     Returns:
         `[N,C,H,W]`, after a fixed number of steps.
 
-    Source: Rudin, Osher and Fatemi 1992, "Nonlinear total variation based noise removal algorithms"; by the fast
-        gradient projection of Beck and Teboulle 2009, "Fast gradient-based algorithms for constrained total variation
-        image denoising and deblurring problems", on the dual.
+    Source: Rudin, Osher and Fatemi 1992, "Nonlinear total variation based noise removal algorithms". The solver is
+        fast gradient projection on the dual: Beck and Teboulle 2009, "Fast gradient-based algorithms for constrained
+        total variation image denoising and deblurring problems".
     """
     return torch.cat([_cartoon(part, strength) for part in x.split(_CHUNK)])
 
@@ -117,7 +117,7 @@ def _cartoon(x: Tensor, strength: float) -> Tensor:
     for _ in range(_STEPS):
         # 8 is the largest eigenvalue of the divergence of the gradient
         moved = looked_at + _gradient(x + strength * _divergence(looked_at)) / (8 * strength)
-        # into the unit ball at each pixel
+        # project onto the unit ball at each pixel
         moved = moved / moved.square().sum((0, 2), keepdim=True).sqrt().clamp(min=1)
         faster = (1 + math.sqrt(1 + 4 * t * t)) / 2
         looked_at = moved + (t - 1) / faster * (moved - dual)
@@ -126,12 +126,12 @@ def _cartoon(x: Tensor, strength: float) -> Tensor:
 
 
 def _gradient(u: Tensor) -> Tensor:
-    """Differences to the pixel below and to the one on the right, none beyond the border: `[2,N,C,H,W]`."""
+    """Differences to the pixel below and to the pixel on the right, zero at the border: `[2,N,C,H,W]`."""
     return torch.stack([pad(u.diff(dim=2), (0, 0, 0, 1)), pad(u.diff(dim=3), (0, 1))])
 
 
 def _divergence(p: Tensor) -> Tensor:
-    """Minus the adjoint of `_gradient`, for fields that are zero where that is."""
+    """Minus the adjoint of `_gradient`, for fields that are zero at the border as a gradient is."""
     down, right = p
     return down - pad(down[..., :-1, :], (0, 0, 1, 0)) + right - pad(right[..., :-1], (1, 0))
 
@@ -141,7 +141,7 @@ def shuffled(x: Tensor, places: Tensor) -> Tensor:
 
     Args:
         x: `[N,C,H,W]`, sides a multiple of `PATCH`.
-        places: for each image the patch that comes to each place, row by row: `[N,patches]`, a permutation a row.
+        places: `[N,patches]`, a permutation for each image: for each place, row by row, the patch that moves there.
     """
     n, c, h, w = x.shape
     patches = (

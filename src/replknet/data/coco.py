@@ -1,4 +1,4 @@
-"""Images with boxes and masks of objects, in COCO's JSON: COCO itself, and any data set written like it."""
+"""Images with boxes and masks of objects, in COCO's JSON format: COCO itself, and any data set in that format."""
 
 import io
 import json
@@ -18,28 +18,28 @@ from torch import Tensor
 from replknet.data.images import ImageError, decoded
 from replknet.data.masks import Files
 
-# where a split's annotations and images are: as COCO is downloaded, and plainly
+# annotations and images of a split: COCO's own names, then plain names
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}.json", "{split}"),
 )
-# pixels; no coordinate of a real image is as large
+# pixels; larger than any coordinate of a real image
 _FAR = 1e6
 
 
 @cache
 def shipped_classes() -> tuple[str, ...]:
-    """The 80 classes of COCO in the order of their ids, which is that of the official weights."""
+    """The 80 classes of COCO in the order of their ids, as in the official weights."""
     return tuple(json.loads((Path(__file__).parent / "classes" / "coco.json").read_text())["classes"])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Images, annotations or categories that cannot be used, for one reason.
+    """Images, annotations or categories that cannot be used, all for one reason.
 
     Args:
         kind: what is wrong.
-        ids: those of the JSON.
+        ids: their ids in the JSON.
     """
 
     kind: str
@@ -51,26 +51,28 @@ class Problem:
 
 
 class CocoImages:
-    """Images and the objects in them.
+    """Images and their objects.
 
     Args:
-        data: a folder, or a zip archive of it, with `annotations/instances_SPLIT.json` and images in `SPLIT/`, or
-            COCO's own with `instances_train2017.json` and `train2017/`.
+        data: a folder, or a zip archive of it. It has `annotations/instances_SPLIT.json` and images in `SPLIT/`, or
+            COCO's own names, such as `instances_train2017.json` and `train2017/`.
         split: "train", "val" or "test".
         masks: whether an item has a mask for each object.
-        malformed: what cannot be used is an "error", or it is left out ("skip") and listed in `problems`. COCO's
-            train2017 itself has one box without height.
-        empty: keep images without objects; evaluation needs them, and mmdetection trains without them.
+        malformed: "error" refuses annotations, images and categories that cannot be used. "skip" leaves them out and
+            lists them in `problems`. COCO's train2017 itself has one box without height.
+        empty: whether to keep images without objects. Evaluation needs them; mmdetection trains without them.
 
-    An item is the image in RGB and its targets in the order of the JSON, for n objects: `boxes` `[n,4]`, float32, (x1,
-    y1, x2, y2) in pixels as they are annotated, some beyond the image; `labels` `[n]`, int64, from 0 in ascending
-    order of the categories' ids; `crowd` `[n]`, bool: many objects in one; `area` `[n]`, float32, the annotation's, or
-    the box's where it has none; and if asked for `masks` `[n,H,W]`, uint8, 0 or 1.
+    An item is the image in RGB and the targets of its n objects, in the order of the JSON:
+
+    - `boxes` `[n,4]`, float32: (x1, y1, x2, y2) in pixels as annotated; some reach beyond the image;
+    - `labels` `[n]`, int64: numbered from 0 in ascending order of the categories' ids;
+    - `crowd` `[n]`, bool: the object stands for many;
+    - `area` `[n]`, float32: the annotation's area, or the box's area if the annotation has none;
+    - `masks` `[n,H,W]`, uint8, 0 or 1: only with `masks=True`.
 
     Raises:
-        ImageError: files are not where they are expected, the JSON has another structure, or something in it cannot be
-            used; the text counts and names it. By an item: the image cannot be read, or has another size than the JSON
-            says.
+        ImageError: files are missing, the JSON has another structure, or entries in it cannot be used. The text counts
+            and names them. An item raises it if its image cannot be read or has another size than in the JSON.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class CocoImages:
         self.problems = tuple(Problem(kind, tuple(ids)) for kind, ids in wrong.items())
         if self.problems and malformed == "error":
             raise ImageError(
-                f"{data}: {self._annotations} has what cannot be used: {'; '.join(map(str, self.problems))}; correct "
+                f"{data}: a part of {self._annotations} cannot be used: {'; '.join(map(str, self.problems))}; correct "
                 'it, or leave it out with malformed="skip"'
             )
         kept = [id for id, image in images.items() if image is not None and (empty or objects[id])]
@@ -110,7 +112,7 @@ class CocoImages:
     def _images(
         self, entries: list[dict[str, Any]], folder: str, wrong: dict[str, list[int]]
     ) -> dict[int, dict[str, Any] | None]:
-        """Id -> entry with its (height, width), or None for one without a file."""
+        """Id -> entry with its `size` (height, width), or None if the file is missing."""
         there = set(self._files.below(folder))
         images: dict[int, dict[str, Any] | None] = {}
         for id, entry in _unique(entries, "image", wrong).items():
@@ -126,7 +128,7 @@ class CocoImages:
         return images
 
     def _pack(self, objects: Sequence[Sequence[dict[str, Any]]]) -> None:
-        """Into few arrays, since workers would copy many small Python objects page by page."""
+        """Store the objects in a few arrays: workers would copy many small Python objects page by page."""
         self._first = torch.tensor([0, *(len(some) for some in objects)]).cumsum(0)
         all_ = [one for some in objects for one in some]
         category = {id: label for label, id in enumerate(self.category_ids)}
@@ -192,11 +194,8 @@ class _Texts:
         return self._bytes[first : self._end[index]].tobytes().decode()
 
 
-# ---- what the JSON holds
-
-
 def _places(files: Files, split: str) -> tuple[str, str]:
-    """Name of the annotations' file, and of the images' folder."""
+    """Names of the annotation file and of the image folder."""
     places = [(name.format(split=split), folder.format(split=split)) for name, folder in _LAYOUTS]
     for name, folder in places:
         if name in files:
@@ -227,7 +226,7 @@ def _content(files: Files, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _unique(entries: list[dict[str, Any]], what: str, wrong: dict[str, list[int]]) -> dict[int, dict[str, Any]]:
-    """By id; of those that share one the first."""
+    """Entries by id; if several share an id, the first."""
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
         if entry["id"] in found:
@@ -244,7 +243,7 @@ def _objects(
     masks: bool,
     wrong: dict[str, list[int]],
 ) -> dict[int, list[dict[str, Any]]]:
-    """Annotations that can be used, by image."""
+    """Annotations that can be used, by the id of their image."""
     found: dict[int, list[dict[str, Any]]] = {id: [] for id in images}
     for id, annotation in annotations.items():
         image_id = annotation.get("image_id")
@@ -252,7 +251,7 @@ def _objects(
             wrong["annotation of an image that is not listed"].append(id)
             continue
         image = images[image_id]
-        # what belongs to an image without a file goes with it
+        # the missing file is reported already
         if image is None:
             continue
         kind = _refusal(annotation, image["size"], categories, masks)
@@ -264,7 +263,7 @@ def _objects(
 
 
 def _refusal(annotation: dict[str, Any], size: tuple[int, int], categories: set[int], masks: bool) -> str | None:
-    """Why an annotation cannot be used."""
+    """Why an annotation cannot be used; None if it can."""
     category_id = annotation.get("category_id")
     if not isinstance(category_id, int) or category_id not in categories:
         return "of a category that is not listed"
@@ -290,9 +289,6 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -_FAR < value < _FAR
 
 
-# ---- segmentations
-
-
 def _is_segmentation(segmentation: Any, height: int, width: int) -> bool:
     if isinstance(segmentation, list):
         return all(
@@ -309,10 +305,10 @@ def _is_segmentation(segmentation: Any, height: int, width: int) -> bool:
 
 
 def _runs(counts: str) -> list[int]:
-    """The runs in COCO's compressed code, or nothing if it is not that code.
+    """The run lengths in COCO's compressed code; empty if the text is not that code.
 
-    Numbers of 5 bits a character, the lowest first, with a sign; from the fourth run on they are differences to the
-    run before the last.
+    Each character has 5 bits of a signed number, the lowest bits first. From the fourth run on, a number is the
+    difference to the run two places before.
     """
     runs: list[int] = []
     value = shift = 0
@@ -331,18 +327,18 @@ def _runs(counts: str) -> list[int]:
 
 
 def _mask(segmentation: Any, height: int, width: int) -> Any:
-    """Pixels of an object: `[H,W]`, uint8 array of NumPy.
+    """Pixels of an object: a NumPy array `[H,W]`, uint8.
 
-    Runs are filled in here, since pycocotools reads and writes beyond its memory where they do not fill the image, and
-    its decode does what NumPy 2 deprecates.
+    We fill in the runs ourselves. If they do not fill the image, pycocotools reads and writes beyond its memory. Its
+    decode also uses a feature that NumPy 2 deprecates.
     """
     if isinstance(segmentation, list):
-        # in an extra of the package, and of no use for boxes alone
+        # pycocotools comes with an extra of the package; boxes alone do not need it
         from pycocotools import mask as api
 
         counts = api.merge(api.frPyObjects(segmentation, height, width))["counts"].decode()
     else:
         counts = segmentation["counts"]
     runs = _runs(counts) if isinstance(counts, str) else counts
-    # column by column, outside first
+    # runs go column by column; the first is outside the object
     return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8).reshape(width, height).T

@@ -1,8 +1,8 @@
-"""Images with the shape of one thing and the texture of another, as Geirhos et al. 2019 publish theirs.
+"""Images with the shape of one category and the texture of another, as in the files of Geirhos et al. 2019.
 
-The published ones are `style-transfer-preprocessed-512/<shape>/<shape><n>-<texture><m>.png` of the repository
-rgeirhos/texture-vs-shape: 1280 images of 16 categories, 1200 of them with a conflict. A file's name says all; folders
-may be left out.
+The published files are `style-transfer-preprocessed-512/<shape>/<shape><n>-<texture><m>.png` in the repository
+rgeirhos/texture-vs-shape: 1280 images of 16 categories, 1200 of them with a conflict. The file names say everything;
+folders may be left out.
 """
 
 import re
@@ -26,7 +26,7 @@ class CueConflict:
     Args:
         file: the image.
         shape: index of its shape's category.
-        texture: that of its texture.
+        texture: index of its texture's category.
     """
 
     file: Path
@@ -39,7 +39,7 @@ class CueConflicts(Dataset[Any]):
 
     Args:
         found: what `cue_conflicts` returns.
-        transform: from a PIL image in RGB to what the network gets.
+        transform: maps a PIL image in RGB to the network's input.
     """
 
     def __init__(self, found: Sequence[CueConflict], transform: Callable[[Any], Any]) -> None:
@@ -53,14 +53,14 @@ class CueConflicts(Dataset[Any]):
 
 
 def cue_conflicts(folder: Path, categories: Sequence[str]) -> list[CueConflict]:
-    """The images of a folder, searched to the bottom, with what their names say.
+    """The images in a folder and its subfolders, with the shape and the texture that their names give.
 
     Args:
-        folder: of files such as cat7-elephant1.png, in folders named after their shape or in any others.
+        folder: a folder of files such as cat7-elephant1.png. A subfolder named after a category must have its shape.
         categories: the names that shapes and textures may have.
 
     Raises:
-        ImageError: there is no such folder or no image in it, a name has another form or another category, or a file
+        ImageError: the folder is missing or has no image, a name has another form or another category, or a file
             lies in the folder of another shape.
     """
     if not folder.is_dir():

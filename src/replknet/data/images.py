@@ -1,4 +1,4 @@
-"""Image files, and folders and archives of classes."""
+"""Image files, and data sets of classes in folders, archives and on the Hugging Face hub."""
 
 import io
 import sys
@@ -19,11 +19,11 @@ PHOTOS = tuple(sorted((Path(__file__).parent / "photos").glob("*.jpg")))
 
 
 class ImageError(ValueError):
-    """An image or a folder of images that cannot be used; the text names it and what was expected."""
+    """An image or a folder of images cannot be used. The text names it and says what was expected."""
 
 
 class Source(Protocol):
-    """Images with a label, not yet decoded when they are counted."""
+    """Images with a label each; only an item that is read is decoded."""
 
     classes: list[str]
 
@@ -33,19 +33,19 @@ class Source(Protocol):
 
 
 class ImageSet(Dataset[Any]):
-    """Images of classes, some of which may be unreadable.
+    """Images with class labels; some images may be unreadable.
 
     Args:
-        source: from `source_of`.
-        transform: from a PIL image in RGB to what the network gets.
-        unreadable: images that may be unreadable. Each is named on stderr once, and skipped.
-        replace: take the next image for one that is skipped, so that batches stay as large as they are; else the item
-            is None, for `present`.
+        source: the images, from `source_of`.
+        transform: maps a PIL image in RGB to the network's input.
+        unreadable: how many images may be unreadable. Each of them is named on stderr once, and skipped.
+        replace: take the next image instead of a skipped one, so that batches keep their size. If False, the item is
+            None, and `present` drops it.
 
     An item is (image, label).
 
     Raises:
-        ImageError: there are no classes with images; by an item: one image too many is unreadable.
+        ImageError: raised by an item: more than `unreadable` images are unreadable, or all are.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImageSet(Dataset[Any]):
         self.transform, self.unreadable, self.replace = transform, unreadable, replace
         self._reader = source
         self.classes = source.classes
-        # one byte an image in memory that workers share, since each of them meets images of its own
+        # one byte an image, in shared memory, since each worker reads other images
         self._skipped = torch.zeros(len(self._reader), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class ImageSet(Dataset[Any]):
 
     @property
     def skipped(self) -> list[int]:
-        """The images that were unreadable so far."""
+        """Indices of the images that were unreadable so far."""
         return self._skipped.nonzero()[:, 0].tolist()
 
     def __getitem__(self, index: int) -> Any:
@@ -91,7 +91,7 @@ class ImageSet(Dataset[Any]):
 
 
 def present(items: list[Any]) -> Any:
-    """Collate the items that were not skipped; None if all were."""
+    """Collate the items that were not skipped; None if all were skipped."""
     items = [item for item in items if item is not None]
     return torch.utils.data.default_collate(items) if items else None
 
@@ -115,11 +115,11 @@ class _Folder:
 
 
 class _Tar:
-    """timm's reader of tar archives, with classes in the order of a folder's, and names in errors."""
+    """timm's reader of tar archives, with classes ordered as in a folder, and errors that name the image."""
 
     def __init__(self, archive: Path) -> None:
         try:
-            # its default writes a pickle of the index beside large archives
+            # timm's default writes a pickle of the index beside large archives
             self._reader = ReaderImageInTar(str(archive), cache_tarinfo=False)
         except (tarfile.TarError, OSError, RuntimeError, AssertionError) as error:
             raise ImageError(f"expected a tar archive with <class>/<image> in {archive}: {error}") from error
@@ -137,10 +137,10 @@ class _Tar:
 
 
 class _Shards:
-    """webdataset's shards, read at any place, so that the order of the images is ours on any number of processes.
+    """webdataset shards with random access, so that we choose the order of images on any number of processes.
 
-    torch's and webdataset's loaders stream them, in an order that depends on workers and that no training can go on
-    from exactly. An index of all headers is made first.
+    The loaders of torch and webdataset stream shards. Their order depends on the workers, and no training can resume
+    in it exactly. We index all headers first.
     """
 
     def __init__(self, folder: Path, shards: list[Path]) -> None:
@@ -154,7 +154,7 @@ class _Shards:
                 raise ImageError(f"{shard} cannot be read as a shard of webdataset: {error}") from error
         if not found:
             raise ImageError(f"the shards in {folder} have no KEY.jpg with a KEY.cls beside it")
-        # shard, start, bytes, label; a tensor, since workers would copy a list page by page
+        # columns: shard, start, bytes, label; a tensor, since workers would copy a list page by page
         self._index = torch.tensor(found)
         names = folder / "classes.txt"
         count = int(self._index[:, 3].max()) + 1
@@ -196,14 +196,14 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[int, int, int]
 
 
 class _Hub:
-    """A data set of the Hugging Face hub, through timm's reader; it needs the package `datasets`."""
+    """A data set of the Hugging Face hub, read by timm; it needs the package `datasets`."""
 
     def __init__(self, name: str, split: str) -> None:
         try:
             from datasets import get_dataset_split_names
             from timm.data.readers.reader_hfds import ReaderHfds
         except ModuleNotFoundError as error:
-            raise ImageError(f"hfds/{name} needs one package more: pip install datasets ({error})") from error
+            raise ImageError(f"hfds/{name} needs one more package: pip install datasets ({error})") from error
         wanted = ("validation", "val", "test") if split == "val" else (split,)
         there = get_dataset_split_names(name)
         found = next((one for one in wanted if one in there), None)
@@ -228,10 +228,10 @@ def source_of(root: Path, split: str) -> Source:
     """The images of a split.
 
     Args:
-        root: a folder with `SPLIT/CLASS/IMAGE`, or with `SPLIT.tar` that has paths `CLASS/IMAGE`, or with webdataset's
-            shards `SPLIT/*.tar` (`KEY.jpg` beside `KEY.cls`, which is a number; the lines of `SPLIT/classes.txt`, if it
-            is there, name the classes). Or `hfds/NAME`, a data set of the Hugging Face hub.
-        split: "train", or "val", which the hub may call validation or test.
+        root: a folder, or `hfds/NAME` for a data set of the Hugging Face hub. The folder has one of three layouts:
+            `SPLIT/CLASS/IMAGE`; `SPLIT.tar` with paths `CLASS/IMAGE`; webdataset shards `SPLIT/*.tar`. A shard has
+            `KEY.jpg` beside `KEY.cls`, a class number. Lines of an optional `SPLIT/classes.txt` name the classes.
+        split: "train" or "val"; on the hub, "val" may also be called validation or test.
 
     Raises:
         ImageError: there are no such images.
@@ -246,7 +246,7 @@ def source_of(root: Path, split: str) -> Source:
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
-    """The image files among the paths, folders searched to the bottom, in a fixed order.
+    """The image files at the paths and in all their subfolders, in a fixed order.
 
     Raises:
         ImageError: a path does not exist, or there is no image at all.
@@ -260,7 +260,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise ImageError(f"no image or folder at {path}")
     if not found:
-        raise ImageError(f"no images in {', '.join(map(str, paths))}; known are {' '.join(IMG_EXTENSIONS)}")
+        raise ImageError(f"no images in {', '.join(map(str, paths))}; known endings are {' '.join(IMG_EXTENSIONS)}")
     return found
 
 
@@ -268,18 +268,18 @@ def read(path: Path) -> Image.Image:
     """An image in RGB.
 
     Raises:
-        ImageError: the file is no image, or a damaged one.
+        ImageError: the file is no image, or it is damaged.
     """
     return decoded(path, str(path))
 
 
 def decoded(file: Any, name: str) -> Image.Image:
-    """An image in RGB from a path or an open file, which errors call `name`."""
+    """An image in RGB from a path or an open file; errors call it `name`."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        # Pillow's decoders of damaged files raise all of these
+        # on damaged files, Pillow's decoders raise all of these
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 

@@ -1,7 +1,7 @@
-"""What happens to an image and its mask together, as in the configurations of mmsegmentation 0.x for RepLKNet.
+"""Transforms of an image together with its mask, as in mmsegmentation 0.x's configurations for RepLKNet.
 
-The colours are distorted by torchvision's transform, whose ranges are the same; it multiplies the brightness where
-mmsegmentation adds to it.
+torchvision's transform distorts the colours, with the ranges of mmsegmentation. One thing differs: torchvision
+multiplies the brightness, mmsegmentation adds to it.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from torchvision.transforms.v2 import functional as F
 
 from replknet.data.masks import IGNORE
 
-# brightness, contrast, saturation and hue, of torchvision's distortion
+# ranges of brightness, contrast, saturation and hue
 DISTORTION = v2.RandomPhotometricDistort((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))
 _TRIES = 10
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """An image `[3,H,W]`, uint8, to float32 with this mean and standard deviation, per channel, of values 0 to 1."""
+    """An image `[3,H,W]`, uint8, as normalised float32; mean and std are per channel, for values from 0 to 1."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -31,22 +31,22 @@ class Normalize:
 
 
 def fitted(height: int, width: int, long: float, short: float) -> tuple[int, int]:
-    """The largest size of the same shape whose longer side is at most `long` and the shorter at most `short`."""
+    """The largest (height, width) in these proportions with sides of at most `long` and `short`."""
     factor = min(long / max(height, width), short / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
 @dataclass(frozen=True)
 class ForTraining:
-    """A random size, crop, flip and distortion of the colours; what the crop lacks is 0 and IGNORE.
+    """Random size, crop, flip and distortion of the colours. A small image is padded with 0, its mask with IGNORE.
 
     Args:
         crop: (height, width) of the result, pixels.
-        scale: longer and shorter side that an image is fitted into, pixels, times the ratio; None for its own size.
+        scale: (longer, shorter) side that an image is fitted into, pixels, before the ratio; None: its own size.
         ratio: smallest and largest random factor of the size.
         normalize: the last step of the image.
-        largest_share: a crop in which one class has more of the labelled pixels is drawn again, ten times at most; 1
-            takes any crop.
+        largest_share: a crop is drawn again if one class has this share of its labelled pixels or more, up to ten
+            draws. 1 takes any crop.
         distort: whether to distort the colours.
     """
 
@@ -87,7 +87,7 @@ class ForTraining:
 
 @dataclass(frozen=True)
 class ForEvaluation:
-    """Image and mask at their own size; whoever runs the network on them fits them into its scale.
+    """Image and mask at their own size; the caller of the network fits the image into its scale.
 
     Args:
         normalize: the only step of the image.

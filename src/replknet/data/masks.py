@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: ADE20K, Cityscapes, and any folder or zip of pairs, such as CamVid's."""
+"""Images with a class for each pixel: ADE20K, Cityscapes, and any folder or zip archive of pairs, such as CamVid."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from replknet.data.images import ImageError, pixels
 
-# label of a pixel that is not trained on and not scored
+# label of a pixel that training and scores leave out
 IGNORE = 255
 
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -42,7 +42,7 @@ class Classes:
 
 @cache
 def shipped_classes(name: str) -> Classes:
-    """Those of "ade20k" (150) or "cityscapes" (19)."""
+    """The classes of "ade20k" (150) or "cityscapes" (19)."""
     return _parsed((Path(__file__).parent / "classes" / f"{name}.json").read_text(), name)
 
 
@@ -80,7 +80,7 @@ class Files:
         return {**self.__dict__, "_archives": {}}
 
     def below(self, folder: str) -> list[str]:
-        """Names of the files in a folder and the folders in it, sorted."""
+        """Names of the files in a folder and its subfolders, sorted."""
         if self._names is not None:
             return sorted(name for name in self._names if name.startswith(f"{folder}/"))
         return sorted(p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*") if p.is_file())
@@ -96,15 +96,15 @@ class Files:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set keeps its pairs, and what its labels mean.
+    """Where a data set keeps its images and masks, and what its labels mean.
 
     Args:
         images: folder of a split's images, with {split}.
-        masks: folder of their masks, with {split}.
-        ending: of an image's name, which is `mask_ending` in its mask's.
-        mask_ending: of a mask's name.
-        splits: names of the folders of train, val and test, where they are others.
-        labels: value in a mask -> class, or IGNORE; None for values that are the class, or IGNORE.
+        masks: folder of a split's masks, with {split}.
+        ending: ending of an image's name; in the mask's name `mask_ending` replaces it.
+        mask_ending: ending of a mask's name.
+        splits: split -> folder name, for folders that are not named train, val or test.
+        labels: value in a mask -> class or IGNORE; None if each value is its class or IGNORE.
     """
 
     images: str
@@ -115,7 +115,7 @@ class Layout:
     labels: Mapping[int, int] | None = None
 
 
-# of the 34 labels of Cityscapes those that are scored
+# the labels of Cityscapes that are scored, 19 of 34
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 LAYOUTS: dict[str, Layout] = {
@@ -124,7 +124,7 @@ LAYOUTS: dict[str, Layout] = {
         "images/{split}",
         "annotations/{split}",
         splits={"train": "training", "val": "validation"},
-        # what is of no class has 0
+        # 0 marks pixels without a class
         labels={0: IGNORE, **{label: label - 1 for label in range(1, 151)}},
     ),
     "cityscapes": Layout(
@@ -132,24 +132,24 @@ LAYOUTS: dict[str, Layout] = {
         "gtFine/{split}",
         "_leftImg8bit.png",
         "_gtFine_labelIds.png",
-        # a licence plate is label -1, which a mask has as 255
+        # a licence plate has label -1, which masks store as 255
         labels={**dict.fromkeys([*range(34), 255], IGNORE), **{label: i for i, label in enumerate(_CITYSCAPES)}},
     ),
 }
 
 
 class Pairs:
-    """Images and their masks, by name.
+    """Images and masks, paired by their names.
 
     Args:
-        name: of the layout: "ade20k" (ADEChallengeData2016), "cityscapes" (leftImg8bit and gtFine, original
+        name: name of the layout: "ade20k" (ADEChallengeData2016), "cityscapes" (leftImg8bit and gtFine, original
             labels), or "masks" for images/{split}/NAME.jpg, annotations/{split}/NAME.png and classes.json.
         data: the folder, or a zip archive of it.
         split: "train", "val" or "test".
 
     Raises:
-        ImageError: files are not where they are expected, or an image has no mask; the text names them. By an item:
-            a file cannot be read, a mask has another size, or a label that is no class.
+        ImageError: files are missing, or an image has no mask; the text names them. An item raises it if a file
+            cannot be read, or if a mask has another size, other channels, or a label without a class.
     """
 
     def __init__(self, name: str, data: Path, split: str) -> None:
@@ -222,7 +222,7 @@ class Pairs:
 
 
 def _table(labels: Mapping[int, int] | None, classes: int) -> Any:
-    """For each of the 256 values of a mask its class, IGNORE, or -1 for none: `[256]`, int16."""
+    """For each of the 256 values in a mask: its class, IGNORE, or -1 if it has none. `[256]`, int16."""
     table = np.full(256, -1, np.int16)
     for value, label in (labels or {**{i: i for i in range(classes)}, IGNORE: IGNORE}).items():
         table[value] = label
@@ -230,7 +230,7 @@ def _table(labels: Mapping[int, int] | None, classes: int) -> Any:
 
 
 def _ranges(values: Sequence[int]) -> str:
-    """Numbers as text, runs of them shortened."""
+    """Sorted numbers as text, with runs shortened to "a to b"."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][1] + 1:
@@ -241,12 +241,11 @@ def _ranges(values: Sequence[int]) -> str:
 
 
 class MaskSet(Dataset[Any]):
-    """Pairs, transformed together.
+    """Images and masks, transformed together.
 
     Args:
         pairs: the images and their masks.
-        transform: from an image `[3,H,W]` and a mask `[H,W]`, both uint8, to what the network gets and what it is
-            compared with.
+        transform: maps an image `[3,H,W]` and a mask `[H,W]`, both uint8, to the network's input and its target.
 
     An item is (image, mask).
     """

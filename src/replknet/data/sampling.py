@@ -1,6 +1,6 @@
-"""Randomness that is a function of what it is for: of a seed, an epoch and an image, not of who asks when.
+"""Random numbers that depend only on a seed, an epoch and an image.
 
-So the images of a training do not depend on the number of workers or processes, nor on where it was interrupted.
+The images of a training therefore do not depend on the number of workers or processes, or on interruptions.
 """
 
 import random
@@ -24,12 +24,12 @@ class Draw(NamedTuple):
 
 
 def number(*facts: int) -> int:
-    """64 random bits that belong to these numbers."""
+    """A random number of 64 bits that these numbers determine."""
     return int.from_bytes(blake2b(struct.pack(f"<{len(facts)}q", *facts), digest_size=8).digest(), "little")
 
 
 def seed_all(*facts: int) -> None:
-    """Put the generators of Python, NumPy and torch, on every device, into the state of these numbers."""
+    """Seed the generators of Python, NumPy and torch, on every device, with these numbers."""
     seed = number(*facts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -43,12 +43,12 @@ def order(seed: int, epoch: int, images: int) -> Tensor:
 
 
 class Drawn(Dataset[Any]):
-    """A data set that is asked for a `Draw` and transforms the image with random numbers of its own.
+    """A data set indexed by `Draw`; each draw transforms its image with its own random numbers.
 
     Args:
-        dataset: item `index` is (image, label), transformed with the generators of Python, NumPy or torch. If it
-            has `draw_batch(seed, draws)`, that gives whole batches.
-        seed: of the training.
+        dataset: item `index` is (image, label), transformed with the generators of Python, NumPy or torch. A
+            data set with `draw_batch(seed, draws)` makes whole batches with it.
+        seed: seed of the training.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -62,7 +62,7 @@ class Drawn(Dataset[Any]):
         return self.dataset[draw.image]
 
     def __getitems__(self, draws: list[Draw]) -> Any:
-        # torch's loaders ask for a batch at once
+        # torch's loaders call this with the draws of a batch
         if hasattr(self.dataset, "draw_batch"):
             return Whole(self.dataset.draw_batch(self.seed, draws))
         return [self[draw] for draw in draws]
@@ -70,33 +70,33 @@ class Drawn(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Whole:
-    """A batch that needs no putting together."""
+    """A complete batch, which needs no collating."""
 
     batch: Any
 
 
 def collate(items: Any) -> Any:
-    """For a loader of `Drawn`."""
+    """Collate the items of `Drawn`."""
     return items.batch if isinstance(items, Whole) else torch.utils.data.default_collate(items)
 
 
 class GlobalBatches:
-    """For a loader in training: the draws of this process, batch by batch, for the rest of an epoch.
+    """Batch sampler for training: the draws of this process, batch by batch, to the end of an epoch.
 
-    The images of step k, over all processes and accumulated batches, are those from k * batch_size on in the order of
-    the epoch, whatever their number; a last step that would not be full is left out.
+    Step k takes `batch_size` images, from image k * batch_size of the epoch's order. Processes and accumulated batches
+    share these images, however many there are. A last step that is not full is left out.
 
     Args:
-        images: in the data set.
+        images: number of images in the data set.
         batch_size: images a step, over all processes.
-        seed: of the training.
-        rank: of this process.
-        processes: how many there are.
-        accumulate: batches of a process that make a step.
-        start: steps that are done.
+        seed: seed of the training.
+        rank: number of this process, from 0.
+        processes: number of processes.
+        accumulate: batches of one process in a step.
+        start: number of steps already done.
 
     Raises:
-        ValueError: the batch cannot be divided, or is larger than the data set.
+        ValueError: the batch cannot be divided among processes and accumulated batches, or is larger than the data set.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class GlobalBatches:
         self.rank, self.processes, self.accumulate = rank, processes, accumulate
         self.steps = images // batch_size
         self.epoch, self.first = divmod(start, self.steps)
-        # Lightning tells the sampler of a batch sampler which epoch begins
+        # Lightning calls set_epoch of a batch sampler's `sampler`
         self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
@@ -143,7 +143,7 @@ class GlobalBatches:
 
 
 class EveryOnce:
-    """For a loader in evaluation: every image in one of the processes, in order."""
+    """Sampler for evaluation: every image in exactly one of the processes, in order."""
 
     def __init__(self, images: int, rank: int = 0, processes: int = 1) -> None:
         self._mine = range(rank, images, processes)
@@ -156,9 +156,9 @@ class EveryOnce:
 
 
 def uniforms(seed: int, draws: Sequence[Draw], count: int) -> Any:
-    """Random numbers from 0 to 1 for each draw: `[draws, count]`, float64 array of NumPy.
+    """Random numbers from 0 to 1 for each draw: a NumPy array `[draws, count]`, float64.
 
-    By the mixing function of splitmix64 (Steele, Lea and Flood 2014), applied to a counter.
+    They are the mixing function of splitmix64 (Steele, Lea and Flood 2014), applied to a counter.
     """
     keys = np.array([[draw.epoch, draw.image] for draw in draws], dtype=np.uint64)
     start = np.uint64(number(seed))

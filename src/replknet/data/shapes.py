@@ -1,6 +1,6 @@
 """Drawn squares, discs and triangles in COCO's layout: a small data set with masks, to see whether a detector learns.
 
-It is no measure of a detector; nothing in it is hard. `python -m replknet.data.shapes DIR` writes it.
+It is too easy to measure a detector. `python -m replknet.data.shapes DIR` writes it.
 """
 
 import json
@@ -14,18 +14,18 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("square", "disc", "triangle")
 _WIDTH, _HEIGHT = 160, 120
-_SIDES = (16, 48)  # of a shape, smallest and largest, pixels
+_SIDES = (16, 48)  # smallest and largest side of a shape, pixels
 _MOST = 4  # shapes in an image
-_CORNERS = 24  # of the polygon that a disc is
+_CORNERS = 24  # of the polygon that stands for a disc
 
 
 def write_shapes(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """Write images of 160x120 pixels with up to four shapes, none over another, on noise, and their annotations.
+    """Write images of 160x120 pixels and their annotations: up to four separate shapes on noise.
 
     Args:
         folder: where SPLIT/N.png and annotations/instances_SPLIT.json go.
-        counts: images of each split.
-        seed: of the positions, sizes and colours.
+        counts: split -> number of images.
+        seed: seed of positions, sizes and colours.
     """
     random = np.random.default_rng(seed)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write_shapes(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
 
 
 def _shapes(random: np.random.Generator) -> list[tuple[int, list[list[float]]]]:
-    """Class and corners of the shapes of an image, apart from each other."""
+    """Class and corners of each shape in an image; shapes do not touch."""
     found: list[tuple[int, list[list[float]]]] = []
     taken: list[tuple[float, float, float]] = []
     for _ in range(random.integers(1, _MOST + 1)):

@@ -1,4 +1,4 @@
-"""What happens to an image before the network: timm's and torchvision's transforms, put together."""
+"""Transforms of an image before the network, put together from timm's and torchvision's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,9 +33,9 @@ def small_image_transform(size: int, mean: Sequence[float], std: Sequence[float]
     """For images that have the network's size: normalisation alone.
 
     Args:
-        size: side in pixels of the images; PIL images and tensors of another size are resized.
-        mean: per channel, for values from 0 to 1.
-        std: per channel.
+        size: side of the images, pixels; PIL images and tensors of another size are resized.
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
     """
     steps: list[Any] = [v2.ToImage(), v2.Resize((size, size), InterpolationMode.BICUBIC)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

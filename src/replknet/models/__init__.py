@@ -1,4 +1,4 @@
-"""Network families, registered with timm when this is imported, and their weights."""
+"""Network families and their weights. Importing this package registers the networks with timm."""
 
 from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
 from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config

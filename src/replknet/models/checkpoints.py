@@ -1,7 +1,7 @@
 """Weights: safe reading, and pure functions from every published key format to the official one.
 
 Key formats:
-- official: DingXiaoH/RepLKNet-pytorch, the names of our own parameters;
+- official: DingXiaoH/RepLKNet-pytorch; our own parameters have these names;
 - mmpretrain: prefix `backbone.`, the final norm as `stages.3.norm`, the classifier as `head.fc`;
 - mmsegmentation 0.x: prefix `backbone.`, and heads with `bn` and `conv_seg`;
 - mmdetection 2.x: see `replknet.models.detection_keys`;
@@ -33,24 +33,21 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class CheckpointError(ValueError):
-    """A file that holds no usable weights, or weights that do not fit; the text names file, key and shapes."""
-
-
-# ---- reading
+    """A file holds no usable weights, or its weights do not fit. The text names file, keys and shapes."""
 
 
 def read_state_dict(path: str | Path) -> State:
-    """The tensors of a checkpoint file under the official keys, whatever its format. No code in it is run.
+    """Read the tensors of a checkpoint file of any known format, under the official keys. Runs no code in the file.
 
     Args:
         path: safetensors, a PyTorch file (read with `weights_only`), or a MegEngine pickle.
 
     Returns:
-        Key -> tensor on the CPU, in the dtype of the file. Keys of no known format stay as they are.
+        Key -> tensor on the CPU, in the dtype of the file. Keys of unknown formats stay unchanged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is cut short, holds something else, or needs code to be read.
+        CheckpointError: the file is cut short, holds no weights, or cannot be read without running its code.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +64,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """A safetensors file starts with the length of a JSON header, then the header."""
+    """Whether the file starts as safetensors do: 8 bytes of header length, then a JSON header."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"
@@ -98,16 +95,16 @@ def _content(path: Path) -> Any:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads numpy arrays and OrderedDicts; any other object in a pickle is refused before it is built."""
+    """Reads numpy arrays and OrderedDicts. Refuses any other object in a pickle before it is built."""
 
     _allowed: Mapping[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        # what numpy names as the maker of an empty array, by its old and its new place
+        # numpy's constructor of an empty array; its module moved in numpy 2
         ("numpy.core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.zeros(0))[0],
         ("numpy._core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.zeros(0))[0],
-        # how protocol 2 writes the bytes of an array
+        # pickle protocol 2 writes the bytes of an array as a call of this function
         ("_codecs", "encode"): codecs.encode,
     }
 
@@ -119,7 +116,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _pickled(path: Path) -> Any:
-    """A bare pickle: PyTorch before 1.6, which begins with a number, or MegEngine."""
+    """A bare pickle: a file of PyTorch before 1.6, which begins with a number, or a MegEngine file."""
     with path.open("rb") as file:
         first = _ArraysOnly(file).load()
     if isinstance(first, int):
@@ -128,10 +125,10 @@ def _pickled(path: Path) -> Any:
 
 
 def unwrapped(content: Any, where: str = "the checkpoint") -> dict[str, Any]:
-    """The flat dict of arrays inside the wrappers and prefixes that training scripts add.
+    """The flat dict of arrays, without the wrappers and key prefixes that training scripts add.
 
     Raises:
-        CheckpointError: there is none inside.
+        CheckpointError: the content has no such dict.
     """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -144,7 +141,7 @@ def unwrapped(content: Any, where: str = "the checkpoint") -> dict[str, Any]:
     if strangers:
         raise CheckpointError(
             f"{where} holds no flat dict of tensors: {', '.join(strangers[:5])} "
-            f"{'is' if len(strangers) == 1 else 'are'} something else; wrappers read are {', '.join(_WRAPPERS)}"
+            f"{'is' if len(strangers) == 1 else 'are'} something else; known wrappers are {', '.join(_WRAPPERS)}"
         )
     flat = dict(content)
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in flat)), None):
@@ -152,11 +149,8 @@ def unwrapped(content: Any, where: str = "the checkpoint") -> dict[str, Any]:
     return flat
 
 
-# ---- key formats
-
-
 def to_official(state: Mapping[str, Any]) -> State:
-    """Official keys and torch tensors from any known key format; unknown keys stay as they are."""
+    """Official keys and torch tensors from any known key format; unknown keys stay unchanged."""
     if any(".pre_bn." in key for key in state):
         return from_megengine(state)
     tensors = {key: torch.as_tensor(value) for key, value in state.items()}
@@ -177,7 +171,7 @@ def _classifier(key: str) -> str:
 
 
 def from_mmpretrain(state: Mapping[str, Tensor]) -> State:
-    """mmpretrain's keys to the official ones; its `stages.3.norm` is the *final* norm."""
+    """Translate mmpretrain's keys to the official ones. In mmpretrain `stages.3.norm` is the *final* norm."""
     renamed = {}
     for key, value in state.items():
         key = re.sub(r"^head\.fc\.", "head.", key.removeprefix("backbone."))
@@ -185,7 +179,7 @@ def from_mmpretrain(state: Mapping[str, Tensor]) -> State:
     return renamed
 
 
-_MEGENGINE = (  # inside a block: (MegEngine, official block 0 = large kernel or 1 = feed-forward, official)
+_MEGENGINE = (  # prefixes in a block: (MegEngine's, official block: 0 = large kernel, 1 = feed-forward, official)
     ("pre_bn.", 0, "prelkb_bn."),
     ("pw1.", 0, "pw1."),
     ("dw.dw_large.", 0, "large_kernel.lkb_origin."),
@@ -198,8 +192,8 @@ _MEGENGINE = (  # inside a block: (MegEngine, official block 0 = large kernel or
 
 
 def from_megengine(state: Mapping[str, Any]) -> State:
-    """MegEngine's keys and array shapes to the official ones; the stem's input channels from BGR to RGB."""
-    # transitions are the flat blocks with numbered children, and end a stage
+    """Translate MegEngine's keys and array shapes to the official ones, and the stem's channels from BGR to RGB."""
+    # a flat block with numbered children is a transition, which ends a stage
     ends = sorted({int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.\d\.", key))})
     translated: State = {}
     for key, value in state.items():
@@ -238,12 +232,12 @@ def _official_from_megengine(key: str, ends: list[int]) -> str:
 
 
 def from_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to those of our UperNet."""
+    """Translate keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to keys of our UperNet."""
     return {_mmseg_to_ours(key): value for key, value in state.items()}
 
 
 def to_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Keys of `replknet.tasks.segmentation.heads.UperNet` to those of mmsegmentation 0.x."""
+    """Translate keys of `replknet.tasks.segmentation.heads.UperNet` to keys of mmsegmentation 0.x."""
     renamed = {}
     for key, value in state.items():
         key = key.replace("backbone.model.", "backbone.", 1)
@@ -270,13 +264,10 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> State:
 
 
 def form_of(state: Mapping[str, Tensor]) -> Form:
-    """Which form of the network the keys are of: training, branches merged, or norms folded as well."""
+    """The form of the network with these keys: training, merged (branches), or folded (branches and norms)."""
     if any(".lkb_origin." in key for key in state):
         return "training"
     return "merged" if any(".bn." in key for key in state) else "folded"
-
-
-# ---- loading
 
 
 @dataclass(frozen=True)
@@ -304,7 +295,7 @@ class Mismatch:
 
 
 def mismatch(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
-    """What of a state dict does not fit a model."""
+    """The keys and shapes of a state dict that do not fit a model."""
     own = model.state_dict()
     return Mismatch(
         missing=[key for key in own if key not in state],
@@ -318,17 +309,17 @@ def mismatch(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = True) -> None:
-    """Load weights of any known key format into a model, strictly: all keys fit, or nothing is changed.
+    """Load weights of any known key format into a model. Strict: all keys fit, or the model stays unchanged.
 
     Args:
-        model: a network in the form of the checkpoint (training, merged or folded): a RepLKNet, or a UperNet over one.
-            Its parameters keep their dtype and device.
+        model: a RepLKNet, or a UperNet over one, in the form of the checkpoint (training, merged or folded). Its
+            parameters keep their dtype and device.
         path: see `read_state_dict`.
-        classifier: load that, too; else the model keeps its own, for other classes.
+        classifier: whether to load the classifier; if not, the model keeps its own, for other classes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it holds no weights, or weights of another network or form; the text has the file,
+        CheckpointError: the file holds no weights, or weights of another network or form. The text names the file,
             the keys and both shapes.
     """
     state = read_state_dict(path)

@@ -1,6 +1,6 @@
-"""Names of parameters in mmdetection 2.x, and in the detectors of `replknet.tasks`: FCOS and Cascade R-CNN.
+"""Parameter names in mmdetection 2.x and in our own detectors, FCOS and Cascade R-CNN.
 
-The heads have the official names; backbone, pyramid and region proposals have those of timm and torchvision.
+Our heads keep the official names. Our backbone, pyramid and region proposals have names from timm and torchvision.
 """
 
 import re
@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# ours, mmdetection's; numbers stand for themselves
+# (ours, mmdetection's); # stands for a number, which both share
 _PAIRS = (
     ("pyramid.backbone.model.", "backbone."),
     ("pyramid.neck.inner_blocks.#.0.", "neck.lateral_convs.#.conv."),
     ("pyramid.neck.layer_blocks.#.0.", "neck.fpn_convs.#.conv."),
-    # behind the three levels of FCOS
+    # FCOS: two more levels after the first three
     ("pyramid.neck.extra_blocks.p6.", "neck.fpn_convs.3.conv."),
     ("pyramid.neck.extra_blocks.p7.", "neck.fpn_convs.4.conv."),
     ("rpn.head.conv.0.0.", "rpn_head.rpn_conv."),
@@ -25,17 +25,20 @@ _PAIRS = (
 
 
 def is_mmdet(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of a detector of mmdetection."""
+    """Whether these are weights of an mmdetection detector."""
     return any(key.startswith("neck.lateral_convs.") for key in state)
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of mmdetection 2.x (FCOS, CascadeRCNN) to those of `replknet.tasks.detection.fcos.FCOS` and
-    `replknet.tasks.detection.cascade.CascadeRCNN`; others stay as they are."""
+    """Translate keys of mmdetection 2.x to keys of our detectors; other keys stay unchanged.
+
+    mmdetection's FCOS becomes `replknet.tasks.detection.fcos.FCOS`, and its CascadeRCNN becomes
+    `replknet.tasks.detection.cascade.CascadeRCNN`.
+    """
     fcos = any(key.startswith("bbox_head.conv_cls.") for key in state)
     pairs = [(theirs, ours) for ours, theirs in _PAIRS]
     if fcos:
-        # of its fpn_convs the last two are further levels
+        # match the last two fpn_convs, the extra levels, before the numbered pattern
         pairs.sort(key=lambda pair: "#" in pair[0])
     else:
         pairs = [pair for pair in pairs if "extra_blocks" not in pair[1]]
@@ -43,7 +46,7 @@ def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of our FCOS and CascadeRCNN to those of mmdetection 2.x."""
+    """Translate keys of our FCOS and CascadeRCNN to keys of mmdetection 2.x."""
     return {_renamed(key, _PAIRS): value for key, value in state.items()}
 
 

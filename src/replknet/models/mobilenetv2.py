@@ -1,7 +1,8 @@
-"""MobileNetV2 with kernels of any size: the network on which the paper tries its guidelines.
+"""MobileNetV2 with kernels of any size; the paper tries its guidelines on this network.
 
-Paper: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381, table 2; with
-larger kernels, parallel small ones, dilation and without shortcuts in Ding et al. 2022, arXiv:2203.06717, section 3.
+Paper: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381, table 2.
+Ding et al. 2022, arXiv:2203.06717, section 3, use larger kernels, parallel small kernels and dilation, and remove
+shortcuts.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from replknet.models.timm_model import Stage, StagedNet, changed, linear, on_dev
 from replknet.nn import DropPath, ReparamLargeKernelConv
 from replknet.nn.conv_bn import ConvBN, Norm
 
-# of each stage, from table 2: blocks, channels, expansion
+# blocks, channels and expansion of each stage, from table 2
 _DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 _CHANNELS = (16, 24, 32, 64, 96, 160, 320)
 _EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
@@ -29,20 +30,20 @@ _HEAD_CHANNELS = 1280
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MobileNetV2Config:
-    """Everything that shapes a MobileNetV2 here; a tuple has one value for each of the seven stages.
+    """The architecture of a MobileNetV2; tuples have one value for each of the seven stages.
 
     Args:
         kernels: side of the depthwise kernels, pixels, odd.
-        small_kernel: side of a branch beside kernels that are larger, folded away by `merge`; None for no branch.
-        shortcut: whether blocks of equal input and output have the identity beside them, as in the original.
-        dilation: of every depthwise kernel, pixels.
-        strides: of the first block of each stage; those after it have 1.
-        stem_stride: of the first convolution.
-        width: channels relative to the original's, rounded to multiples of 8.
+        small_kernel: side of a branch parallel to larger kernels, pixels, odd; `merge` folds it away. None: no branch.
+        shortcut: whether blocks add their input to an output of equal shape, as in the original.
+        dilation: dilation of every depthwise kernel, pixels.
+        strides: stride of the first block of each stage, pixels; later blocks have stride 1.
+        stem_stride: stride of the first convolution, pixels.
+        width: factor on the original's channels; the products are rounded to multiples of 8.
 
     Raises:
-        ValueError: other than seven values, an even side, or a stride, dilation or width below 1, 1 or 0; the text has
-            the values.
+        ValueError: a tuple has not seven values, a side is even, a stride or dilation is below 1, or the width is not
+            positive. The text has the values.
     """
 
     kernels: tuple[int, ...] = (3, 3, 3, 3, 3, 3, 3)
@@ -56,7 +57,7 @@ class MobileNetV2Config:
     def __post_init__(self) -> None:
         for name in ("kernels", "strides"):
             values = tuple(getattr(self, name))
-            # a tuple even where a file gave a list, so that configurations compare
+            # a file may give a list; tuples make configurations comparable
             object.__setattr__(self, name, values)
             if len(values) != len(_DEPTHS):
                 raise ValueError(f"{name} must have one value for each of the {len(_DEPTHS)} stages, got {values}")
@@ -71,19 +72,19 @@ class InvertedResidual(nn.Module):
     """1x1 to more channels, depthwise kernel, 1x1 to fewer, with ReLU6 after the first two.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        expansion: channels of the depthwise kernel relative to the input's; with 1 there is no first 1x1.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        expansion: channels of the depthwise kernel divided by `in_channels`; with 1 there is no first 1x1.
         kernel_size: side of the depthwise kernel, pixels, odd.
-        small_kernel: side of the branch beside it, or None.
-        stride: of the depthwise kernel, pixels.
-        dilation: of the depthwise kernel, pixels.
-        shortcut: whether the input is added to an output of the same shape.
+        small_kernel: side of the parallel branch, pixels, odd, if smaller than `kernel_size`; None: no branch.
+        stride: stride of the depthwise kernel, pixels.
+        dilation: dilation of the depthwise kernel, pixels.
+        shortcut: whether to add the input to an output of equal shape.
         drop_path: rate of dropped residual branches.
         merged: build the depthwise kernel in the merged form.
         norm: builds a norm from the number of channels.
 
-    Input `[N,in_channels,H,W]` and output `[N,out_channels,H/stride,W/stride]`, rounded up.
+    Input `[N,in_channels,H,W]`, output `[N,out_channels,H/stride,W/stride]`, rounded up.
 
     Source: Sandler et al. 2018, arXiv:1801.04381, section 3.3 and Figure 4.
     """
@@ -122,7 +123,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(StagedNet):
-    """MobileNetV2, with the protocol of a timm model.
+    """MobileNetV2 with the interface of a timm model.
 
     Args:
         cfg: the architecture.
@@ -130,14 +131,14 @@ class MobileNetV2(StagedNet):
         in_chans: channels of the image.
         global_pool: timm's name of the pooling; "" for none (with num_classes=0).
         drop_rate: dropout before the classifier.
-        drop_path_rate: rate of dropped residual branches in the last block; it grows linearly from 0.
+        drop_path_rate: rate of dropped residual branches in the last block; the rates grow linearly from 0.
         small_kernel_merged: build the depthwise kernels in the form that `merge(fold_bn=False)` gives.
         sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
-        device: of the parameters.
-        dtype: of the parameters: float64, float32, float16 or bfloat16.
+        device: device of the parameters.
+        dtype: dtype of the parameters: float64, float32, float16 or bfloat16.
 
-    Input: `[N,in_chans,H,W]`, the dtype of the parameters, normalised with the mean and std of `pretrained_cfg`;
-    any size.
+    Input: `[N,in_chans,H,W]` of any size, in the dtype of the parameters, normalised with the mean and std of
+    `pretrained_cfg`.
     Output: logits `[N,num_classes]`, or pooled features `[N,1280]` with num_classes=0.
 
     Source: Sandler et al. 2018, arXiv:1801.04381, table 2.
@@ -164,7 +165,7 @@ class MobileNetV2(StagedNet):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = channels[-1]
-        # as in the original, a narrow network keeps the wide end
+        # as in the original, a narrow network keeps the full width here
         self.head_hidden_size = int(make_divisible(_HEAD_CHANNELS * max(1.0, cfg.width), 8))
         self.drop_rate = drop_rate
 
@@ -210,16 +211,16 @@ class MobileNetV2(StagedNet):
             self.to(dtype=dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage's map `[N,C,h,w]` to logits, or to the pooled features before them."""
+        """Logits from the last stage's map `[N,C,h,w]`, or with `pre_logits` the pooled features before them."""
         x = self.head_drop(self.global_pool(self.conv_head(x)))
         return x if pre_logits else self.head(x)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The layer-decay group of a parameter: 0 the stem, then one a block, and the last for what follows.
+        """The layer-decay group of a parameter: 0 for the stem, then one a block, the last for the layers after them.
 
         Args:
-            coarse: one group a stage instead.
+            coarse: one group a stage instead of one a block.
 
         Returns:
             A function from a parameter's name to its group.
@@ -230,7 +231,7 @@ class MobileNetV2(StagedNet):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers that features of these stages do not need; returns the stages as numbers from 0."""
+        """Drop the layers that the features of these stages do not need; returns the stage numbers, from 0."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if isinstance(self.head, nn.Identity):
             self.conv_head = nn.Identity().train(self.training)
@@ -271,8 +272,10 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MobileNetV2 of the paper's ablations: `kernels`, `small_kernel`, `shortcut`, `dilation` and the other fields of
-    `MobileNetV2Config` may be given by name. Nobody released weights."""
+    """MobileNetV2 of the paper's ablations; no weights were released.
+
+    The fields of `MobileNetV2Config`, such as `kernels` and `small_kernel`, may be given by name.
+    """
     if pretrained:
         raise RuntimeError("no weights were released for mobilenetv2_lk; build it with pretrained=False")
     cfg = changed(CONFIGS["mobilenetv2_lk"], kwargs)

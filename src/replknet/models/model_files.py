@@ -1,6 +1,6 @@
-"""Networks in one file: safetensors with everything that is needed to build and feed them.
+"""One safetensors file a network: its weights, and a description of how to build and feed the network.
 
-A file without that description, such as the released weights, is understood from its keys and shapes.
+Files without a description, such as the released weights, are recognised by their keys and shapes.
 """
 
 import json
@@ -26,29 +26,29 @@ from replknet.nn import merge
 Network = TypeVar("Network", bound=nn.Module)
 Described = TypeVar("Described")
 
-# every network that is registered with timm
+# every network that we register with timm
 NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, **mobilenetv2.CONFIGS}
 
 # key of a classifier's description in a file's header; other tasks have keys that begin like it
 FIELD = "replknet"
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
-# weights that are part of the package, as MODEL.TAG.safetensors
+# weights that come with the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a file of weights is of, and how its network wants its images.
+    """Which network a file of weights belongs to, and which images the network expects.
 
     Args:
         config: the architecture.
         in_chans: channels of the image.
-        classes: names of the outputs; empty where unknown.
+        classes: names of the outputs; empty if unknown.
         num_classes: number of outputs.
-        image_size: side in pixels for evaluation.
-        crop_pct: share of the resized image that the centre crop takes.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
+        image_size: side of the image for evaluation, pixels.
+        crop_pct: side of the centre crop divided by the side of the resized image.
+        mean: mean of each channel in RGB, for values from 0 to 1.
+        std: standard deviation of each channel in RGB, for values from 0 to 1.
     """
 
     config: RepLKNetConfig | MobileNetV2Config
@@ -66,7 +66,7 @@ class Description:
         return next((name for name, config in NETWORKS.items() if config == self.config), "custom")
 
     def build(self, **options: Any) -> StagedNet:
-        """A network with these inputs and outputs; options are those of its class."""
+        """A network with these inputs and outputs; `options` go to its class."""
         options |= {"num_classes": self.num_classes, "in_chans": self.in_chans}
         if isinstance(self.config, MobileNetV2Config):
             return MobileNetV2(self.config, **options)
@@ -74,23 +74,23 @@ class Description:
 
 
 def save_model(model: StagedNet, path: str | Path, description: Description) -> None:
-    """Write a network to a safetensors file; an existing file is replaced only when all is written.
+    """Write a network to a safetensors file. An existing file is replaced only after the new one is complete.
 
     Args:
-        model: in any form: training, merged or folded. Tensors keep their dtype.
-        path: the file; its folder is made.
-        description: what is needed to build the network again and to feed it, written into the file's header.
+        model: a network in any form: training, merged or folded. Tensors keep their dtype.
+        path: the file; a missing folder is created.
+        description: how to build the network again and how to feed it; it goes into the file's header.
     """
     write(model, path, {FIELD: json.dumps(_plain(description))})
 
 
 def write(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the tensors of a network to a safetensors file with these texts in its header, whole or not at all."""
+    """Write a network's tensors to a safetensors file with `metadata` in its header: completely or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
-    # safetensors makes files that only their owner may read
+    # safetensors makes files that only their owner may read: restore the usual permissions
     part.touch()
     mode = part.stat().st_mode
     save_file(state, part, metadata={"format": "pt", **metadata})
@@ -112,10 +112,10 @@ def shipped() -> list[str]:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file itself, or that of weights that come with the package, which may be named without their tag.
+    """The file at `path`, or the file of weights with that name in the package; the name may lack the tag.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     if Path(path).is_file():
         return Path(path)
@@ -155,10 +155,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Stag
     """The classifier of a checkpoint file, in the file's form and in eval mode, and its description.
 
     Args:
-        path: a file of `save_model`, or any that `read_state_dict` takes; the architecture of the latter is
-            understood from keys and shapes, and image size, mean and std are those of the paper's networks. Also the
-            name of weights that come with the package (`shipped`).
-        dtype: of the network; None for that of the file.
+        path: a file that `save_model` wrote, another file that `read_state_dict` takes, or the name of weights that
+            come with the package (`shipped`). Without a description, keys and shapes give the architecture, and image
+            size, mean and std are the values of the paper's networks.
+        dtype: dtype of the network; None for the file's dtype.
 
     Returns:
         The network on the CPU and its description.
@@ -190,16 +190,16 @@ def classifier_of(source: Source, dtype: torch.dtype | None = None) -> tuple[Sta
 
 
 def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what: str) -> Network:
-    """The network in the form of a state dict and with its tensors, in eval mode.
+    """The network in the form of a state dict, filled with its tensors, in eval mode.
 
     Args:
-        model: in the form of training, on any device.
-        state: under our keys.
+        model: a network in the training form, on any device.
+        state: tensors under our keys.
         where: what the error calls the state.
-        what: what it calls the network.
+        what: what the error calls the network.
 
     Raises:
-        CheckpointError: the state is of another network.
+        CheckpointError: the state belongs to another network.
     """
     form = form_of(state)
     if form != "training":
@@ -246,7 +246,7 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Des
     """The description of official weights, from keys and shapes.
 
     Raises:
-        CheckpointError: the keys are not those of a RepLKNet.
+        CheckpointError: the keys do not belong to a RepLKNet classifier.
     """
     if "head.weight" not in state:
         raise CheckpointError(_no_replknet(state, where, "stem.0.conv.weight, head.weight"))
@@ -263,14 +263,15 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Des
 
 
 def config_of(state: Mapping[str, Tensor], where: str = "the checkpoint") -> RepLKNetConfig:
-    """The architecture that keys and shapes are of, with the paper's stem; `named` gives its registered name.
+    """The architecture that keys and shapes describe, with the paper's stem; `named` gives its registered name.
 
     Args:
-        state: under the official keys, with a classifier or without; in a merged form there is no small kernel.
-        where: what the error calls it.
+        state: tensors under the official keys, with or without a classifier. If the branches are merged, the
+            result has no small kernel.
+        where: what the error calls the state.
 
     Raises:
-        CheckpointError: the keys are not those of a RepLKNet.
+        CheckpointError: the keys do not belong to a RepLKNet.
     """
     large = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.large_kernel\.(?:lkb_origin\.conv|lkb_reparam)\.weight")
     found = {(int(m[1]), int(m[2])): value for key, value in state.items() if (m := large.fullmatch(key))}
@@ -299,9 +300,10 @@ def _no_replknet(state: Mapping[str, Tensor], where: str, keys: str) -> str:
 
 
 def named(config: RepLKNetConfig) -> tuple[str, dict[str, Any]]:
-    """The registered name of an architecture, and the options with which timm.create_model builds it.
+    """The registered name of an architecture, and the options for timm.create_model.
 
-    A small kernel of its own is an option; an architecture that is not registered is RepLKNet-31B with all its own.
+    If only the small kernel differs from a registered architecture, it is the one option. For any other unregistered
+    architecture the name is replknet_31b, and every field is an option.
     """
     for name, known in replknet.CONFIGS.items():
         differing = {field: value for field, value in asdict(config).items() if value != getattr(known, field)}
@@ -311,7 +313,7 @@ def named(config: RepLKNetConfig) -> tuple[str, dict[str, Any]]:
 
 
 def statistics_of(config: RepLKNetConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels for the released networks: XL alone was trained with others than ImageNet's."""
+    """Mean and std of the pixels for the released networks: ImageNet's, except for XL."""
     if _is_xl(config):
         return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
     return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

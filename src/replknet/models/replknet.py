@@ -1,9 +1,9 @@
 """RepLKNet: the whole architecture, its variants and their registration with timm.
 
 Paper: Ding et al. 2022, "Scaling Up Your Kernels to 31x31", arXiv:2203.06717, section 4.
-Official code: DingXiaoH/RepLKNet-pytorch (MIT), read for facts: parameter names and shapes are the same, so
-its weights load. Different here: SyncBN is a choice of each model and not a global; `norm_intermediate_features`
-adds norms to the features only; the drop path rate is 0 unless given, as everywhere in timm.
+Official code: DingXiaoH/RepLKNet-pytorch (MIT), read for facts. We use its parameter names and shapes, so its weights
+load. Three things differ. SyncBN is an option of each model, not a global. `norm_intermediate_features` adds norms to
+the features only. The drop path rate is 0 by default, as everywhere in timm.
 """
 
 from collections.abc import Callable
@@ -32,20 +32,20 @@ from replknet.nn.conv_bn import Norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepLKNetConfig:
-    """Everything that shapes a RepLKNet; a tuple has one value a stage, the one after the stem first.
+    """The architecture of a RepLKNet; tuples have one value a stage, the stage after the stem first.
 
     Args:
         kernels: side of the large kernel, pixels, odd.
-        depths: pairs of a large-kernel block and a feed-forward block.
-        channels: of the stage.
-        small_kernel: side of the parallel branch, pixels, odd, folded away by `merge`; None for no branch.
-        dw_ratio: channels of the large kernels relative to the stage's.
-        ffn_ratio: hidden channels of the feed-forward blocks relative to the stage's.
+        depths: number of pairs of a large-kernel block and a feed-forward block.
+        channels: channels of the stage.
+        small_kernel: side of the parallel branch, pixels, odd; `merge` folds it away. None: no branch.
+        dw_ratio: channels of the large kernels divided by the stage's channels.
+        ffn_ratio: hidden channels of the feed-forward blocks divided by the stage's channels.
         stem_stride: 4 as in the paper, 2 or 1 for small images.
 
     Raises:
-        ValueError: tuples of different lengths, an even side, a small kernel that is the larger one, or another
-            stride; the text has the values.
+        ValueError: tuples differ in length, a side is even, the small kernel is larger than a large one, or
+            `stem_stride` is not 1, 2 or 4. The text has the values.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 4.1; the defaults are RepLKNet-31B.
     """
@@ -59,7 +59,7 @@ class RepLKNetConfig:
     stem_stride: int = 4
 
     def __post_init__(self) -> None:
-        # tuples even where a file gave lists, so that configurations compare
+        # a file may give lists; tuples make configurations comparable
         for name in ("kernels", "depths", "channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not len(self.kernels) == len(self.depths) == len(self.channels) >= 1:
@@ -80,7 +80,7 @@ class RepLKNetConfig:
 
 
 class RepLKNet(StagedNet):
-    """RepLKNet, with the protocol of a timm model and the official names of the parameters.
+    """RepLKNet with the interface of a timm model and the official parameter names.
 
     Args:
         cfg: the architecture.
@@ -88,17 +88,17 @@ class RepLKNet(StagedNet):
         in_chans: channels of the image.
         global_pool: timm's name of the pooling; "" for none (with num_classes=0).
         drop_rate: dropout before the classifier.
-        drop_path_rate: rate of dropped residual branches in the last block; it grows linearly from 0. A
-            large-kernel block and the feed-forward block after it share the value.
+        drop_path_rate: rate of dropped residual branches in the last block; the rates grow linearly from 0. A
+            large-kernel block and the feed-forward block after it share one rate.
         small_kernel_merged: build the large kernels in the form that `merge(fold_bn=False)` gives.
-        norm_intermediate_features: a norm on each stage's features, as in the XL backbones for segmentation
-            and detection. Only `features_only` models and `forward_intermediates` use them.
+        norm_intermediate_features: add a norm to each stage's features, as in the XL backbones for segmentation
+            and detection. Only `features_only` models and `forward_intermediates` use these norms.
         sync_bn: build nn.SyncBatchNorm, for training on several GPUs.
-        device: of the parameters.
-        dtype: of the parameters: float64, float32, float16 or bfloat16.
+        device: device of the parameters.
+        dtype: dtype of the parameters: float64, float32, float16 or bfloat16.
 
-    Input: `[N,in_chans,H,W]`, the dtype of the parameters, normalised with the mean and std of `pretrained_cfg`;
-    any size.
+    Input: `[N,in_chans,H,W]` of any size, in the dtype of the parameters, normalised with the mean and std of
+    `pretrained_cfg`.
     Output: logits `[N,num_classes]`, or pooled features `[N,C]` with num_classes=0.
 
     Source: Ding et al. 2022, arXiv:2203.06717, section 4.1 and Figure 4.
@@ -146,7 +146,7 @@ class RepLKNet(StagedNet):
                     ]
                 stages.append(Stage(blocks, norm(channels) if norm_intermediate_features else nn.Identity()))
             self.stages = nn.ModuleList(stages)
-            # one after each stage, so that a script can walk both lists together
+            # one after each stage, so that TorchScript can walk both lists together
             pairs = zip(cfg.channels[:-1], cfg.channels[1:], strict=True)
             self.transitions = nn.ModuleList([*(transition(a, b, norm) for a, b in pairs), nn.Identity()])
             self.norm: nn.Module = norm(self.num_features)
@@ -157,10 +157,10 @@ class RepLKNet(StagedNet):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The layer-decay group of a parameter: 0 the stem, 1 to 12 as in the official code, 13 norm and head.
+        """The layer-decay group of a parameter: 0 for the stem, 1 to 12 as in the official code, 13 for norm and head.
 
         Args:
-            coarse: one group a stage instead.
+            coarse: one group a stage instead of the groups 1 to 12.
 
         Returns:
             A function from a parameter's name to its group.
@@ -179,7 +179,7 @@ def _group(name: str, last_stage: int, coarse: bool) -> int:
         return stage + 1
     if stage > 2:
         return 12
-    # what follows a stage, its norm for features and the transition, is in the stage's last group
+    # the norm of a stage's features and the transition after it belong to the stage's last group
     return min(3 + int(rest[2]) // 4, 11) if rest[1] == "blocks" else 11
 
 
@@ -286,13 +286,13 @@ default_cfgs = generate_default_cfgs(
             size=32, pool_size=(2, 2), num_classes=10, crop_pct=1.0, origin_url="", license="apache-2.0"
         ),
         "replknet_cifar_l.cifar10": _cfg(
-            # part of the package, so that no network is needed
+            # it comes with the package: no download
             file=str(Path(__file__).parent / "weights" / "replknet_cifar_l.cifar10.safetensors"),
             size=32,
             pool_size=(4, 4),
             num_classes=10,
             crop_pct=1.0,
-            # those of replknet.data.cifar10, which a test compares
+            # equal to the values in replknet.data.cifar10; a test compares them
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
             origin_url="",
@@ -306,7 +306,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """A registered network; fields of the configuration may be given by name, as `kernels=(3, 3, 3, 3)`."""
+    """A registered network; fields of the configuration may be given by name, such as `kernels=(3, 3, 3, 3)`."""
     cfg = changed(CONFIGS[variant], kwargs)
     if kwargs.get("norm_intermediate_features") and not kwargs.get("features_only") and kwargs.get("num_classes") != 0:
         raise ValueError(
@@ -327,7 +327,7 @@ def _build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _require_weights(variant: str, kwargs: dict[str, Any]) -> None:
-    """An error that says where the weights are, if timm cannot fetch them itself."""
+    """Raise an error that says where the weights are, if timm cannot fetch them."""
     found = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if found.has_weights:
         return
@@ -358,13 +358,13 @@ def replknet_31l(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def replknet_xl(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepLKNet-XL: kernels 27, 27, 27, 13 on 1.5 times the stage's channels, no small branch; 335.4M parameters."""
+    """RepLKNet-XL: kernels 27, 27, 27, 13 on 1.5 times a stage's channels, no small branch; 335.4M parameters."""
     return _build("replknet_xl", pretrained, **kwargs)
 
 
 @register_model
 def replknet_b_k3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The 3-3-3-3 row of the paper's kernel-size study; without a small branch, since 5x5 would be larger."""
+    """The 3-3-3-3 row of the paper's kernel-size study; no small branch, since 5x5 is larger than 3x3."""
     return _build("replknet_b_k3", pretrained, **kwargs)
 
 
@@ -388,7 +388,7 @@ def replknet_b_k25(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def replknet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Ours, not the paper's: the kernels of 31B on a network that trains on a CPU, for 224-pixel images."""
+    """Ours, not the paper's: 31B's kernels in a network small enough to train on a CPU, for 224-pixel images."""
     return _build("replknet_nano", pretrained, **kwargs)
 
 
@@ -406,5 +406,5 @@ def replknet_cifar_l(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def replknet_test(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Ours, not the paper's: as small as possible with every part in it, for tests."""
+    """Ours, not the paper's: as small as possible with every kind of layer, for tests."""
     return _build("replknet_test", pretrained, **kwargs)

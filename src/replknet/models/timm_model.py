@@ -1,6 +1,6 @@
-"""What timm asks of a network that is a row of stages: features, classifier, checkpointing.
+"""timm's interface for a network of stages: features, classifier, gradient checkpointing.
 
-A family of networks subclasses `StagedNet` and builds the parts; TorchScript and torch.fx read what is here.
+A network family subclasses `StagedNet` and builds the parts. TorchScript and torch.fx read the code in this file.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ Config = TypeVar("Config")
 
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """A block that is computed again in the backward pass; the second time its batch norms count nothing."""
+    """Run a block that the backward pass computes again; the second run leaves batch-norm statistics unchanged."""
     if torch.compiler.is_compiling():
-        # the compiler recomputes values only, and takes no such contexts
+        # the compiler recomputes values only, and accepts no such contexts
         return checkpoint(block, x, use_reentrant=False)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(block)))
 
@@ -30,9 +30,9 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Blocks at one resolution, run one after the other.
 
-    RepLKNet's are pairs of a large-kernel block (even index) and a feed-forward block (odd).
+    In a RepLKNet, large-kernel blocks (even index) and feed-forward blocks (odd index) alternate.
 
-    `norm` is applied to the features that leave the network here, not to what goes on to the next stage.
+    `norm` applies to the features that the network returns, not to the input of the next stage.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  # TorchScript leaves it out
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  # TorchScript skips it
                 x = _checkpointed(block, x)
             else:
                 x = block(x)
@@ -51,17 +51,21 @@ class Stage(nn.Module):
 
 
 class StagedNet(nn.Module):
-    """A stem, stages with transitions between them, a final norm and a classifier, as timm's models are used.
+    """A stem, stages with transitions between them, a final norm and a classifier, used like a timm model.
 
     A subclass builds `stem`, `stages`, `transitions` (one after each stage), `norm`, `global_pool`, `head_drop` and
-    `head`, and says `feature_info`, `last_stage` (its number, also where stages are dropped later), `num_features`
-    (channels of the last stage) and `head_hidden_size` (channels that the classifier sees).
+    `head`. It also sets four facts:
+
+    - `feature_info`: timm's records of the stages;
+    - `last_stage`: the last stage's number, which stays when stages are dropped;
+    - `num_features`: channels of the last stage;
+    - `head_hidden_size`: input channels of the classifier.
 
     Input: images `[N,in_chans,H,W]`, the dtype of the parameters.
     Output: logits `[N,num_classes]`, or pooled features with num_classes=0.
     """
 
-    if TYPE_CHECKING:  # TorchScript would read these at run time
+    if TYPE_CHECKING:  # at run time TorchScript would read these annotations
         cfg: Any
         num_classes: int
         in_chans: int
@@ -79,15 +83,15 @@ class StagedNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that must not decay beyond what every recipe exempts (biases and norms): none."""
+        """Further parameters without weight decay: none. Recipes already exempt biases and norms."""
         return set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass, which saves memory and costs a forward pass.
+        """Recompute each block's activations in the backward pass. This saves memory and costs a forward pass.
 
         Args:
-            enable: False goes back to keeping them.
+            enable: False keeps the activations again.
         """
         for stage in self.stages.children():
             assert isinstance(stage, Stage)
@@ -95,22 +99,22 @@ class StagedNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """The initial values anew, such as for a network that was built on the meta device and then `to_empty`."""
+        """Draw new initial values, for example after the meta device and `to_empty`."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
                 module.reset_parameters()
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last layer: nn.Linear, or nn.Identity without classes."""
+        """The last layer: nn.Linear, or nn.Identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and a new pooling if one is named.
+        """Replace the classifier, and the pooling if one is named.
 
         Args:
-            num_classes: its outputs; 0 for none.
-            global_pool: timm's name of the pooling; None for the one there is.
+            num_classes: outputs of the classifier; 0 for no classifier.
+            global_pool: timm's name of the pooling; None keeps the present one.
         """
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
@@ -122,7 +126,7 @@ class StagedNet(nn.Module):
             new.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[N,in_chans,H,W]` to the normalised map before pooling, `[N,C,H/32,W/32]` with a stride of 32."""
+        """The map after the final norm, before pooling: images `[N,in_chans,H,W]` to `[N,C,H/32,W/32]` at stride 32."""
         for layer in self.stem:
             x = layer(x)
         for stage, after in zip(self.stages, self.transitions):  # noqa: B905  # TorchScript has no strict=
@@ -130,7 +134,7 @@ class StagedNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A map `[N,C,h,w]` to logits, or to the pooled features before them."""
+        """Logits from a map `[N,C,h,w]`, or with `pre_logits` the pooled features before them."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
@@ -150,18 +154,18 @@ class StagedNet(nn.Module):
 
         Args:
             x: images `[N,in_chans,H,W]`.
-            indices: stages to take; the last n for a number, all for None.
+            indices: stages to take; a number n takes the last n, None takes all.
             norm: apply the final norm to the last stage's features.
-            stop_early: leave out the stages after the last one that is taken.
-            output_fmt: "NCHW".
-            intermediates_only: leave out the final map.
+            stop_early: do not run the stages after the last one taken.
+            output_fmt: only "NCHW".
+            intermediates_only: return the features without the final map.
 
         Returns:
-            The features `[N,C_i,H/r_i,W/r_i]`, after the stage's own norm if it has one; before them the
-            final map, unless `intermediates_only`.
+            (final map, features), or the features alone with `intermediates_only`. The features are a list of
+            `[N,C_i,H/r_i,W/r_i]`, each after its stage's own norm if there is one.
 
         Raises:
-            ValueError: another `output_fmt`, or `indices` without any stage.
+            ValueError: `output_fmt` is not "NCHW", or `indices` has no stage.
         """
         if not torch.jit.is_scripting():
             _refuse_other_formats(output_fmt)
@@ -170,13 +174,13 @@ class StagedNet(nn.Module):
         found: list[Tensor] = []
         for layer in self.stem:
             x = layer(x)
-        # TorchScript unrolls this loop, and can neither slice the lists nor leave it
-        for i, (stage, after) in enumerate(zip(self.stages, self.transitions)):  # noqa: B905  # nor has it strict=
+        # TorchScript unrolls this loop: it can neither slice the lists nor leave the loop
+        for i, (stage, after) in enumerate(zip(self.stages, self.transitions)):  # noqa: B905  # it has no strict=
             if i < end:
                 x = stage(x)
                 if i in taken:
                     final = norm and i == self.last_stage
-                    # a module's attribute may be a tensor, too, for mypy
+                    # for mypy, a module's attribute may also be a tensor
                     found.append(self.norm(x) if final else stage.norm(x))  # type: ignore[operator]
                 if i + 1 < end:
                     x = after(x)
@@ -188,7 +192,7 @@ class StagedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers that features of these stages do not need; returns the stages as numbers from 0."""
+        """Drop the layers that the features of these stages do not need; returns the stage numbers, from 0."""
         taken, last = _taken(len(self.stages), indices)
         pruned = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -199,14 +203,14 @@ class StagedNet(nn.Module):
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.reset_classifier(0, "")
-        # what is new, the lists too, is in the mode of the network
+        # new modules, lists included, take the network's training mode
         for new in (self.stages, self.transitions, self.transitions[-1]):
             new.training = self.training
         return taken
 
 
 def _taken(stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """timm's reading of `indices`: the stages to take, as numbers from 0, and the last of them."""
+    """Read `indices` as timm does: the numbers of the stages to take, from 0, and the last of them."""
     if not torch.jit.is_scripting():
         _refuse_none(stages, indices)
     taken, last = feature_take_indices(stages, indices)
@@ -220,20 +224,20 @@ def _refuse_other_formats(output_fmt: str) -> None:
 
 def _refuse_none(stages: int, indices: int | list[int] | None) -> None:
     if not isinstance(indices, int | None) and not indices:
-        raise ValueError(f"indices must name one of the {stages} stages at least, got {indices}; None takes all")
+        raise ValueError(f"indices must name at least one of the {stages} stages, got {indices}; None takes all")
 
 
 def changed(cfg: Config, kwargs: dict[str, Any]) -> Config:
-    """A configuration with those of its fields that are among the arguments, which are taken out of them."""
+    """The configuration with fields replaced by `kwargs` of that name; these are removed from `kwargs`."""
     named = [field.name for field in fields(cfg) if field.name in kwargs]  # type: ignore[arg-type]  # a dataclass
-    return replace(cfg, **{name: kwargs.pop(name) for name in named})  # type: ignore[type-var]  # the same
+    return replace(cfg, **{name: kwargs.pop(name) for name in named})  # type: ignore[type-var]  # a dataclass
 
 
 def on_device(device: torch.device | str | None) -> AbstractContextManager[object]:
-    """Layers that are built inside are on that device; None for the default one."""
+    """A context that builds layers on this device; None: on the default device."""
     return nullcontext() if device is None else torch.device(device)
 
 
 def linear(last: float, count: int) -> list[float]:
-    """`count` values from 0 to `last`; plain numbers, so that a model can be built on the meta device."""
+    """`count` values from 0 to `last`: Python numbers, since tensors on the meta device have no values."""
     return [last * i / max(1, count - 1) for i in range(count)]

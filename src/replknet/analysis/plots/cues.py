@@ -10,12 +10,12 @@ from replknet.analysis.shape_bias import ShapeBias
 
 
 def shape_bias(results: Mapping[str, ShapeBias], title: str) -> Figure:
-    """For each category of the shape the share of decisions for it, a marker a network, in the manner of Geirhos et al.
+    """The share of shape decisions for each category of the shape, one marker a network, as in Geirhos et al.
 
     Args:
-        results: label -> counts, all with the same categories. A line stands where a network's overall bias is; a
-            category without any decision for either cue has no marker.
-        title: which images they are of.
+        results: label -> counts, all with the same categories. A line shows a network's overall bias. A category
+            without a decision for either cue has no marker.
+        title: title of the figure: which images the counts are for.
     """
     categories = next(iter(results.values())).categories
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(categories) + 1.9), layout="constrained")

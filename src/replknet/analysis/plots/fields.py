@@ -10,9 +10,9 @@ from replknet.analysis.erf import ERF
 
 
 def receptive_fields(fields: Mapping[str, ERF]) -> Figure:
-    """Receptive fields side by side with the squares that hold 50 % and 99 %, and below them how squares fill up.
+    """Receptive fields side by side, with the squares that hold 50 % and 99 %; below, how squares fill up.
 
-    Each map is shown as it is measured, on its scale and relative to its own largest value, all in the same colours.
+    Each map is on its own scale and relative to its own largest value. All maps share their colours.
     """
     columns = min(4, len(fields))
     rows = -(-len(fields) // columns)
@@ -40,7 +40,7 @@ def receptive_fields(fields: Mapping[str, ERF]) -> Figure:
 
 
 def _filling(axis: Any, fields: Mapping[str, ERF]) -> None:
-    """The share of the map in centred squares against their area, a line a network."""
+    """The share of the map in centred squares against their area, one line a network."""
     for label, field in fields.items():
         areas, shares = zip(*field.curve(), strict=True)
         axis.plot([100 * a for a in areas], [100 * s for s in shares], label=label)

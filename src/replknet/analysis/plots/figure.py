@@ -1,4 +1,4 @@
-"""What every picture needs: a backend without a screen, a resolution, and ways out of the program."""
+"""What every picture needs: a backend without a screen, a resolution, and export to files and HTML."""
 
 import base64
 import io
@@ -9,17 +9,17 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# no screen is needed
+# Agg needs no screen
 matplotlib.use("Agg")
 
 DPI = 110
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture, in the format that the path's ending names; an earlier one is replaced when all is written."""
+    """Write a picture in the format of the path's ending; an earlier file is replaced once the new one is complete."""
     part = path.with_name(f"part.{path.name}")
     figure.savefig(part, dpi=DPI)
-    # pyplot keeps every figure until then
+    # pyplot keeps every figure until it is closed
     plt.close(figure)
     os.replace(part, path)
 

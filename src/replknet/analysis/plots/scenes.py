@@ -1,4 +1,4 @@
-"""Images with what was found in them."""
+"""Images with the classes, boxes and masks that were found in them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +13,19 @@ from replknet.analysis.plots.figure import DPI
 
 
 def overlay(image: Image.Image, labels: Any, names: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Figure:
-    """An image under the colours of its pixels' classes, with a legend of those that cover most.
+    """An image mixed with the colours of its pixels' classes, and a legend of the 20 classes that cover most.
 
     Args:
-        image: in RGB.
+        image: the image in RGB.
         labels: class of each pixel, `[H,W]`.
-        names: of the classes.
-        palette: of the classes, RGB from 0 to 255.
+        names: names of the classes.
+        palette: colours of the classes, RGB from 0 to 255.
     """
     labels = np.asarray(labels)
     mixed = (np.asarray(image) / 2 + np.array(palette)[labels] / 2).astype(np.uint8)
     counts = np.bincount(labels.ravel(), minlength=len(names))
     shown = [i for i in counts.argsort()[::-1][:20] if counts[i]]
-    # pixels stay pixels: the picture is as large as the image, with room for the legend
+    # one pixel of the image is one pixel of the picture; the legend gets extra room
     width, height = image.width / DPI, image.height / DPI
     legend = 1.9
     figure = plt.figure(figsize=(width + legend, height), dpi=DPI)
@@ -48,17 +48,17 @@ def boxes(
     names: Sequence[str],
     masks: Any = None,
 ) -> Figure:
-    """An image with the objects in it: a box in the colour of its class, its name and its score.
+    """An image with its objects; each has a box in the colour of its class, a name and a score.
 
     Args:
-        image: in RGB.
+        image: the image in RGB.
         boxes: x1, y1, x2, y2 of the objects, pixels, `[n,4]`.
-        labels: class of each.
-        scores: of each, from 0 to 1.
-        names: of the classes.
+        labels: class of each object.
+        scores: score of each object, from 0 to 1.
+        names: names of the classes.
         masks: pixels of each object, `[n,H,W]`, bool, or None.
     """
-    # pixels stay pixels
+    # one pixel of the image is one pixel of the picture
     figure = plt.figure(figsize=(image.width / DPI, image.height / DPI), dpi=DPI)
     axis = figure.add_axes((0, 0, 1, 1))
     drawn = np.asarray(image).astype(float)
@@ -67,11 +67,11 @@ def boxes(
         drawn[mask] = drawn[mask] / 2 + 255 * np.array(colours[label % 10]) / 2
     axis.imshow(drawn.astype(np.uint8), interpolation="nearest", aspect="auto")
     axis.set_axis_off()
-    # the best lie on top
+    # the best objects come first, so they are drawn last: on top
     for (x1, y1, x2, y2), label, score in reversed(list(zip(np.asarray(boxes).tolist(), labels, scores, strict=True))):
         colour = colours[label % 10]
         axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
-        # above the box where there is room
+        # above the box if there is room
         axis.text(
             x1 + 1,
             y1 - 1,

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def times_by_kernel(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]]) -> Figure:
-    """Time against kernel size on a log scale, a panel a workload, a line an implementation.
+    """Time against kernel size on a log scale: one panel a workload, one line an implementation.
 
     Args:
         panels: title -> label -> points of kernel side in pixels and the 20th, 50th and 80th percentile in ms.
@@ -37,21 +37,21 @@ def stack_times(
     multiply_adds: Mapping[int, int],
     paper: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
 ) -> Figure:
-    """What a larger kernel costs, a column a workload: times above; below, how much more than the smallest kernel.
+    """What a larger kernel costs, one column a workload. Above: times. Below: times relative to the smallest kernel.
 
     Args:
         panels: title -> label -> points of kernel side in pixels and the 20th, 50th and 80th percentile in ms. A label
             says who computes, then the memory format.
-        multiply_adds: by kernel side, of any one workload.
-        paper: title -> label -> time by kernel side, of the paper's own measurement; shown below alone, since another
-            machine's times compare as ratios only.
+        multiply_adds: kernel side -> multiply-adds of any one workload.
+        paper: title -> label -> kernel side -> time that the paper measured. These are shown below only, since times
+            of another machine compare only as ratios.
     """
     columns = len(panels)
     figure, axes = plt.subplots(
         2, columns, figsize=(4.2 * columns + 0.4, 7.2), squeeze=False, sharex=True, sharey="row", layout="constrained"
     )
     ways = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    # the operator in the first colour
+    # sorted, so that the operator has the first colour
     whos = sorted({label.split()[0] for label in ways})
     for (title, lines), (above, below) in zip(panels.items(), axes.T, strict=True):
         for label, points in lines.items():
@@ -91,11 +91,11 @@ _PALE = {"tab:blue": "lightsteelblue", "tab:gray": "lightgray"}
 
 
 def rivals(panels: Mapping[str, Mapping[str, tuple[float, float, float, float | None, float | None]]]) -> Figure:
-    """Times and peaks of memory of networks, a row a task, the first network in a colour of its own.
+    """Times and peak memory of networks, one row a task; the first network has its own colour.
 
     Args:
-        panels: title -> network -> the 20th, 50th and 80th percentile of its time in ms, and in MB the memory of its
-            process with the weights loaded and at the peak of a run, both without the program; None where unknown.
+        panels: title -> network -> five numbers. Three are the 20th, 50th and 80th percentile of its time in ms. Two
+            are memory in MB without the program: with the weights loaded, and at the peak of a run; None if unknown.
     """
     bars = [len(networks) for networks in panels.values()]
     figure, axes = plt.subplots(
@@ -123,7 +123,7 @@ def rivals(panels: Mapping[str, Mapping[str, tuple[float, float, float, float | 
             text = f"{weights:.0f} + {most - weights:.0f}"
             right.annotate(text, (most, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
         left.set_yticks(rows, networks)
-        # the first on top
+        # the first network on top
         left.set(ylim=(len(networks) - 0.4, -0.6), title=title)
         for axis in (left, right):
             axis.margins(x=0.3)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# what an axis says of a score
+# score -> label of its axis
 _SCORES = {"val_top1": "accuracy, %", "val_miou": "mIoU, %", "val_map": "AP, %"}
 
 
@@ -15,7 +15,7 @@ def curves(series: Mapping[str, Sequence[Mapping[str, float]]], score: str = "va
     for label, rows in series.items():
         epochs = [row["epoch"] + 1 for row in rows]
         left.plot(epochs, [row["train_loss"] for row in rows], marker="o", label=label)
-        # a training may score nothing
+        # a training may have no scores
         scored = [row for row in rows if score in row]
         right.plot([row["epoch"] + 1 for row in scored], [100 * row[score] for row in scored], marker="o")
     left.set(xlabel="epoch", ylabel="training loss, nats")
@@ -55,8 +55,8 @@ def seeds(values: Mapping[str, Sequence[float]], label: str) -> Figure:
     """A row for each name: a dot for each run, and a bar at their mean.
 
     Args:
-        values: name -> a value of each run; a name without any keeps its row.
-        label: of the axis, with the unit.
+        values: name -> one value a run; a name without runs keeps its row.
+        label: label of the axis, with the unit.
     """
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(values)))
     for row, found in enumerate(values.values()):

@@ -11,31 +11,31 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from replknet.analysis.learned_kernels import LayerKernels, magnitude_by_distance, mean_magnitude
 
-# how many layers `kernels` shows, and how many kernels of each
+# most layers that `kernels` shows, and most kernels of a layer
 _LAYERS, _EXAMPLES = 8, 8
 
 
 def kernels(layers: Sequence[LayerKernels], name: str) -> Figure:
-    """Kernels of a network, a row a layer: examples, the mean of |w| over channels, and that by distance.
+    """Kernels of a network, one row a layer: examples, the mean of |w| over channels, and this mean by distance.
 
-    The examples are those of the largest and of the smallest norm and others evenly between, each on a scale of its
-    own. Their colours are signed square roots: a far tap has a tenth of the centre's weight, and should be seen. Of
-    many layers some are shown, evenly chosen, which the title says.
+    The examples go evenly from the largest norm to the smallest; each has its own scale. Colours are signed square
+    roots: a far tap has a tenth of the centre's weight, and should be visible. If there are many layers, some are
+    shown, evenly chosen, and the title says so.
 
     Args:
-        layers: at least one.
-        name: of the network.
+        layers: at least one layer.
+        name: name of the network.
     """
     shown = [layers[i] for i in _evenly(len(layers), _LAYERS)]
     magnitudes = [mean_magnitude(layer.merged).numpy() for layer in shown]
-    # one scale for all maps, of two decades at most, and so wide that noise about 1 looks flat
+    # one scale for all maps: two decades at most, but wide enough that noise around 1 looks flat
     top = max(2.0, *(float(magnitude.max()) for magnitude in magnitudes))
     bottom = min(0.5, max(top / 100, min(float(magnitude.min()) for magnitude in magnitudes)))
-    # inches
+    # heights in inches
     above, row, below = 0.85, 1.6, 0.6
     height = above + row * len(shown) + below
     figure = plt.figure(figsize=(14, height))
-    # the empty column has the numbers of the curves
+    # the empty column leaves room for the numbers on the curves' axes
     axes = figure.subplots(
         len(shown),
         _EXAMPLES + 3,
@@ -52,12 +52,12 @@ def kernels(layers: Sequence[LayerKernels], name: str) -> Figure:
     )
     for (*squares, empty, curve), layer, magnitude in zip(axes, shown, magnitudes, strict=True):
         _examples(squares[:-1], layer)
-        # what is below the scale has its darkest colour, not none
+        # values below the scale get its darkest colour; unclipped, a zero would get no colour
         image = squares[-1].imshow(magnitude.clip(bottom), norm=LogNorm(bottom, top))
         for axis in squares:
             axis.set_xticks([])
             axis.set_yticks([])
-            # below the layer's name, whatever the kernel's form
+            # directly below the layer's name, also if the kernel is not square
             axis.set_anchor("N")
         empty.set_axis_off()
         curve.sharey(axes[0][-1])
@@ -82,7 +82,7 @@ def kernels(layers: Sequence[LayerKernels], name: str) -> Figure:
 
 
 def _evenly(count: int, wanted: int) -> list[int]:
-    """At most so many of the numbers below `count`, the first and the last among them."""
+    """At most `wanted` of the numbers below `count`, evenly spaced, with the first and the last."""
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist()
 
 
@@ -92,14 +92,14 @@ def _examples(axes: Sequence[Any], layer: LayerKernels) -> None:
     for axis, rank in zip(axes, _evenly(layer.channels, len(axes)), strict=False):
         channel = int(order[rank])
         kernel = layer.merged[channel].numpy()
-        # any scale will do for zeros
+        # a kernel of zeros may have any scale
         largest = abs(kernel).max() or 1.0
         axis.imshow(np.sign(kernel) * np.sqrt(abs(kernel) / largest), cmap="RdBu_r", vmin=-1, vmax=1)
         axis.set_xlabel(f"{channel}: norm {norms[channel]:.2g}", fontsize=8, labelpad=2)
     for axis in axes[layer.channels :]:
         axis.set_axis_off()
     tall, wide = layer.sides
-    # not the axis' own title, whose place follows the kernel's form
+    # an annotation: the place of an axis title would depend on the kernel's proportions
     box = axes[0].get_position(original=True)
     axes[0].annotate(
         f"{layer.name}  {tall}x{wide}, {layer.channels} channels",
@@ -113,12 +113,12 @@ def _examples(axes: Sequence[Any], layer: LayerKernels) -> None:
 
 
 def _profile(axis: Any, layer: LayerKernels) -> None:
-    """Magnitude by distance: of what is applied and, where they are known, of both branches."""
+    """Magnitude by distance: of the merged kernels and, if they are known, of both branches."""
     lines = [("merged", layer.merged, "black", "-")]
     if layer.large is not None and layer.small is not None:
         lines += [("large branch", layer.large, "C0", "--"), ("small branch", layer.small, "C3", "-")]
     for label, part, colour, style in lines:
-        # zeros, as around a small kernel, have no place on a logarithmic axis
+        # a logarithmic axis has no place for zeros, such as those around a small kernel
         points = {d: value for d, value in magnitude_by_distance(part, layer.merged).items() if value > 0}
         axis.plot(list(points), list(points.values()), style, color=colour, marker="o", markersize=3.5, label=label)
     axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
