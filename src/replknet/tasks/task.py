@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from replknet.train.recipe import Options, Recipe
 
 
+# wraps batches, to show progress
+Shown = Callable[[Iterable[Any]], Iterable[Any]]
+
+
 class Description(Protocol):
     """What a file of weights is of, and how its network wants its images."""
 
@@ -135,7 +139,7 @@ class Infer:
     prediction: type[Any]
     evaluation: type[Any]
     predictor: Callable[[Network, Any], Callable[[Image], Prediction]]
-    evaluate: Callable[[Network, Path | None, Any, Callable[[Iterable[Any]], Iterable[Any]]], Scored]
+    evaluate: Callable[[Network, Path | None, Any, Shown], Scored]
     comparison: Callable[[Network], Comparison]
 
 
@@ -246,6 +250,13 @@ def random_images(channels: int, side: int) -> Tensor:
     import torch  # the record itself needs none
 
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def named_data(data: Path | None, what: str) -> Path:
+    """The folder or archive; a ValueError where none is named."""
+    if data is None:
+        raise ValueError(f"name the folder or zip of {what} with --data")
+    return data
 
 
 def check_classes(network: tuple[str, ...], data: tuple[str, ...], where: Path) -> None:

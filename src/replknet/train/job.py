@@ -87,6 +87,13 @@ def check_unit(recipe: Recipe, unit: str) -> None:
         raise ValueError(f"trainings in {recipe.task} count {unit}: give {unit} and warmup_{unit}, not {other}")
 
 
+def own_images(data: Path | None) -> Path:
+    """The folder or archive of a recipe that trains on the user's images; a ValueError where none is named."""
+    if data is None:
+        raise ValueError("this recipe trains on your images: name their folder or zip with --data")
+    return data
+
+
 def check_model(name: str) -> None:
     """Raise a ValueError where timm has no network of this name."""
     if not timm.is_model(name):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from replknet.data import transforms
 from replknet.data.batches import batches
 from replknet.tasks.classification import sets
-from replknet.tasks.task import Comparison, Infer, Network, Prediction, Scored, random_images
+from replknet.tasks.task import Comparison, Infer, Network, Prediction, Scored, Shown, random_images
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,7 @@ def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Imag
     return found
 
 
-def _evaluate(
-    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
-) -> Scored:
+def _evaluate(network: Network, data: Path | None, settings: EvaluationSettings, shown: Shown) -> Scored:
     d = network.description
     dataset = sets.evaluation_set(settings.dataset, data, d, settings.unreadable_images)
     found = evaluate(network.model, shown(batches(dataset, settings.batch_size)))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from replknet.data.coco import shipped_classes
 from replknet.data.mask_transforms import Normalize
 from replknet.models import CheckpointError
-from replknet.models.model_files import Source, config_of, filled, named, parsed, read, statistics_of, write
+from replknet.models.model_files import Source, filled, parsed, read, write
+from replknet.tasks.backbone import official_backbone
 from replknet.tasks.detection.cascade import CascadeRCNN
 from replknet.tasks.detection.fcos import FCOS
 from replknet.tasks.detection.torchvision_detectors import mask_rcnn, torchvision_fcos
@@ -114,11 +115,8 @@ def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[
 
 def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[nn.Module, DetectionDescription]:
     """The detector of a file that was read, and its description; see `load_detection`."""
-    text = source.texts.get(FIELD)
-    if text is None:
-        description = described(source.state, str(source.path))
-    else:
-        description = parsed(text, source.path, DetectionDescription)
+    text, where = source.texts.get(FIELD), source.path
+    description = described(source.state, str(where)) if text is None else parsed(text, where, DetectionDescription)
     # not on the meta device: torchvision's anchors are made with the network
     model = filled(description.build(), source.state, source.path, description.detector)
     return model.to(dtype), description
@@ -134,10 +132,10 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Det
     Raises:
         CheckpointError: the keys are not those of FCOS or Cascade R-CNN over a RepLKNet, or the classes not COCO's.
     """
-    prefix = "pyramid.backbone.model."
-    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     fcos, cascade = state.get("bbox_head.conv_cls.weight"), state.get("bbox_head.0.fc_cls.weight")
-    if not backbone or (fcos is None and cascade is None):
+    heads = fcos is not None or cascade is not None
+    backbone = official_backbone(state, "pyramid.backbone.model.", where) if heads else None
+    if backbone is None:
         raise CheckpointError(
             f"{where} holds no detector over a RepLKNet: expected keys such as backbone.stem.0.conv.weight and "
             f"bbox_head.conv_cls.weight (FCOS) or roi_head.bbox_head.0.fc_cls.weight (Cascade R-CNN), got "
@@ -151,21 +149,16 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Det
             f"{where} has {classes} classes and does not say which: expected the {len(names)} of COCO; build the "
             "detector, load the file with replknet.load_checkpoint, and write it with save_detection"
         )
-    config = config_of(backbone, where)
-    name, network = named(config)
-    if any(key.startswith("stages.0.norm.") for key in backbone):
-        network["norm_intermediate_features"] = True
     masks = "mask_head.0.conv_logits.weight" in state
-    mean, std = statistics_of(config)
     return DetectionDescription(
         detector="fcos" if fcos is not None else "cascade_mask_rcnn" if masks else "cascade_rcnn",
-        backbone=name,
-        network=network,
+        backbone=backbone.name,
+        network=backbone.network,
         classes=names,
         channels=state["pyramid.neck.inner_blocks.0.0.weight"].shape[0],
         scale=(1333, 800),
-        mean=mean,
-        std=std,
+        mean=backbone.mean,
+        std=backbone.std,
     )
 
 

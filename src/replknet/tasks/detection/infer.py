@@ -25,7 +25,9 @@ from replknet.tasks.task import (
     Network,
     Prediction,
     Scored,
+    Shown,
     check_classes,
+    named_data,
     percent,
     random_images,
 )
@@ -141,12 +143,8 @@ def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Imag
     return found
 
 
-def _evaluate(
-    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
-) -> Scored:
-    if data is None:
-        raise ValueError("name the folder or zip of the images and annotations with --data")
-    d = network.description
+def _evaluate(network: Network, data: Path | None, settings: EvaluationSettings, shown: Shown) -> Scored:
+    data, d = named_data(data, "the images and annotations"), network.description
     images = CocoImages(data, settings.split, masks=d.masks, malformed=settings.malformed)
     if images.problems:
         print(f"left out: {'; '.join(map(str, images.problems))}", file=sys.stderr)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from replknet.data.mask_transforms import Normalize
 from replknet.data.masks import Classes, shipped_classes
 from replknet.models import CheckpointError
-from replknet.models.model_files import Source, config_of, filled, named, parsed, read, statistics_of, write
+from replknet.models.model_files import Source, filled, parsed, read, write
+from replknet.tasks.backbone import official_backbone
 from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
 from replknet.tasks.task import Files
 
@@ -104,11 +105,8 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
 
 def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
     """The network of a file that was read, and its description; see `load_segmentation`."""
-    text = source.texts.get(FIELD)
-    if text is None:
-        description = described(source.state, str(source.path))
-    else:
-        description = parsed(text, source.path, SegmentationDescription)
+    text, where = source.texts.get(FIELD), source.path
+    description = described(source.state, str(where)) if text is None else parsed(text, where, SegmentationDescription)
     with torch.device("meta"):
         model = without_auxiliary(description.build())
     state = {key: value for key, value in source.state.items() if not key.startswith("auxiliary_head.")}
@@ -132,9 +130,9 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Seg
     Raises:
         CheckpointError: the keys are not those of UperNet over a RepLKNet, or the classes those of another data set.
     """
-    prefix, head = "backbone.model.", "decode_head.classifier.weight"
-    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if head not in state or not backbone:
+    head = "decode_head.classifier.weight"
+    backbone = official_backbone(state, "backbone.model.", where) if head in state else None
+    if backbone is None:
         raise CheckpointError(
             f"{where} holds no UperNet over a RepLKNet: expected keys such as decode_head.conv_seg.weight and "
             f"backbone.stem.0.conv.weight, got {', '.join(list(state)[:4])}, ..."
@@ -146,17 +144,12 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Seg
             "build a UperNet, load the file with replknet.load_checkpoint, and write it with save_segmentation"
         )
     dataset, scale, align_corners = _OFFICIAL[classes]
-    config = config_of(backbone, where)
-    name, network = named(config)
-    if any(key.startswith("stages.0.norm.") for key in backbone):
-        network["norm_intermediate_features"] = True
     auxiliary = state.get("auxiliary_head.convs.0.conv.weight")
-    windows = classes == 150 and config.channels[0] > 128
-    mean, std = statistics_of(config)
+    windows = classes == 150 and backbone.channels[0] > 128
     colours = shipped_classes(dataset)
     return SegmentationDescription(
-        backbone=name,
-        network=network,
+        backbone=backbone.name,
+        network=backbone.network,
         classes=colours.names,
         palette=colours.palette,
         channels=state[head].shape[1],
@@ -165,8 +158,8 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Seg
         scale=scale,
         window=640 if windows else None,
         stride=426 if windows else None,
-        mean=mean,
-        std=std,
+        mean=backbone.mean,
+        std=backbone.std,
     )
 
 

@@ -22,7 +22,9 @@ from replknet.tasks.task import (
     Network,
     Prediction,
     Scored,
+    Shown,
     check_classes,
+    named_data,
     percent,
     random_images,
 )
@@ -249,12 +251,8 @@ def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Imag
     return found
 
 
-def _evaluate(
-    network: Network, data: Path | None, settings: EvaluationSettings, shown: Callable[[Iterable[Any]], Iterable[Any]]
-) -> Scored:
-    if data is None:
-        raise ValueError("name the folder or zip of the images and masks with --data")
-    d = network.description
+def _evaluate(network: Network, data: Path | None, settings: EvaluationSettings, shown: Shown) -> Scored:
+    data, d = named_data(data, "the images and masks"), network.description
     inference = inference_of(d, settings.window, settings.stride, settings.ratios, settings.flip)
     pairs = Pairs(settings.dataset, data, settings.split)
     check_classes(d.classes, pairs.classes.names, data)

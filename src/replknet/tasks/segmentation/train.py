@@ -23,7 +23,7 @@ from replknet.tasks.segmentation.recipes import SegmentationOptions
 from replknet.train.backbones import backbone_of, load_backbone
 from replknet.train.callbacks import Kept
 from replknet.train.hardware import Hardware
-from replknet.train.job import Job, Train, TrainStep, built, check_unit, network_options
+from replknet.train.job import Job, Train, TrainStep, built, check_unit, network_options, own_images
 from replknet.train.optimisers import by_depth
 from replknet.train.recipe import Recipe
 from replknet.train.sharding import gather, shard
@@ -155,8 +155,7 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
         ValueError: no data is named, the backbone cannot be built so, or the checkpoint to start from does not fit.
         ImageError: the data is not as it should be.
     """
-    if data is None:
-        raise ValueError("this recipe trains on your images: name their folder or zip with --data")
+    data = own_images(data)
     refused = _refusal(recipe, hardware, hardware.at_once(recipe.batch_size))
     if refused is not None:
         raise ValueError(refused)
