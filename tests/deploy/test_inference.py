@@ -159,6 +159,30 @@ def test_report_says_what_was_done(monkeypatch):
     assert all(name.endswith(".norm") for name in normed.unfolded)
 
 
+@pytest.mark.parametrize(
+    ("name", "products", "operator", "winograd", "layers"),
+    [
+        # 2 a block and 1 a transition, 1 in the stem; the large kernels and the stem's second layer
+        ("classifier", 24, 6, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        # the stem's last layer has no stride, and so it is on the operator, too
+        ("narrow", 24, 7, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        ("features", 24, 6, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        # ReLU6 is a step of its own
+        ("mobilenet", 34, 0, 0, {}),
+        ("segmentation", 31, 6, 5, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8, "PyramidHead": 1}),
+    ],
+)
+def test_each_kind_of_network_gets_these_layers(name, products, operator, winograd, layers):
+    optimized = optimize(NETWORKS[name](), torch.randn(1, 3, 64, 64))
+    report = optimized.report
+    assert (report.products, report.operator, report.winograd) == (products, operator, winograd)
+    names = [type(module).__name__ for module in optimized.network.modules()]
+    kinds = ("LargeKernelBlock", "FeedForward", "Grouped", "PyramidHead")
+    assert {kind: names.count(kind) for kind in kinds if kind in names} == layers
+    # neither norms after a convolution nor what only training uses is left
+    assert not {"UperNetConvModule", "UperNetFCNHead"} & set(names)
+
+
 def test_products_are_packed_where_torch_has_onednn():
     optimized = optimize(classifier(), torch.randn(1, 3, 64, 64))
     assert optimized.report.packed == torch.backends.mkldnn.is_available()
