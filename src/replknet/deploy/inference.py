@@ -10,33 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replknet.deploy.inference_layers import (
-    Activation,
-    Convolution,
-    Depthwise,
-    FeedForward,
-    Grouped,
-    LargeKernelBlock,
-    Pointwise,
-    packs,
-    product_of,
-)
+from replknet.deploy.inference_layers import packs
+from replknet.deploy.rewrite import Rewriter, cast, folded
 from replknet.deploy.verify import Difference, worst
-from replknet.deploy.winograd import Winograd
 from replknet.difference import largest_difference
 from replknet.kernels.malloc import keep_freed_memory
-from replknet.models.timm_model import Stage, StagedNet
-from replknet.nn import ConvFFN, DepthwiseConv2d, RepLKBlock, merge
-from replknet.nn.conv_bn import ConvBN, affine, set_weight_and_bias, weight_and_bias
 from replknet.nn.merge import unfolded_norms
-from replknet.tasks.segmentation.inference_form import PyramidHead
 from replknet.timing import Timing, interleaved
 
 # relative L2 difference of an output from the source's that is allowed; where it is large, most of it is rounding of
 # the source, whose norms and branches are steps of their own
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# channels and pixels from which on Winograd's method pays, for its transforms and for the memory of its matrices
-_WINOGRAD_CHANNELS, _WINOGRAD_PIXELS = 64, 2048
 _TIMED_RUNS = 5
 _LAYERS, _COMPILED = "layer by layer", "torch.compile"
 
@@ -192,15 +176,15 @@ def optimize(
         wanted = _outputs(torch.func.functional_call(model, weights, (example,)))
     del weights
     prepared = _prepared(example, dtype)
-    folded = _cast(_folded(model), dtype).to(memory_format=torch.channels_last)
+    source = cast(folded(model), dtype).to(memory_format=torch.channels_last)
     on_cpu = example.device.type == "cpu"
     # a compiler cannot look into packed matrices
-    source = copy.deepcopy(folded) if compile and on_cpu else None
-    rewriter = _Rewriter(folded, prepared)
+    unpacked = copy.deepcopy(source) if compile and on_cpu else None
+    rewriter = Rewriter(source, prepared)
     network = rewriter.rewritten()
     ways: dict[str, Callable[[Tensor], Any]] = {_LAYERS: network}
-    if source is not None:
-        ways[_COMPILED] = torch.compile(source, options={"freezing": True})
+    if unpacked is not None:
+        ways[_COMPILED] = torch.compile(unpacked, options={"freezing": True})
     elif compile:
         ways[_COMPILED] = torch.compile(network, mode="reduce-overhead")
     with torch.inference_mode():
@@ -273,181 +257,3 @@ def _compared(way: str, wanted: Sequence[Tensor], got: Sequence[Tensor], bound: 
             "example's images are normalised and the source's outputs finite"
         )
     return largest
-
-
-# ---- folding
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """A merged copy without any norm that can be folded, and without what only training has."""
-    network = merge(model).eval().requires_grad_(False)
-    for module in network.modules():
-        if hasattr(module, "auxiliary_head"):
-            setattr(module, "auxiliary_head", None)  # noqa: B010  # mypy thinks that a module has modules alone
-        if _is_conv_module(module):
-            _fold_after(module)
-        if isinstance(module, StagedNet):
-            _fold_into_head(module)
-    return network
-
-
-def _is_conv_module(module: nn.Module) -> bool:
-    """Whether it is transformers' convolution with norm and ReLU, which is not imported for its name alone."""
-    return type(module).__name__ == "UperNetConvModule"
-
-
-def _fold_after(module: nn.Module) -> None:
-    conv, scale_and_shift = module.conv, affine(module.batch_norm)  # type: ignore[arg-type]  # it has both
-    if scale_and_shift is None:
-        return
-    assert isinstance(conv, nn.Conv2d)
-    scale, shift = scale_and_shift
-    weight, bias = weight_and_bias(conv)
-    set_weight_and_bias(conv, weight * scale[:, None, None, None], bias * scale + shift)
-    module.batch_norm = nn.Identity()
-
-
-def _fold_into_head(model: StagedNet) -> None:
-    """The last norm into the classifier: the mean of a map that is scaled is the scaled mean."""
-    scale_and_shift, head = affine(model.norm), model.head
-    if scale_and_shift is None or not isinstance(head, nn.Linear) or model.global_pool.pool_type != "avg":
-        return
-    scale, shift = scale_and_shift
-    weight = head.weight.double()
-    bias = weight @ shift + (0 if head.bias is None else head.bias.double())
-    head.weight.copy_(weight * scale)
-    head.bias = nn.Parameter(bias.to(head.weight), requires_grad=False)
-    model.norm = nn.Identity()
-
-
-class _InFloat32(nn.Module):
-    """A classifier's pooling, or the classifier itself, on values of a shorter type, without rounding to it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x.float())
-        return y
-
-
-def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in another type; for a shorter one than float32, classifiers stay, as they cost next to nothing."""
-    heads = {}
-    if dtype.itemsize < 4:
-        staged = [module for module in network.modules() if isinstance(module, StagedNet)]
-        heads = {module: (module.global_pool, module.head) for module in staged if isinstance(module.head, nn.Linear)}
-        for module in heads:
-            module.global_pool, module.head = nn.Identity(), nn.Identity()
-    network = network.to(dtype)
-    for module, (pool, head) in heads.items():
-        module.global_pool, module.head = _InFloat32(pool), _InFloat32(head.float())
-    return network
-
-
-# ---- layers
-
-
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.GELU: "gelu"}
-
-
-class _Rewriter:
-    """Puts the layers of `rows` and `winograd` into a folded network, in place.
-
-    Args:
-        network: in eval mode.
-        example: run through it once, to learn how many pixels each convolution sees.
-    """
-
-    def __init__(self, network: nn.Module, example: Tensor) -> None:
-        self._network, self._example, self._on_cpu = network, example, example.device.type == "cpu"
-        self._rows: dict[nn.Module, int] = {}
-        self.products = self.operator = self.winograd = 0
-
-    def rewritten(self) -> nn.Module:
-        convs = [module for module in self._network.modules() if isinstance(module, nn.Conv2d)]
-        hooks = [conv.register_forward_hook(self._seen) for conv in convs]
-        with torch.inference_mode():
-            self._network(self._example)
-        for hook in hooks:
-            hook.remove()
-        return self._new(self._network)
-
-    def _seen(self, conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._rows[conv] = output.shape[0] * output.shape[2] * output.shape[3]
-
-    def _new(self, module: nn.Module) -> nn.Module:
-        """What takes the module's place; where it is not known itself, its children are replaced."""
-        if isinstance(module, RepLKBlock) and isinstance(module.prelkb_bn, nn.Identity):
-            return self._large_kernel_block(module)
-        if isinstance(module, ConvFFN) and isinstance(module.preffn_bn, nn.Identity):
-            first, second = self._product(module.pw1.conv), self._product(module.pw2.conv)
-            return FeedForward(first, second, self._example.element_size() if self._on_cpu else None)
-        if isinstance(module, ConvBN) and isinstance(module.bn, nn.Identity):
-            return self._convolution(module.conv, getattr(module, "nonlinear", None))
-        if _is_conv_module(module) and isinstance(module.batch_norm, nn.Identity):
-            return self._convolution(module.conv, module.activation)  # type: ignore[arg-type]  # it has both
-        if type(module) is nn.Conv2d:
-            return self._convolution(module, None)
-        for name, child in list(module._modules.items()):
-            if child is not None:
-                setattr(module, name, self._new(child))
-        # transformers keeps the layers of a pyramid's level in a plain list as well
-        if isinstance(getattr(module, "layers", None), list):
-            setattr(module, "layers", list(module.children()))  # noqa: B010  # as above
-        if type(module).__name__ == "UperNetHead":
-            return PyramidHead(module)
-        if isinstance(module, StagedNet) and self._on_cpu:
-            self._group(module)
-        return module
-
-    def _product(self, conv: nn.Conv2d) -> Any:
-        self.products += 1
-        return product_of(conv, self._rows.get(conv, 1))
-
-    def _large_kernel_block(self, block: RepLKBlock) -> nn.Module:
-        conv = block.large_kernel.lkb_reparam
-        assert conv is not None
-        first = self._product(block.pw1.conv)
-        return LargeKernelBlock(first, self._convolution(conv, block.lk_nonlinear), self._product(block.pw2.conv))
-
-    def _convolution(self, conv: nn.Conv2d, after: nn.Module | None) -> nn.Module:
-        activation: Activation = "none" if after is None else _ACTIVATIONS.get(type(after), "none")
-        if isinstance(after, nn.GELU) and after.approximate != "none":
-            activation = "none"
-        new = self._chosen(conv, activation)
-        return new if after is None or activation != "none" else nn.Sequential(new, after)
-
-    def _chosen(self, conv: nn.Conv2d, activation: Activation) -> nn.Module:
-        if isinstance(conv, DepthwiseConv2d) and activation == "relu":
-            self.operator += 1
-            return Depthwise(conv)
-        plain = conv.groups == 1 and conv.stride == (1, 1) and conv.padding_mode == "zeros"
-        if plain and conv.kernel_size == (1, 1) and conv.padding == (0, 0):
-            self.products += 1
-            return Pointwise(conv, activation, self._rows.get(conv, 1))
-        many = min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS
-        many = many and self._rows.get(conv, 0) >= _WINOGRAD_PIXELS
-        small = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.dilation == (1, 1)
-        if plain and small and many and self._on_cpu and conv.weight.dtype == torch.float32:
-            self.winograd += 1
-            return Winograd(conv, activation)
-        return Convolution(conv, activation)
-
-    def _group(self, network: StagedNet) -> None:
-        """Have stem, stages and transitions work on a few images at a time."""
-        cfg, size = network.cfg, self._example.element_size()
-        if not hasattr(cfg, "dw_ratio"):
-            return
-        # the first convolution of the stem may halve the sides
-        first = 4 if cfg.stem_stride >= 2 else 1
-        stem = nn.Sequential(*network.stem)
-        # an output sees five rows above and below, and one of the 3x3 convolutions of a transition one
-        network.stem = nn.ModuleList([Grouped(stem, cfg.channels[0] * size / first, cfg.stem_stride, margin=8)])
-        for i, stage in enumerate(network.stages):
-            assert isinstance(stage, Stage)
-            wide = max(1.0, cfg.dw_ratio) * cfg.channels[i] * size
-            stage.blocks = nn.ModuleList([Grouped(nn.Sequential(*stage.blocks), wide)])
-            if isinstance(network.transitions[i], nn.Sequential):
-                network.transitions[i] = Grouped(network.transitions[i], cfg.channels[i + 1] * size, 2, margin=2)
