@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -534,3 +535,12 @@ def test_a_processor_without_bfloat16_is_told_of(supported, cifar, tmp_path, mon
     assert len(told) == (not supported)
     if told:
         assert "--precision 32-true trains in float32; timm's Muon computes in bfloat16" in told[0]
+
+
+def test_a_torch_that_says_nothing_of_bfloat16_trains_without_a_warning(cifar, tmp_path, monkeypatch):
+    # torch lacks the op where it was built without oneDNN
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fit(dataclasses.replace(RECIPE, epochs=1, precision="bf16-mixed"), tmp_path, cifar).exists()

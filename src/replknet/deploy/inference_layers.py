@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from replknet.kernels.onednn import computes_bfloat16, packs_matrices
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
 
@@ -20,13 +21,14 @@ CACHE_BYTES = 16 << 20
 
 
 def packs(like: Tensor) -> bool:
-    """Whether oneDNN, as torch has it, takes matrices of this dtype and device in a form of its own."""
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if like.device.type != "cpu" or not offered:
+    """Whether matrices of this dtype and device are kept in oneDNN's own form.
+
+    Args:
+        like: any tensor of that dtype on that device.
+    """
+    if like.device.type != "cpu" or not packs_matrices():
         return False
-    return like.dtype == torch.float32 or (
-        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and computes_bfloat16() is True)
 
 
 class Product(nn.Module):

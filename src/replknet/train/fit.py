@@ -20,6 +20,7 @@ from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
 from replknet.kernels.malloc import keep_freed_memory
+from replknet.kernels.onednn import computes_bfloat16
 from replknet.tasks.classification import train as classification
 from replknet.tasks.recipes import AnyRecipe, DetectionRecipe, Hardware, Recipe
 from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
@@ -107,7 +108,8 @@ def fit(
 
 def _warn_of_emulation(recipe: AnyRecipe) -> None:
     """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # a torch that does not say whether the processor has it gives no reason for a warning
+    if torch.cuda.is_available() or computes_bfloat16() is not False:
         return
     found = []
     if recipe.precision == "bf16-mixed":
