@@ -27,7 +27,8 @@ from replknet.models import load_model, save_model, timm_model
 from replknet.tasks.classification.infer import Classification
 from replknet.tasks.recipes import Hardware, cifar10
 from replknet.train import LossError, ResumeError, StateError, fit
-from replknet.train.callbacks import KeepLast
+from replknet.train.checkpoint import KeepState
+from replknet.train.interrupts import StopOnInterrupt
 from replknet.train.loaders import splits
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
@@ -103,7 +104,7 @@ def check_complete(folder):
         (Classification, "training_step", 6, 6, 1),
         (Classification, "lr_scheduler_step", 6, 6, 1),
         (Classification, "validation_step", 1, 6, 1),
-        (KeepLast, "_write", 1, 6, 1),
+        (KeepState, "_write", 1, 6, 1),
         (Classification, "training_step", 9, 9, 1),
         (Classification, "validation_step", 2, 12, 2),
     ],
@@ -202,7 +203,7 @@ def assert_same_training(one, two):
 
 
 def test_before_the_first_step_nothing_is_kept(cifar, tmp_path, monkeypatch):
-    press_in(monkeypatch, KeepLast, "on_train_batch_start", 1)
+    press_in(monkeypatch, StopOnInterrupt, "on_train_batch_start", 1)
     with pytest.raises(KeyboardInterrupt):
         fit(RECIPE, tmp_path, cifar)
     assert not (tmp_path / "last.ckpt").exists()

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -23,7 +20,11 @@ from replknet.kernels.malloc import keep_freed_memory
 from replknet.kernels.onednn import computes_bfloat16
 from replknet.tasks.classification import train as classification
 from replknet.tasks.recipes import AnyRecipe, DetectionRecipe, Hardware, Recipe
-from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
+from replknet.train.callbacks import GiveBackMemory, ScoreLast, SeedSteps
+from replknet.train.checkpoint import KeepState, check_whole
+from replknet.train.curve import KeepCurve
+from replknet.train.guard import GuardLoss
+from replknet.train.interrupts import StopOnInterrupt, interrupts_wait_for
 from replknet.train.job import Job
 from replknet.train.loaders import Batches
 from replknet.train.progress import Bar, Progress
@@ -88,21 +89,25 @@ def fit(
     job = _job(recipe, data, hardware)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    keep = KeepLast(folder, job.kept, _plain(recipe), hardware.save_steps, job.score)
-    with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
+    curve = KeepCurve(folder)
+    state = KeepState(folder, job.kept, _plain(recipe), curve, hardware.save_steps, job.score)
+    stop = StopOnInterrupt(state.keep)
+    # a loss that is no number is neither in the curve nor in a state, and a state never comes before its row
+    keepers = (GuardLoss(folder), curve, stop, state)
+    with warnings.catch_warnings(), interrupts_wait_for(stop), _one_line_for_images():
         _ignore_lightnings_advice()
-        trainer = _trainer(recipe, job, folder, keep, hardware, accumulate)
+        trainer = _trainer(recipe, job, folder, keepers, hardware, accumulate)
         trainer.fit(
             job.task,
             datamodule=Batches(job.sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
         )
-    if keep.interrupted:
+    if stop.interrupted:
         # it came after the last step
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        plots.save(plots.curves({recipe.model: keep.curve}, job.score), folder / "curve.png")
+        plots.save(plots.curves({recipe.model: curve.rows}, job.score), folder / "curve.png")
     return folder / "model.safetensors"
 
 
@@ -129,35 +134,6 @@ def _one_line_for_images() -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(str(error).rstrip().rsplit("ImageError: ", 1)[-1]) from error
-
-
-@contextmanager
-def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
-    """Have the first Ctrl-C end the training at its next step, and the second at once.
-
-    Lightning can go on from a state inside a step or inside validation, but then trains a step twice or
-    forgets what the epoch had logged.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield
-        return
-
-    def first(number: int, frame: object) -> None:
-        keep.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # print() could be interrupted by itself
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once and keeps the last epoch's state\n")
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    except SystemExit:
-        # Lightning turns a KeyboardInterrupt into an exit
-        raise KeyboardInterrupt from None
-    finally:
-        # Lightning ignores the signal from then on
-        signal.signal(signal.SIGINT, before)
 
 
 def _plain(recipe: AnyRecipe) -> dict[str, Any]:
@@ -203,7 +179,12 @@ def _job(recipe: AnyRecipe, data: Path | None, hardware: Hardware) -> Job:
 
 
 def _trainer(
-    recipe: AnyRecipe, job: Job, folder: Path, keep: KeepLast, hardware: Hardware, accumulate: int
+    recipe: AnyRecipe,
+    job: Job,
+    folder: Path,
+    keepers: Sequence[pl.Callback],
+    hardware: Hardware,
+    accumulate: int,
 ) -> pl.Trainer:
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, hardware.log_steps, lines)
@@ -211,7 +192,7 @@ def _trainer(
     callbacks: list[pl.Callback] = [
         ScoreLast(),
         *job.callbacks,
-        keep,
+        *keepers,
         SeedSteps(recipe.seed),
         GiveBackMemory(),
         progress,
