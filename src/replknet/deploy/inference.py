@@ -18,8 +18,8 @@ from replknet.kernels.malloc import keep_freed_memory
 from replknet.nn.merge import unfolded_norms
 from replknet.timing import Timing, interleaved
 
-# relative L2 difference of an output from the source's that is allowed; where it is large, most of it is rounding of
-# the source, whose norms and branches are steps of their own
+# largest relative L2 difference between an output and the source's; most of a large difference is rounding in the
+# source, which has more steps
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TIMED_RUNS = 5
 _LAYERS, _COMPILED = "layer by layer", "torch.compile"
@@ -35,11 +35,11 @@ class Changes:
         operator: large and small depthwise convolutions on the operator, with their ReLU in it.
         winograd: dense 3x3 convolutions by Winograd's method.
         unfolded: names of the batch norms that stay.
-        dtype: in which it computes.
-        difference: the largest from the source's outputs on the example.
-        bound: the relative one that is allowed.
-        times: of both forms, where torch.compile was asked for; empty otherwise.
-        compiled: whether that was the faster, and is used.
+        dtype: of the computation.
+        difference: largest difference from the source's outputs on the example.
+        bound: largest relative difference that is allowed.
+        times: of both forms, where torch.compile was asked for; else empty.
+        compiled: whether the compiled form was the faster one, which is used.
     """
 
     products: int
@@ -69,11 +69,11 @@ class Changes:
 class Optimized(nn.Module):
     """A network in its inference form, made by `optimize`.
 
-    It has no parameters to train, and is made anew from its source rather than saved.
+    It has no parameters to train. It is not saved: `optimize` makes it anew from its source.
 
     Args:
         network: the layers.
-        dtype: in which they compute.
+        dtype: of their computation.
         report: what was done.
 
     Input: as the source's, `[N,3,H,W]` of any batch and size that the source takes.
@@ -85,7 +85,7 @@ class Optimized(nn.Module):
 
     def __init__(self, network: Callable[[Tensor], Any], dtype: torch.dtype, report: Changes) -> None:
         super().__init__()
-        # in a tuple: of its layers no state is to be had
+        # a tuple, so state_dict() does not see the layers
         self._network = (network,)
         self.dtype, self.report = dtype, report
         self.training = False
@@ -135,32 +135,35 @@ def optimize(
 ) -> Optimized:
     """The inference form of a classifier, of a backbone with features, or of a segmentation network.
 
-    Branches are merged and batch norms folded. Maps stay in channels_last from end to end; 1x1 convolutions are matrix
-    products on them with bias, ReLU, GELU or shortcut in the same step; depthwise convolutions run on the operator with
-    their ReLU; dense 3x3 convolutions of many channels on large maps, in float32 on a CPU, by Winograd's method, whose
-    matrices take four times the memory of the kernels. Layers that it does not know stay as they are. Large batches and
-    maps are worked on in parts that fit into the cache, so memory grows less than the batch.
+    Branches are merged and batch norms folded. Maps stay in channels_last from end to end.
+
+    - 1x1 convolutions become matrix products, with bias, ReLU, GELU or shortcut in the same step.
+    - Depthwise convolutions run on the operator with their ReLU.
+    - Dense 3x3 convolutions of many channels on large maps use Winograd's method, in float32 on a CPU. Its matrices
+      take four times the memory of the kernels.
+    - Large batches and maps are worked on in parts that fit into the cache, so memory grows less than the batch.
+    - Layers without a rule in `replknet.deploy.rewrite` stay as they are.
 
     Args:
         model: trained or merged, on any device and in any mode; it stays as it was.
-        example: images `[N,3,H,W]` on its device, in its dtype and of the usual size: on them the result is checked and
-            timed. Other batches and sizes work, too.
+        example: images `[N,3,H,W]` of the usual size, with the model's device and dtype. The result is checked and
+            timed on them. Other batches and sizes work, too.
         dtype: to compute in, such as torch.bfloat16; None for the model's own.
         compile: also compile the merged network with torch.compile (on a GPU with CUDA graphs), time both on the
             example, and keep the faster. A compiled network is compiled anew for other sizes.
-        keep_memory: on a CPU with glibc, have the whole process keep what it frees for the next image. Otherwise glibc
-            gives large blocks back, and their pages are cleared again for each image: maps of more than 32 MB are
-            slower, and memory is less.
+        keep_memory: on a CPU with glibc, have the whole process keep freed memory for the next image. Otherwise glibc
+            gives large blocks back and clears their pages again for each image: maps of more than 32 MB are slower,
+            and memory is less.
 
     Returns:
         A module that is called as the model is.
 
     Raises:
         ValueError: an example or a dtype that does not fit.
-        RuntimeError: an output differs from the model's by more of its norm than `BOUNDS` allows for the less exact of
-            both dtypes.
+        RuntimeError: an output differs from the model's by more of its norm than `BOUNDS` allows for the less exact
+            dtype of both.
 
-    Source of what is folded: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
+    Source of the folding: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
     """
     if keep_memory and example.device.type == "cpu":
         keep_freed_memory()
@@ -170,7 +173,7 @@ def optimize(
     if dtype not in BOUNDS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, BOUNDS))}, got {dtype}")
     bound = max(BOUNDS[dtype], BOUNDS.get(parameter.dtype, 0.0))
-    # by other tensors of the same memory, so that what is prepared from the source's weights leaves with them
+    # other tensors of the same memory: what the kernels prepare from them is freed with them
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with torch.inference_mode(), _evaluating(model):
         wanted = _outputs(torch.func.functional_call(model, weights, (example,)))
@@ -223,7 +226,7 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards each module in its own mode again."""
+    """The model in eval mode; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -238,10 +241,10 @@ def _outputs(found: Any) -> list[Tensor]:
 
 
 def _compared(way: str, wanted: Sequence[Tensor], got: Sequence[Tensor], bound: float) -> Difference:
-    """The largest difference of any output.
+    """The largest difference of all outputs.
 
     Raises:
-        RuntimeError: it is more than the bound.
+        RuntimeError: it is above the bound.
     """
     found = []
     for one, other in zip(wanted, got, strict=True):
