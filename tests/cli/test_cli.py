@@ -17,7 +17,8 @@ import replknet
 from replknet.cli.main import COMMANDS, main
 from replknet.data.images import PHOTOS
 from replknet.models import NETWORKS, load_model
-from replknet.train import callbacks
+from replknet.train.checkpoint import StateError
+from replknet.train.guard import LossError
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +103,11 @@ def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monke
     assert capsys.readouterr().err == "\n" + text
 
 
-@pytest.mark.parametrize("kind", ["StateError", "LossError"])
-def test_a_training_that_fails_says_why_in_a_line(kind, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [StateError, LossError])
+def test_a_training_that_fails_says_why_in_a_line(error, capsys, monkeypatch):
     def failing(recipe, folder, data, resume, hardware):
         assert (hardware.devices, hardware.device_batch, hardware.save_steps) == (2, 16, None)
-        raise getattr(callbacks, kind)("the reason")
+        raise error("the reason")
 
     monkeypatch.setattr("replknet.tasks.fit.fit", failing)
     assert main(["train", "cifar10", "--devices", "2", "--device-batch", "16"]) == 1

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from replknet.deploy import inference, inference_layers
+from replknet.deploy import inference, inference_layers, rewrite
 from replknet.deploy.inference import BOUNDS, optimize
 from replknet.difference import largest_difference
 from replknet.nn import merge
@@ -33,7 +33,7 @@ def classifier(**options):
 
 @pytest.fixture(autouse=True)
 def _small_maps_too(monkeypatch):
-    monkeypatch.setattr(inference, "_WINOGRAD_PIXELS", 1)
+    monkeypatch.setattr(rewrite, "_WINOGRAD_PIXELS", 1)
 
 
 def segmenter():
@@ -146,7 +146,7 @@ def test_report_says_what_was_done(monkeypatch):
     # three levels and two bottlenecks
     assert report.winograd == 5
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "_WINOGRAD_PIXELS", 256)
+        patch.setattr(rewrite, "_WINOGRAD_PIXELS", 256)
         # one level of 16x16, and what is joined at its size
         assert optimize(segmenter(), torch.randn(1, 3, 64, 64)).report.winograd == 2
     assert report.unfolded == ()
@@ -157,6 +157,30 @@ def test_report_says_what_was_done(monkeypatch):
     normed = optimize(NETWORKS["normed features"](), torch.randn(1, 3, 64, 64)).report
     assert len(normed.unfolded) == 4
     assert all(name.endswith(".norm") for name in normed.unfolded)
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "operator", "winograd", "layers"),
+    [
+        # 4 a pair of blocks, 3 in transitions and 1 in the stem; the large kernels and the stem's second layer
+        ("classifier", 24, 6, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        # the stem's last layer has no stride, and so it is on the operator, too
+        ("narrow", 24, 7, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        ("features", 24, 6, 0, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8}),
+        # ReLU6 is a step of its own
+        ("mobilenet", 34, 0, 0, {}),
+        ("segmentation", 31, 6, 5, {"LargeKernelBlock": 5, "FeedForward": 5, "Grouped": 8, "PyramidHead": 1}),
+    ],
+)
+def test_each_kind_of_network_gets_these_layers(name, products, operator, winograd, layers):
+    optimized = optimize(NETWORKS[name](), torch.randn(1, 3, 64, 64))
+    report = optimized.report
+    assert (report.products, report.operator, report.winograd) == (products, operator, winograd)
+    names = [type(module).__name__ for module in optimized.network.modules()]
+    kinds = ("LargeKernelBlock", "FeedForward", "Grouped", "PyramidHead")
+    assert {kind: names.count(kind) for kind in kinds if kind in names} == layers
+    # neither norms after a convolution nor what only training uses is left
+    assert not {"UperNetConvModule", "UperNetFCNHead"} & set(names)
 
 
 def test_products_are_packed_where_torch_has_onednn():

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -27,9 +28,11 @@ from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.sets import splits
 from replknet.tasks.classification.train import Classification
 from replknet.tasks.fit import fit
-from replknet.train.callbacks import KeepLast, LossError, StateError
+from replknet.train.checkpoint import KeepState, StateError
 from replknet.train.fit import ResumeError
+from replknet.train.guard import LossError
 from replknet.train.hardware import Hardware
+from replknet.train.interrupts import StopOnInterrupt
 
 # two epochs of six steps on the stand-in for CIFAR-10, with one batch of validation images
 RECIPE = cifar10().changed(model="replknet_test", epochs=2, warmup_epochs=0, batch_size=40, workers=0, ema_decay=0.9)
@@ -103,7 +106,7 @@ def check_complete(folder):
         (Classification, "training_step", 6, 6, 1),
         (Classification, "lr_scheduler_step", 6, 6, 1),
         (Classification, "validation_step", 1, 6, 1),
-        (KeepLast, "_write", 1, 6, 1),
+        (KeepState, "_write", 1, 6, 1),
         (Classification, "training_step", 9, 9, 1),
         (Classification, "validation_step", 2, 12, 2),
     ],
@@ -202,7 +205,7 @@ def assert_same_training(one, two):
 
 
 def test_before_the_first_step_nothing_is_kept(cifar, tmp_path, monkeypatch):
-    press_in(monkeypatch, KeepLast, "on_train_batch_start", 1)
+    press_in(monkeypatch, StopOnInterrupt, "on_train_batch_start", 1)
     with pytest.raises(KeyboardInterrupt):
         fit(RECIPE, tmp_path, cifar)
     assert not (tmp_path / "last.ckpt").exists()
@@ -539,3 +542,12 @@ def test_a_processor_without_bfloat16_is_told_of(supported, cifar, tmp_path, mon
     assert len(told) == (not supported)
     if told:
         assert "--precision 32-true trains in float32; timm's Muon computes in bfloat16" in told[0]
+
+
+def test_a_torch_that_says_nothing_of_bfloat16_trains_without_a_warning(cifar, tmp_path, monkeypatch):
+    # torch lacks the op where it was built without oneDNN
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fit(dataclasses.replace(RECIPE, epochs=1, precision="bf16-mixed"), tmp_path, cifar).exists()

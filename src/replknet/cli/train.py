@@ -133,7 +133,8 @@ def _train(recipe: Recipe, hardware: Hardware, args: Any, argv: list[str]) -> in
     from pytorch_lightning.utilities import rank_zero_only
 
     from replknet.tasks.fit import fit
-    from replknet.train.callbacks import LossError, StateError
+    from replknet.train.checkpoint import StateError
+    from replknet.train.guard import LossError
 
     output = args.output or Path("runs") / args.recipe
     try:

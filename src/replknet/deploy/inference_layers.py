@@ -1,7 +1,7 @@
-"""The layers of a network as they are run for inference: images as rows of channels, nothing done twice.
+"""The layers of the inference form: images as rows of channels, nothing done twice.
 
-A channels_last map `[N,C,H,W]` is a matrix `[N*H*W,C]` without a copy, so a 1x1 convolution is a matrix product. Its
-bias, activation or shortcut is added while the product is still in registers, where oneDNN offers that.
+A channels_last map `[N,C,H,W]` is a matrix `[N*H*W,C]` without a copy, so a 1x1 convolution is a matrix product. Where
+oneDNN offers it, bias, activation or shortcut is added while the product is still in registers.
 """
 
 from collections.abc import Callable
@@ -11,33 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from replknet.kernels.onednn import computes_bfloat16, packs_matrices
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
 
 Activation = Literal["none", "relu", "gelu"]
-# maps larger than this are worked on in parts, so that what one layer writes is still in the cache for the next
+# larger maps are worked on in parts, so that the next layer finds its input in the cache
 CACHE_BYTES = 16 << 20
 
 
 def packs(like: Tensor) -> bool:
-    """Whether oneDNN, as torch has it, takes matrices of this dtype and device in a form of its own."""
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if like.device.type != "cpu" or not offered:
+    """Whether matrices of this dtype and device are kept in oneDNN's own form.
+
+    Args:
+        like: any tensor of that dtype on that device.
+    """
+    if like.device.type != "cpu" or not packs_matrices():
         return False
-    return like.dtype == torch.float32 or (
-        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and computes_bfloat16() is True)
 
 
 class Product(nn.Module):
     """Rows times a matrix, plus a bias, and then an activation or the sum with other rows.
 
     Args:
-        weight: `[O,I]`, as that of nn.Linear.
+        weight: `[O,I]`, as nn.Linear has it.
         bias: `[O]`, or None.
-        rows: as many as will be usual.
+        rows: usual number of rows.
 
-    Input: rows `[R,I]`, and for a sum others `[R,O]`, in which case there is no activation.
+    Input: rows `[R,I]`; for a sum also other rows `[R,O]`, and then no activation.
     Output: `[R,O]`.
     """
 
@@ -47,7 +49,7 @@ class Product(nn.Module):
         self.outputs, self.inputs = weight.shape
         self._bias = None if bias is None else bias.detach()
         weight = weight.detach().contiguous()
-        # with another number of rows the same form is right, too
+        # the form is also right for other numbers of rows
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
 
     def forward(self, rows: Tensor, activation: Activation = "none", add: Tensor | None = None) -> Tensor:
@@ -63,7 +65,7 @@ class Product(nn.Module):
 
 
 def activated(x: Tensor, activation: Activation) -> Tensor:
-    """The activation, in place where torch offers that."""
+    """The activation, in place if torch offers it."""
     if activation == "relu":
         return x.relu_()
     return F.gelu(x) if activation == "gelu" else x
@@ -75,7 +77,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def as_image(rows: Tensor, like: Tensor) -> Tensor:
-    """`[N*H*W,C]` to `[N,C,H,W]` in channels_last, of the batch and sides of `like`."""
+    """`[N*H*W,C]` to `[N,C,H,W]` in channels_last, with the batch and sides of `like`."""
     n, _, h, w = like.shape
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
@@ -100,12 +102,12 @@ class Pointwise(nn.Module):
 
 
 def product_of(conv: nn.Conv2d, rows: int) -> Product:
-    """The matrix product that a 1x1 convolution is."""
+    """The matrix product that replaces a 1x1 convolution."""
     return Product(conv.weight[:, :, 0, 0], conv.bias, rows)
 
 
 class Depthwise(nn.Module):
-    """A depthwise convolution and a ReLU, in one step of the operator."""
+    """A depthwise convolution and its ReLU, in one step of the operator."""
 
     def __init__(self, conv: DepthwiseConv2d) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class Depthwise(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Any other convolution with its activation, which takes no memory of its own."""
+    """Any other convolution with its activation, in place where torch offers it."""
 
     def __init__(self, conv: nn.Module, activation: Activation) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class LargeKernelBlock(nn.Module):
     Args:
         first: to the channels of the large kernel.
         large: the merged convolution and its ReLU.
-        second: back.
+        second: back to the channels of the input.
     """
 
     def __init__(self, first: Product, large: nn.Module, second: Product) -> None:
@@ -146,12 +148,12 @@ class LargeKernelBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """ConvFFN, on so many rows at a time that the hidden channels of all of them are in the cache at once.
+    """ConvFFN, on as many rows at a time as have their hidden channels in the cache at once.
 
     Args:
         first: to the hidden channels.
-        second: back.
-        itemsize: of a number, bytes; None for all rows at once.
+        second: back to the channels of the input.
+        itemsize: bytes of a number; None for all rows at once.
     """
 
     def __init__(self, first: Product, second: Product, itemsize: int | None) -> None:
@@ -173,14 +175,14 @@ class FeedForward(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Layers that run on so many images, or rows of an image, at a time that a map of theirs fits into the cache.
+    """Layers that run on a few images, or rows of an image, at a time, so that their maps fit into the cache.
 
     Args:
         layers: run one after the other.
         bytes_a_pixel: of the largest map inside, for each pixel of the input.
         stride: pixels of the input for one of the output.
-        margin: rows above and below that the outputs of some rows of the input depend on, or more; a multiple of the
-            stride. None where outputs depend on all.
+        margin: rows above and below a part that its outputs depend on, or more; a multiple of the stride. None where
+            outputs depend on all rows.
     """
 
     def __init__(

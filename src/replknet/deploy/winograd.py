@@ -12,7 +12,7 @@ from replknet.deploy.inference_layers import Activation, Product, activated
 
 _SIDE = 4  # outputs of a tile
 _TILE = _SIDE + 2  # inputs
-# of the tile's inputs, of the kernel's taps and of the products, along one axis
+# the transforms of a tile's inputs, of a kernel's taps and of the products, along one axis
 _INPUTS = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -30,15 +30,15 @@ _TAPS = (
     (0, 0, 1),
 )
 _OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-# tiles that are worked on at once, and bytes of their inputs, which are held twice
+# largest number of tiles at once, and of bytes of their inputs, which are held twice
 _TILES, _BYTES = 256, 32 << 20
 
 
 class Winograd(nn.Module):
     """A 3x3 convolution of stride 1 that keeps the size, with its activation.
 
-    The sums are float32's, but the transforms make them less exact: the relative L2 difference from the exact result
-    is about 3e-6, where a direct convolution has 5e-7.
+    The sums are in float32, and the transforms make them less exact: the relative L2 difference from the exact result
+    is about 3e-6. A direct convolution has 5e-7.
 
     Args:
         conv: 3x3, padding 1 of zeros, without groups, in float32.
@@ -88,7 +88,7 @@ class Winograd(nn.Module):
 
 
 def _padded(rows: Tensor, top: int, height: int, width: int) -> Tensor:
-    """`[H,W,C]` to the `height` rows from `top` on with a pixel more on each side, zeros outside of the image."""
+    """`height` rows of `[H,W,C]` from `top` on, with a pixel more on each side; zeros outside of the image."""
     h, w, _ = rows.shape
     first, last = max(0, top - 1), min(h, top + height + 1)
     return F.pad(rows[first:last], (0, 0, 1, width + 1 - w, first - top + 1, top + height + 1 - last))

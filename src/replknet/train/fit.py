@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +15,13 @@ from replknet.analysis import plots
 from replknet.data.download import quiet
 from replknet.data.images import ImageError
 from replknet.kernels.malloc import keep_freed_memory
-from replknet.train.callbacks import GiveBackMemory, KeepLast, ScoreLast, SeedSteps, check_whole
+from replknet.kernels.onednn import computes_bfloat16
+from replknet.train.callbacks import GiveBackMemory, ScoreLast, SeedSteps
+from replknet.train.checkpoint import KeepState, check_whole
+from replknet.train.curve import KeepCurve
+from replknet.train.guard import GuardLoss
 from replknet.train.hardware import Hardware
+from replknet.train.interrupts import StopOnInterrupt, interrupts_wait_for
 from replknet.train.job import Job, Train, check_model
 from replknet.train.loaders import Batches
 from replknet.train.progress import Bar, Progress
@@ -68,27 +70,32 @@ def run(
     job = train.job(recipe, data, hardware)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(recipe.plain, indent=1) + "\n")
-    keep = KeepLast(folder, job.kept, recipe.plain, hardware.save_steps, job.score)
-    with warnings.catch_warnings(), _interrupts_wait_for(keep), _one_line_for_images():
+    curve = KeepCurve(folder)
+    state = KeepState(folder, job.kept, recipe.plain, curve, hardware.save_steps, job.score)
+    stop = StopOnInterrupt(state.keep)
+    # a loss that is no number is neither in the curve nor in a state, and a state never comes before its row
+    keepers = (GuardLoss(folder), curve, stop, state)
+    with warnings.catch_warnings(), interrupts_wait_for(stop), _one_line_for_images():
         _ignore_lightnings_advice()
-        trainer = _trainer(recipe, job, folder, keep, hardware, accumulate)
+        trainer = _trainer(recipe, job, folder, keepers, hardware, accumulate)
         trainer.fit(
             job.module,
             datamodule=Batches(job.sets, recipe, accumulate, done),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
         )
-    if keep.interrupted:
+    if stop.interrupted:
         # it came after the last step
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        plots.save(plots.curves({recipe.model: keep.curve}, job.score), folder / "curve.png")
+        plots.save(plots.curves({recipe.model: curve.rows}, job.score), folder / "curve.png")
     return folder / "model.safetensors"
 
 
 def _warn_of_emulation(recipe: Recipe) -> None:
     """bfloat16 on a processor without it is right, but slower than float32 by more than a factor of two."""
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # a torch that does not say whether the processor has it gives no reason for a warning
+    if torch.cuda.is_available() or computes_bfloat16() is not False:
         return
     found = []
     if recipe.precision == "bf16-mixed":
@@ -108,35 +115,6 @@ def _one_line_for_images() -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(str(error).rstrip().rsplit("ImageError: ", 1)[-1]) from error
-
-
-@contextmanager
-def _interrupts_wait_for(keep: KeepLast) -> Iterator[None]:
-    """Have the first Ctrl-C end the training at its next step, and the second at once.
-
-    Lightning can go on from a state inside a step or inside validation, but then trains a step twice or
-    forgets what the epoch had logged.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield
-        return
-
-    def first(number: int, frame: object) -> None:
-        keep.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # print() could be interrupted by itself
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once and keeps the last epoch's state\n")
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    except SystemExit:
-        # Lightning turns a KeyboardInterrupt into an exit
-        raise KeyboardInterrupt from None
-    finally:
-        # Lightning ignores the signal from then on
-        signal.signal(signal.SIGINT, before)
 
 
 def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
@@ -161,14 +139,21 @@ def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
     return int(state["global_step"])
 
 
-def _trainer(recipe: Recipe, job: Job, folder: Path, keep: KeepLast, hardware: Hardware, accumulate: int) -> pl.Trainer:
+def _trainer(
+    recipe: Recipe,
+    job: Job,
+    folder: Path,
+    keepers: Sequence[pl.Callback],
+    hardware: Hardware,
+    accumulate: int,
+) -> pl.Trainer:
     lines = quiet()
     progress = Progress(folder, recipe.batch_size, hardware.log_steps, lines)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     callbacks: list[pl.Callback] = [
         ScoreLast(),
         *job.callbacks,
-        keep,
+        *keepers,
         SeedSteps(recipe.seed),
         GiveBackMemory(),
         progress,

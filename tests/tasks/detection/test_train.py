@@ -26,7 +26,7 @@ from replknet.tasks.detection.infer import predict
 from replknet.tasks.detection.recipes import DetectionOptions
 from replknet.tasks.detection.train import Detection
 from replknet.tasks.fit import fit
-from replknet.train.callbacks import LossError
+from replknet.train.guard import LossError
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
 

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
+from replknet.deploy.rewrite import fold
+from replknet.tasks.segmentation import inference_form  # noqa: F401  # registers the rules of the heads
+
 _DROPOUT = 0.1
 
 
@@ -126,3 +129,8 @@ def without_auxiliary(model: UperNet) -> UperNet:
     """The same network as it is used: the head that only training has is dropped, in place."""
     model.auxiliary_head = None
     return model
+
+
+@fold.register
+def _drop_auxiliary(model: UperNet) -> None:
+    without_auxiliary(model)

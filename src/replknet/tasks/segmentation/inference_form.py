@@ -1,30 +1,38 @@
-"""UperNet's head as it is run for inference: levels are added and joined in place.
+"""UperNet in its inference form: norms are folded, and levels are added and joined in place.
+
+Importing this module registers the rules, so `heads.py`, which defines the network, imports it.
 
 Source: Xiao et al. 2018, "Unified Perceptual Parsing for Scene Understanding", arXiv:1807.10221.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.upernet.modeling_upernet import (
+    UperNetConvModule,
+    UperNetHead,
+    UperNetPyramidPoolingBlock,
+)
+
+from replknet.deploy.rewrite import Rewriter, fold, rewritten
+from replknet.nn.conv_bn import affine, set_weight_and_bias, weight_and_bias
 
 
 class PyramidHead(nn.Module):
-    """transformers' UperNetHead on the same layers, with less memory: no level is kept longer than it is used.
+    """transformers' UperNetHead on the same layers, with less memory: a level is freed after its last use.
 
     Args:
-        head: whose layers are taken; of its own `forward` the part for the last level is called.
+        head: gives the layers, and the function for the last level.
 
     Input: features, the largest first.
     Output: logits `[N,classes,H,W]` of the size of the first.
     """
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: UperNetHead) -> None:
         super().__init__()
-        # registered, so that its layers are found
-        self.head: Any = head
+        self.head = head
 
     def forward(self, features: list[Tensor]) -> Tensor:
         head = self.head
@@ -49,3 +57,34 @@ class PyramidHead(nn.Module):
         if tuple(x.shape[2:]) == tuple(size):
             return x
         return F.interpolate(x, size=size, mode="bilinear", align_corners=self.head.align_corners)
+
+
+@fold.register
+def _fold_norm(module: UperNetConvModule) -> None:
+    scale_and_shift = affine(module.batch_norm)
+    if scale_and_shift is None:
+        return
+    scale, shift = scale_and_shift
+    weight, bias = weight_and_bias(module.conv)
+    set_weight_and_bias(module.conv, weight * scale[:, None, None, None], bias * scale + shift)
+    module.batch_norm = nn.Identity()  # type: ignore[assignment]  # declared as the norm that it replaces
+
+
+@rewritten.register
+def _conv_module(module: UperNetConvModule, rewriter: Rewriter) -> nn.Module:
+    if not isinstance(module.batch_norm, nn.Identity):
+        return rewriter.with_new_children(module)
+    return rewriter.convolution(module.conv, module.activation)
+
+
+@rewritten.register
+def _pooling_block(block: UperNetPyramidPoolingBlock, rewriter: Rewriter) -> nn.Module:
+    rewriter.with_new_children(block)
+    # transformers runs the layers from a plain list, which does not see what replaced them
+    block.layers = list(block.children())
+    return block
+
+
+@rewritten.register
+def _pyramid_head(head: UperNetHead, rewriter: Rewriter) -> nn.Module:
+    return PyramidHead(rewriter.with_new_children(head))
