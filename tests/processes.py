@@ -35,7 +35,9 @@ def train_in_two(recipe, folder, data, shard=False):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     here = os.path.dirname(__file__)
-    environment = {**os.environ, "CI": "true", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    # a source tree that is not the installed one may be named there
+    paths = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "CI": "true", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     folder.parent.mkdir(parents=True, exist_ok=True)
     program = folder.parent / "program.py"
     program.write_text(_PROGRAM)

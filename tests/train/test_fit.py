@@ -464,6 +464,11 @@ fit(eval(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), resume=sys.argv[4] 
 """
 
 
+def _before(folder):
+    """PYTHONPATH with a folder more; a source tree that is not the installed one may be named there."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -492,7 +497,7 @@ def distributed(processes, recipe, folder, cifar, how="new", shard="whole", slur
     script = folder.parent / "distributed_run.py"
     script.write_text(DISTRIBUTED)
     arguments = ["distributed_run", repr(recipe), folder, cifar, how, str(processes), shard]
-    environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
+    environment = {**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": _before(folder.parent)}
     if slurm:
         return under_slurm(processes, arguments, environment)
     result = subprocess.run([*command, *arguments], check=False, env=environment, capture_output=True, text=True)
