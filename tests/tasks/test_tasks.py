@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import replknet.tasks
+from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.checkpoints import to_mmseg
 from replknet.models.detection_keys import to_mmdet
@@ -64,9 +65,9 @@ def test_a_task_is_a_folder_with_one_record_of_each_kind():
     folders = {path.parent.name for path in FOLDER.glob("*/recipes.py")}
     assert folders == set(TASKS)
     for task in TASKS.values():
-        for part in ("files", "infer", "train", "export"):
+        for part in ("files", "infer", "train", "export", "settings"):
             assert (FOLDER / task.name / f"{part}.py").is_file()
-            assert getattr(task, part) is not None
+            assert part == "settings" or getattr(task, part) is not None
         assert task.recipes
         assert all(recipe().task == task.name for recipe in task.recipes)
         assert task.options.task == task.name
@@ -140,9 +141,30 @@ def test_prediction_and_scores_load_no_lightning():
     assert result.stdout.strip() == "[]"
 
 
+def test_a_plain_installation_predicts_scores_and_merges(cifar, tmp_path):
+    optional = "pytorch_lightning torchmetrics tensorboard transformers monai pycocotools faster_coco_eval matplotlib "
+    optional += "onnx onnxruntime openvino nncf"
+    commands = [
+        ["predict", "replknet_cifar_l", *map(str, PHOTOS)],
+        ["eval", "replknet_cifar_l", "--data", str(cifar)],
+        ["merge", "replknet_cifar_l", str(tmp_path / "m.safetensors"), "--verify"],
+        ["train", "--list"],
+        ["export", "replknet_cifar_l", "--to", "pt2", "-o", str(tmp_path / "m.pt2")],
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({optional.split()}))\n"
+    code += "from replknet.cli.main import main\n"
+    code += f"assert [main(words) for words in {commands}] == [0] * 5\n"
+    # and what is missing is named where it is needed
+    code += f"assert main(['export', 'replknet_cifar_l', '--to', 'onnx', '-o', {str(tmp_path / 'm.onnx')!r}]) == 2"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "[export]" in result.stderr.splitlines()[-1]
+
+
 def test_nothing_else_knows_a_task_by_name():
     # explore runs classifiers and segmentation networks, and the benchmarks of networks are of given kinds
-    free = ("tasks/", "explore/", "bench/", "cli/bench_model.py")
+    # "segmentation" is also a key of COCO's JSON
+    free = ("tasks/", "explore/", "bench/", "cli/bench_model.py", "data/coco.py", "data/shapes.py")
     quoted = [f'"{name}"' for name in TASKS]
     found = [
         path.relative_to(FOLDER.parent).as_posix()

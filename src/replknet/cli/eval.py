@@ -14,7 +14,7 @@ from replknet.tasks.files import load_network
 
 
 def _kinds() -> dict[str, type[Any]]:
-    return {name: task.infer.evaluation for name, task in TASKS.items()}
+    return {name: task.evaluation for name, task in TASKS.items()}
 
 
 def arguments() -> Parser:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     network = load_network(args.checkpoint, args.task)
     infer, what = network.task.infer, f"{args.checkpoint} is {network.task.noun}"
-    settings = settings_of(args, infer.evaluation, _kinds(), what)
+    settings = settings_of(args, network.task.evaluation, _kinds(), what)
     scored = infer.evaluate(network, args.data, settings, _shown)
     print(json.dumps(scored.record) if args.json else "\n".join(scored.lines))
     return 0

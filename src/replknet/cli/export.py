@@ -16,17 +16,12 @@ from replknet.deploy.files import ENDINGS, Format, card_in, is_exported
 from replknet.deploy.verify import AccuracyError
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_network
-from replknet.tasks.task import Int8, Network
-
-
-def _int8() -> dict[str, Int8]:
-    """The tasks that have int8."""
-    found = {name: task.export.int8 for name, task in TASKS.items()}
-    return {name: int8() for name, int8 in found.items() if int8 is not None}
+from replknet.tasks.task import Network
 
 
 def _settings() -> dict[str, type[Any]]:
-    return {f"{name} with --int8": int8.settings for name, int8 in _int8().items()}
+    """The settings of int8 of each task that has it."""
+    return {f"{name} with --int8": task.int8 for name, task in TASKS.items() if task.int8 is not None}
 
 
 def arguments() -> Parser:
@@ -71,13 +66,14 @@ def _exported(network: Network, args: Any) -> int:
 
 
 def _quantized(network: Network, args: Any) -> int:
-    known = _int8()
-    if network.task.name not in known:
-        raise ValueError(f"int8 is for {', '.join(known)}, and {args.checkpoint} is {network.task.noun}")
-    int8 = known[network.task.name]
+    task = network.task
+    if task.int8 is None or task.export.int8 is None:
+        able = ", ".join(task.name for task in TASKS.values() if task.int8 is not None)
+        raise ValueError(f"int8 is for {able}, and {args.checkpoint} is {task.noun}")
+    int8 = task.export.int8()
     if args.to not in int8.endings:
         raise ValueError(f"int8 is written for {', '.join(int8.endings)}, got --to {args.to}")
-    settings = settings_of(args, int8.settings, {}, "")
+    settings = settings_of(args, task.int8, {}, "")
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{int8.endings[args.to]}")
     try:
         found = int8.write(network, output, args.to, settings, args.licence, _shown)

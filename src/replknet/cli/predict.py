@@ -12,7 +12,7 @@ from replknet.tasks.files import load_network
 
 
 def _kinds() -> dict[str, type[Any]]:
-    return {name: task.infer.prediction for name, task in TASKS.items()}
+    return {name: task.prediction for name, task in TASKS.items()}
 
 
 def arguments() -> Parser:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     network = load_network(args.checkpoint, args.task)
     what = f"{args.checkpoint} is {network.task.noun}"
-    settings = settings_of(args, network.task.infer.prediction, _kinds(), what)
+    settings = settings_of(args, network.task.prediction, _kinds(), what)
     predicted = network.task.infer.predictor(network, settings)
     for file, picture in _pictures(args.images, args.output):
         found = predicted(images.read(file))

@@ -128,16 +128,12 @@ class Infer:
     """Prediction and scores; without Lightning.
 
     Args:
-        prediction: settings of `predictor`, a frozen dataclass whose fields become options of `replknet predict`.
-        evaluation: settings of `evaluate`, the same for `replknet eval`.
         predictor: from a network and settings to a function that finds what is in an image in RGB.
         evaluate: scores a network on the data in a folder or archive; None for the task's default, if there is one.
             The last argument wraps the batches, to show progress.
         comparison: of the network's forms.
     """
 
-    prediction: type[Any]
-    evaluation: type[Any]
     predictor: Callable[[Network, Any], Callable[[Image], Prediction]]
     evaluate: Callable[[Network, Path | None, Any, Shown], Scored]
     comparison: Callable[[Network], Comparison]
@@ -148,13 +144,11 @@ class Int8:
     """Networks of a task in int8.
 
     Args:
-        settings: of `write`, a frozen dataclass whose fields become options of `replknet export --int8`.
         endings: of the files, by format; a format that is not in it has no int8.
         write: writes a network to a path in a format; the text is the licence, and the last argument wraps batches,
             to show progress. What it returns has the scores before and after.
     """
 
-    settings: type[Any]
     endings: Mapping[str, str]
     write: Callable[[Network, Path, str, Any, str, Callable[[Iterable[Any], str], Iterable[Any]]], Quantization]
 
@@ -202,6 +196,9 @@ class Task:
         noun: what a network of the task is called in texts, with its article.
         field: key of the description in the header of a file of weights.
         keys: regular expression of a key that official weights of the task have, and those of no other task.
+        prediction: settings of a prediction, a frozen dataclass whose fields become options of `replknet predict`.
+        evaluation: settings of an evaluation, likewise of `replknet eval`.
+        int8: settings of int8, likewise of `replknet export --int8`; None where the task has no int8.
         options: what the task adds to a recipe.
         recipes: functions that give one each.
     """
@@ -210,8 +207,11 @@ class Task:
     noun: str
     field: str
     keys: str
+    prediction: type[Any]
+    evaluation: type[Any]
     options: type[Options]
     recipes: tuple[Callable[[], Recipe], ...]
+    int8: type[Any] | None = None
 
     @property
     def files(self) -> Files:

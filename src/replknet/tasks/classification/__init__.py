@@ -1,6 +1,6 @@
 """Image classification."""
 
-from replknet.tasks.classification import imagenet, recipes
+from replknet.tasks.classification import imagenet, recipes, settings
 from replknet.tasks.task import Task
 
 TASK = Task(
@@ -8,6 +8,9 @@ TASK = Task(
     noun="a classifier",
     field="replknet",
     keys=r"head\.weight",
+    prediction=settings.PredictionSettings,
+    evaluation=settings.EvaluationSettings,
+    int8=settings.Int8Settings,
     options=recipes.ClassificationOptions,
     recipes=(*recipes.RECIPES, *imagenet.RECIPES),
 )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from replknet.data import transforms
 from replknet.data.batches import batches
 from replknet.tasks.classification import sets
+from replknet.tasks.classification.settings import EvaluationSettings, PredictionSettings
 from replknet.tasks.task import Comparison, Infer, Network, Prediction, Scored, Shown, random_images
 
 
@@ -92,32 +92,6 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
 # ---- the task's record
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictionSettings:
-    """How the classes of an image are told.
-
-    Args:
-        top: classes an image.
-    """
-
-    top: int = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """On what a classifier is scored, and how.
-
-    Args:
-        dataset: "cifar10" for its test images, or "folder" for val/<class>/.
-        batch_size: images at a time.
-        unreadable_images: that may be skipped; one more is an error.
-    """
-
-    dataset: Literal["cifar10", "folder"] = "cifar10"
-    batch_size: int = 256
-    unreadable_images: int = 0
-
-
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
     d = network.description
     transform = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
@@ -153,4 +127,4 @@ def _comparison(network: Network) -> Comparison:
     )
 
 
-INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)
+INFER = Infer(_predictor, _evaluate, _comparison)

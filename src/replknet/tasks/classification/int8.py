@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import Subset
@@ -20,39 +19,12 @@ from replknet.tasks.classification.export import card_of, export_classifier
 from replknet.tasks.classification.infer import evaluate
 from replknet.tasks.classification.quantize import ENDINGS, quantize_classifier, size, timed
 from replknet.tasks.classification.sets import evaluation_set
+from replknet.tasks.classification.settings import Int8Settings
 from replknet.tasks.task import Int8, Network, Quantization
-from replknet.train.recipe import check_not_negative, check_positive
 
 _BATCH = 64
 # images at once whose time is measured
 _TIMED = (1, 32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Settings:
-    """How a file in int8 is found and measured.
-
-    Args:
-        dataset: images with labels: "cifar10", or "folder" for train/<class>/ and val/<class>/.
-        data: the folder, or where CIFAR-10 is kept.
-        calibration: training images that give the ranges.
-        search: other training images, on which layers are kept in float32.
-        loss: right answers that may be lost, points of top-1.
-        per_tensor: one scale a weight instead of one a channel, to compare.
-        unreadable_images: that may be skipped; one more is an error.
-    """
-
-    dataset: Literal["cifar10", "folder"] = "cifar10"
-    data: Path | None = None
-    calibration: int = 512
-    search: int = 4096
-    loss: float = 0.5
-    per_tensor: bool = False
-    unreadable_images: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "calibration", "search")
-        check_not_negative(self, "loss", "unreadable_images")
 
 
 def _write(
@@ -178,4 +150,4 @@ def _text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-INT8 = Int8(Int8Settings, {str(to): ending for to, ending in ENDINGS.items()}, _write)
+INT8 = Int8({str(to): ending for to, ending in ENDINGS.items()}, _write)

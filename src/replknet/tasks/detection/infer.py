@@ -3,9 +3,9 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from replknet.tasks.detection.average_precision import AveragePrecision, Detecti
 from replknet.tasks.detection.batches import batched as one_batch
 from replknet.tasks.detection.files import DetectionDescription
 from replknet.tasks.detection.pyramid import Pyramid
+from replknet.tasks.detection.settings import EvaluationSettings, PredictionSettings
 from replknet.tasks.task import (
     Comparison,
     Infer,
@@ -92,30 +93,6 @@ def found_in(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Targe
 # ---- the task's record
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictionSettings:
-    """Which objects of an image are told.
-
-    Args:
-        min_score: of an object, from 0 to 1.
-    """
-
-    min_score: float = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """On what a detector is scored; the data is in COCO's layout.
-
-    Args:
-        split: of the images and annotations.
-        malformed: annotations that cannot be used are an "error", or left out ("skip").
-    """
-
-    split: Literal["train", "val", "test"] = "val"
-    malformed: Literal["error", "skip"] = "error"
-
-
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
     d = network.description
 
@@ -180,4 +157,4 @@ def _levels(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([level.flatten() for level in pyramid(x)])
 
 
-INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)
+INFER = Infer(_predictor, _evaluate, _comparison)

@@ -1,6 +1,6 @@
 """Semantic segmentation with UperNet."""
 
-from replknet.tasks.segmentation import recipes
+from replknet.tasks.segmentation import recipes, settings
 from replknet.tasks.task import Task
 
 TASK = Task(
@@ -8,6 +8,8 @@ TASK = Task(
     noun="a segmentation network",
     field="replknet_segmentation",
     keys=r"decode_head\.classifier\.weight",
+    prediction=settings.PredictionSettings,
+    evaluation=settings.EvaluationSettings,
     options=recipes.SegmentationOptions,
     recipes=recipes.RECIPES,
 )

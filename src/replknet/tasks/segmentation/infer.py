@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from replknet.data.images import pixels
 from replknet.data.mask_transforms import ForEvaluation, fitted
 from replknet.data.masks import IGNORE, MaskSet, Pairs
 from replknet.tasks.segmentation.files import SegmentationDescription
+from replknet.tasks.segmentation.settings import EvaluationSettings, PredictionSettings
 from replknet.tasks.task import (
     Comparison,
     Infer,
@@ -197,40 +198,6 @@ def evaluate(
 # ---- the task's record
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictionSettings:
-    """How a network is run on an image.
-
-    Args:
-        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
-        stride: from one window to the next, pixels.
-    """
-
-    window: int | None = None
-    stride: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """On what a network is scored, and how it is run.
-
-    Args:
-        dataset: "ade20k", "cityscapes", or "masks" for images/, annotations/ and classes.json.
-        split: of the masks.
-        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
-        stride: from one window to the next, pixels.
-        ratios: sizes of the image to average, such as '[1, 1.5]'.
-        flip: average with the mirrored image.
-    """
-
-    dataset: Literal["ade20k", "cityscapes", "masks"] = "masks"
-    split: Literal["train", "val", "test"] = "val"
-    window: int | None = None
-    stride: int | None = None
-    ratios: tuple[float, ...] = (1.0,)
-    flip: bool = False
-
-
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
     d = network.description
     inference = inference_of(d, settings.window, settings.stride)
@@ -278,4 +245,4 @@ def _comparison(network: Network) -> Comparison:
     )
 
 
-INFER = Infer(PredictionSettings, EvaluationSettings, _predictor, _evaluate, _comparison)
+INFER = Infer(_predictor, _evaluate, _comparison)
