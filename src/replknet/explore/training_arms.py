@@ -43,10 +43,10 @@ def trained(name: str, recipe: Recipe, images: int, seeds: int, start: Arm | Non
         start: an arm whose network this one starts from.
     """
     configuration = {key: value for key, value in recipe.plain.items() if key != "seed"}
-    for name, default in _LATER[recipe.task].items():
+    for field, default in _LATER[recipe.task].items():
         # records of before there was such a field stay those of the same run
-        if configuration[name] == default:
-            del configuration[name]
+        if configuration[field] == default:
+            del configuration[field]
     if start is not None:
         configuration["weights"] = f"of the run {start.key}"
     return Arm(

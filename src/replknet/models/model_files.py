@@ -224,6 +224,9 @@ def parsed(text: str, path: Path, make: Callable[..., Described]) -> Described:
     """
     try:
         fields: dict[str, Any] = json.loads(text)
+        for name in ("classes", "mean", "std"):
+            if not isinstance(fields[name], list):
+                raise TypeError(f"{name} must be a list, got {fields[name]!r:.40}")
         return make(**{name: as_tuples(value) for name, value in fields.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error

@@ -281,5 +281,5 @@ def test_the_command_fails_in_a_line(saved, cifar, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr("replknet.tasks.classification.int8.quantize_classifier", refused)
     assert main([*command, "--calibration", "32"]) == 1
-    assert capsys.readouterr().err == "replknet quantize: the reason\n"
+    assert capsys.readouterr().err == "replknet export: the reason\n"
     assert list(tmp_path.iterdir()) == []

@@ -134,9 +134,9 @@ def _check_predict(weights, shapes, folder, capsys):
     assert capsys.readouterr().out == f"{image}: nothing\n"
     for wrong, text in (
         (["eval", "--task", "detection", weights], "name the folder or zip of the images and annotations with --data"),
-        (["eval", "--task", "detection", weights, "--dataset", "masks"], "objects are in COCO's layout"),
-        (["eval", weights], "holds a detection network and no classifier"),
-        (["predict", "--task", "detection", "replknet_cifar_l", image], "holds no detector over a RepLKNet"),
+        (["eval", "--task", "detection", weights, "--dataset", "masks"], "is a detector: leave out --dataset"),
+        (["eval", weights, "--task", "classification"], "holds a detector, and a classifier is asked for"),
+        (["predict", "--task", "detection", "replknet_cifar_l", image], "holds a classifier, and a detector is asked"),
     ):
         assert main(wrong) == 2
         assert text in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_an_official_file_is_a_detector(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has 3 classes and does not say which: expected the 2 of COCO"):
         load_detection(tmp_path / "three.pth")
     save_detection(model, tmp_path / "own.safetensors", description)
-    with pytest.raises(CheckpointError, match="detection network and no classifier: it is read by eval and predict"):
+    with pytest.raises(CheckpointError, match=r"holds no classifier but a network for detection: replknet\.load reads"):
         load_model(tmp_path / "own.safetensors")
     save_detection(model, tmp_path / "own.safetensors", dataclasses.replace(description, mean=None))
     with pytest.raises(CheckpointError, match="has a description that this version cannot read"):
@@ -267,14 +267,14 @@ def test_the_papers_recipes_are_the_official_configurations():
     for name, expected in official.items():
         r = RECIPES[name]()
         images = 117_266
-        drops = tuple(drop / images for drop in r.drops)
-        warmup = r.warmup_samples // r.batch_size
+        drops = tuple(drop / images for drop in r.options.drops)
+        warmup, o = r.warmup_samples // r.batch_size, r.options
         assert (r.epochs_of(images), drops, r.drop_path, warmup, r.batch_size, r.lr) == expected
-        assert (r.weight_decay, r.optimizer, r.sync_bn, r.finetune, r.scale) == (0.05, "adamw", True, True, (1333, 800))
-        fcos = r.detector == "fcos"
-        assert (r.warmup, r.clip_grad) == (("constant", 35.0) if fcos else ("linear", None))
-        assert r.warmup_start == pytest.approx(1 / 3 if fcos else 1e-3)
-        assert len(r.scales) == (2 if fcos else 11)
+        assert (r.weight_decay, r.optimizer, r.sync_bn, r.finetune, o.scale) == (0.05, "adamw", True, True, (1333, 800))
+        fcos = o.detector == "fcos"
+        assert (o.warmup, r.clip_grad) == (("constant", 35.0) if fcos else ("linear", None))
+        assert o.warmup_start == pytest.approx(1 / 3 if fcos else 1e-3)
+        assert len(o.scales) == (2 if fcos else 11)
     xl = RECIPES["coco_cascade_xl"]()
     assert (xl.normalization, xl.network) == ("inception", {"norm_intermediate_features": True})
 
@@ -326,8 +326,8 @@ def test_what_cannot_be_trained_is_an_error(shapes, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=text):
             RECIPE.changed(**changes)
-    assert main(["plan", "bccd"]) == 2
-    assert "a plan counts no detectors" in capsys.readouterr().err
+    assert main(["train", "bccd", "--plan"]) == 2
+    assert "no estimate is made for a detector" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_leaves_its_batch(shapes, tmp_path, monkeypatch):
