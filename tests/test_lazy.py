@@ -152,6 +152,29 @@ def test_a_worker_process_that_imports_us_first_has_our_networks(tmp_path, monke
     assert list(DataLoader(names, num_workers=1, multiprocessing_context="spawn")) == [["RepLKNet"]]
 
 
+def test_threads_that_import_timm_and_us_at_once_all_arrive():
+    program = """
+import threading
+import replknet
+
+def work(name):
+    start.wait()
+    exec(f"import {name}", {})
+
+names = ["timm", "replknet.models", "replknet.data.images", "replknet.data.transforms"]
+start, errors = threading.Barrier(len(names)), []
+threading.excepthook = lambda args: errors.append(repr(args.exc_value))
+threads = [threading.Thread(target=work, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+import timm
+print(errors, timm.is_model("replknet_test"))
+"""
+    assert run(program) == "[] True\n"
+
+
 def test_a_pickled_network_brings_its_package(tmp_path):
     torch.save(timm.create_model("replknet_test"), tmp_path / "model.pt")
     program = """

@@ -13,7 +13,8 @@ What may happen, and what then:
   `replknet.models`, which is in `sys.modules` already, half-way. Python hands it out as it is, and the import outside
   goes on. Every module runs once, so nothing is registered twice and nothing recurs.
 - **Another thread is half-way through it.** The package counts as imported. Our call imports it too, and Python lets
-  that import wait for the other thread.
+  that import wait for the other thread. An import of a part, such as `timm.data`, does not wait, and fails where the
+  parts import each other, as timm's do. So `replknet.models` and `replknet.data` import the whole first.
 - **Two threads import it and us from both ends.** One holds timm's lock and wants ours, the other the reverse. Python
   sees the circle and gives one of them a module that has not finished. By then timm itself has run. Only the `import`
   statement does this, so a call must use it: `importlib.import_module` raises an error. The thread that imported timm

@@ -1,5 +1,8 @@
 """Network families and their weights. Importing this package registers the networks with timm."""
 
+# as a whole, and first: if another thread is half-way through it, this waits, and an import of a part of it would fail
+import timm  # noqa: F401
+
 from replknet.models.checkpoints import CheckpointError, load_checkpoint, read_state_dict
 from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from replknet.models.model_files import NETWORKS, Description, load_model, save_model, shipped
