@@ -6,13 +6,13 @@ import re
 import pytest
 
 import replknet
-from replknet import analysis, models, nn, ops
+from replknet import analysis, data, kernels, models, nn, ops
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (replknet, ops, nn, models, analysis)
+    for module in (replknet, kernels, ops, nn, models, data, analysis)
     for name in module.__all__
-    if callable(getattr(module, name))
+    if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import replknet
+from replknet import version
 from replknet.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +23,8 @@ def test_version_is_the_installed_one_and_a_source_tree_has_its_own(monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", nowhere)
-        assert importlib.reload(replknet).__version__ == "0+source"
-    assert importlib.reload(replknet).__version__ == importlib.metadata.version("replknet")
+        assert importlib.reload(version).__version__ == "0+source"
+    assert importlib.reload(version).__version__ == importlib.metadata.version("replknet")
 
 
 def test_importing_changes_no_search_path_and_prints_nothing():

@@ -4,6 +4,8 @@ One test a road, on the list of the graph's nodes. `fx` keeps the operator as on
 """
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,6 +56,24 @@ def test_onnx(dynamo):
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     found = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
     np.testing.assert_allclose(found, model(X).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_may_meet_the_operator_first_inside_an_export():
+    # the first use of its name imports it, and tensors have no memory then
+    program = """
+import torch, replknet
+
+class Net(torch.nn.Module):
+    def forward(self, x, weight):
+        return replknet.ops.depthwise_conv2d(x, weight)
+
+x, weight = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 3, 3)
+program = torch.export.export(Net(), (x, weight))
+print([node.target for node in program.graph.nodes if node.op == "call_function"])
+print(Net()(x, weight).max().item())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines() == ["[<OpOverload(op='aten.conv2d', overload='default')>]", "9.0"], result.stderr
 
 
 def test_openvino():

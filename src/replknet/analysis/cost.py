@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,9 @@ def cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3)
 
     Source: the counts of Ding et al. 2022, arXiv:2203.06717, Tables 5 and 6.
     """
+    # it imports Triton
+    from torch.utils.flop_counter import FlopCounterMode
+
     ghost = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -116,7 +116,13 @@ def decided(logits: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The decision of a classifier whose classes are the categories: `[N,classes]` to `[N]`, int64.
+    """The decision of a classifier whose classes are the categories.
+
+    Args:
+        logits: `[N,classes]`.
+
+    Returns:
+        `[N]`, int64: the index of the largest logit.
 
     Raises:
         ValueError: some logits are not finite.

@@ -59,6 +59,9 @@ def cue_conflicts(folder: Path, categories: Sequence[str]) -> list[CueConflict]:
         folder: a folder of files such as cat7-elephant1.png. A subfolder named after a category must have its shape.
         categories: the names that shapes and textures may have.
 
+    Returns:
+        One record an image.
+
     Raises:
         ImageError: the folder is missing or has no image, a name has another form or another category, or a file
             lies in the folder of another shape.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import timm  # noqa: F401  # first as a whole, as in replknet.models
 import torch
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,

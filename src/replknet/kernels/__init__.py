@@ -31,7 +31,14 @@ def _known(name: str) -> str:
 
 
 def forced() -> str | None:
-    """The backend that `use_backend` or the environment forces, or None."""
+    """The backend that `use_backend` or the environment forces.
+
+    Returns:
+        Its name, or None.
+
+    Raises:
+        ValueError: `REPLKNET_BACKEND` names no backend.
+    """
     if _forced is not None:
         return _forced
     return _from_environment()
@@ -78,14 +85,25 @@ class use_backend:
 
 
 def refusals(call: Call) -> dict[str, str | None]:
-    """For each backend, why it refuses the call; None if it takes the call when asked by name."""
+    """What each backend says about a call.
+
+    Args:
+        call: of the operator.
+
+    Returns:
+        Name -> why it refuses the call; None if it takes the call when asked by name.
+    """
     return {backend.name: backend.refusal(call) for backend in BACKENDS}
 
 
 def choose(call: Call) -> Backend:
     """The first backend that neither refuses nor declines the call; a forced one that refuses is an error.
 
-    If all that accept the call decline it, the first of them takes it.
+    Args:
+        call: of the operator.
+
+    Returns:
+        The backend. If all that accept the call decline it, the first of them.
 
     Raises:
         RuntimeError: no backend accepts the call; the text has every backend's reason.

@@ -13,15 +13,25 @@ ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """Everything that a choice among backends may depend on: no data, no clock."""
+    """Everything that a choice among backends may depend on: no data, no clock.
 
-    shape: tuple[int, int, int, int]  # x as [N,C,H,W]
-    kernel: tuple[int, int]  # height and width, both odd
+    Args:
+        shape: of x, `[N,C,H,W]`.
+        kernel: height and width, both odd.
+        dtype: of x and of the weight.
+        device: torch.device.type.
+        index: number of the device among devices of its type.
+        channels_last: layout of x and of the result.
+        algorithm: one of `ALGORITHMS`.
+    """
+
+    shape: tuple[int, int, int, int]
+    kernel: tuple[int, int]
     dtype: torch.dtype
-    device: str  # torch.device.type
-    index: int = 0  # number of the device among devices of its type
-    channels_last: bool = False  # layout of x and of the result
-    algorithm: str = "auto"  # one of ALGORITHMS
+    device: str
+    index: int = 0
+    channels_last: bool = False
+    algorithm: str = "auto"
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
@@ -39,18 +49,22 @@ class Backend:
 
     The operator checks the tensors first. They are not empty, share one device and one dtype, and have the layout that
     `Call.channels_last` names. A backend may return any layout; the operator converts it.
+
+    Args:
+        name: what `use_backend` calls it.
+        refusal: why it cannot take the call, or None.
+        forward: from x `[N,C,H,W]`, weight `[C,1,Kh,Kw]`, bias `[C]` or None, relu and algorithm to y `[N,C,H,W]`.
+        backward: from dy, x, weight, which of (dx, dw, db) are wanted, and algorithm to dx, dw, db, each None where not
+            wanted.
+        automatic: whether the automatic choice asks it; else it is taken only when forced by name.
+        declines: why the automatic choice skips it although it could take the call (another is faster), or None.
+        explanation: how it would carry out the call and why, in lines for people.
     """
 
     name: str
-    # why it cannot take the call, or None
     refusal: Callable[[Call], str | None]
-    # x [N,C,H,W], weight [C,1,Kh,Kw], bias [C] or None, relu, algorithm -> y [N,C,H,W]
     forward: Callable[[Tensor, Tensor, Tensor | None, bool, str], Tensor]
-    # dy, x, weight, which of (dx, dw, db) are wanted, algorithm -> dx, dw, db; None where not wanted
     backward: Callable[[Tensor, Tensor, Tensor, list[bool], str], tuple[Tensor | None, Tensor | None, Tensor | None]]
-    # false: taken only when forced by name
     automatic: bool = True
-    # why the automatic choice skips it although it could take the call (another is faster), or None
     declines: Callable[[Call], str | None] | None = None
-    # how it would carry out the call and why, in lines for people
     explanation: Callable[[Call], list[str]] | None = None

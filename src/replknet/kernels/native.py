@@ -50,10 +50,11 @@ class _Workspace(threading.local):
     """Scratch memory of the calling thread; it grows to the need of the largest call."""
 
     def __init__(self) -> None:
-        self.buffer = _aligned(0)
+        # made by the first call: this module may be imported inside torch.export, whose tensors have no memory
+        self.buffer: Tensor | None = None
 
     def address(self, n: int) -> int:
-        if self.buffer.numel() < n:
+        if self.buffer is None or self.buffer.numel() < n:
             self.buffer = _aligned(n)
         return self.buffer.data_ptr()
 

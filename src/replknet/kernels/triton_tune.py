@@ -24,7 +24,6 @@ from statistics import median
 from typing import Protocol
 
 import torch
-from filelock import FileLock, Timeout
 
 from replknet.kernels.triton_plan import DirectTile, PatchTile, PlaneTile, Tile, Work
 
@@ -145,6 +144,9 @@ class Table:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, no other thread or process times anything. The results of others are read first."""
+        # twenty modules, for timing alone
+        from filelock import FileLock, Timeout
+
         with self._lock, ExitStack() as held:
             # if the folder allows no writing or no locks, or another process hangs, each process times for itself
             with suppress(OSError, Timeout, NotImplementedError):

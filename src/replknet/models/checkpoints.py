@@ -232,12 +232,26 @@ def _official_from_megengine(key: str, ends: list[int]) -> str:
 
 
 def from_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Translate keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to keys of our UperNet."""
+    """Translate keys of mmsegmentation 0.x (backbone, UPerHead, FCNHead) to keys of our UperNet.
+
+    Args:
+        state: key -> tensor.
+
+    Returns:
+        The same tensors under our keys; other keys stay unchanged.
+    """
     return {_mmseg_to_ours(key): value for key, value in state.items()}
 
 
 def to_mmseg(state: Mapping[str, Tensor]) -> State:
-    """Translate keys of `replknet.tasks.segmentation.heads.UperNet` to keys of mmsegmentation 0.x."""
+    """Translate keys of `replknet.tasks.segmentation.heads.UperNet` to keys of mmsegmentation 0.x.
+
+    Args:
+        state: key -> tensor.
+
+    Returns:
+        The same tensors under mmsegmentation's keys; other keys stay unchanged.
+    """
     renamed = {}
     for key, value in state.items():
         key = key.replace("backbone.model.", "backbone.", 1)

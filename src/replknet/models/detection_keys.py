@@ -30,10 +30,16 @@ def is_mmdet(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate keys of mmdetection 2.x to keys of our detectors; other keys stay unchanged.
+    """Translate keys of mmdetection 2.x to keys of our detectors.
 
     mmdetection's FCOS becomes `replknet.tasks.detection.fcos.FCOS`, and its CascadeRCNN becomes
     `replknet.tasks.detection.cascade.CascadeRCNN`.
+
+    Args:
+        state: key -> tensor.
+
+    Returns:
+        The same tensors under our keys; other keys stay unchanged.
     """
     fcos = any(key.startswith("bbox_head.conv_cls.") for key in state)
     pairs = [(theirs, ours) for ours, theirs in _PAIRS]
@@ -46,7 +52,14 @@ def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate keys of our FCOS and CascadeRCNN to keys of mmdetection 2.x."""
+    """Translate keys of our FCOS and CascadeRCNN to keys of mmdetection 2.x.
+
+    Args:
+        state: key -> tensor.
+
+    Returns:
+        The same tensors under mmdetection's keys; other keys stay unchanged.
+    """
     return {_renamed(key, _PAIRS): value for key, value in state.items()}
 
 

@@ -2,7 +2,7 @@
 
 from replknet.nn.accelerate import accelerate
 from replknet.nn.blocks import ConvFFN, DropPath, RepLKBlock, stem, transition
-from replknet.nn.depthwise import DepthwiseConv2d
+from replknet.nn.depthwise import DepthwiseConv2d, StridedDepthwiseConv2d
 from replknet.nn.merge import merge, unfolded_norms
 from replknet.nn.reparam import ReparamLargeKernelConv
 from replknet.nn.warm import warm
@@ -13,6 +13,7 @@ __all__ = [
     "DropPath",
     "RepLKBlock",
     "ReparamLargeKernelConv",
+    "StridedDepthwiseConv2d",
     "accelerate",
     "merge",
     "stem",

@@ -1,11 +1,10 @@
-"""The ops that compute: their kernels on real and on fake tensors, and what they cost.
+"""The ops that compute: their kernels on real and on fake tensors.
 
 One kernel serves all devices: the choice of a backend depends on the device.
 """
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from replknet.kernels import prepared
 from replknet.ops.call import accepted, accepted_gradients, check, check_gradient, memory_format
@@ -96,17 +95,3 @@ for _name, _kernel, _fake in (
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"replknet::{_name}", _fake, lib=library)
-
-
-@register_flop_formula([torch.ops.replknet.depthwise_conv2d, torch.ops.replknet._depthwise_conv2d])
-def _flops(x_shape: list[int], w_shape: list[int], *_: object, **__: object) -> int:
-    """Multiplications and additions count separately, padding included, as torch counts a convolution."""
-    n, c, h, w = x_shape
-    return 2 * n * c * h * w * w_shape[2] * w_shape[3]
-
-
-@register_flop_formula([torch.ops.replknet.depthwise_conv2d_backward, torch.ops.replknet._depthwise_conv2d_backward])
-def _flops_backward(
-    dy_shape: list[int], x_shape: list[int], w_shape: list[int], wanted: list[bool], *_: object, **__: object
-) -> int:
-    return _flops(x_shape, w_shape) * (wanted[0] + wanted[1])
