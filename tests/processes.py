@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from processes import without_statistics
 from replknet.tasks.detection.recipes import DetectionOptions
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.tasks.segmentation.recipes import SegmentationOptions
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
 from replknet.tasks.segmentation import heads
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 import torch
 
 recipe, folder, data, shard = sys.argv[1:]

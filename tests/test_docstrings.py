@@ -6,11 +6,16 @@ import re
 import pytest
 
 import replknet
-from replknet import analysis, data, kernels, models, nn, ops
+from replknet import analysis, data, deploy, kernels, models, nn, ops, tasks, train
+from replknet.tasks import classification, detection, segmentation
 
+MODULES = (
+    *(replknet, kernels, ops, nn, models, data, analysis, train, deploy, tasks),
+    *(classification, segmentation, detection),
+)
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (replknet, kernels, ops, nn, models, data, analysis)
+    for module in MODULES
     for name in module.__all__
     if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
 }

@@ -103,14 +103,15 @@ def test_type_checkers_see_the_names_that_python_finds(path):
             seen[alias.name] = f"{name}.{alias.name}" if node.module == name else node.module
     package = importlib.import_module(name)
     assert {key: home for key, home in seen.items() if key != "__version__"} == package._HOMES
-    assert package.__all__ == sorted(package._HOMES)
+    # packages of tasks have a few names that are there at once
+    assert set(package._HOMES) <= set(package.__all__)
 
 
 @pytest.mark.parametrize("path", lazy_packages(), ids=lambda path: path.parent.name)
 def test_every_lazy_name_is_found_and_listed(path):
     package = importlib.import_module(".".join(path.parent.relative_to(SOURCES.parent).parts))
     assert set(package.__all__) <= set(dir(package))
-    for name in package.__all__:
+    for name in package._HOMES:
         assert package.__getattr__(name) is getattr(package, name)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from replknet.nn.merge import merge as merge
     from replknet.nn.warm import warm as warm
     from replknet.ops.doctor import doctor as doctor
+    from replknet.tasks.files import load as load
     from replknet.version import __version__ as __version__
 
 _PACKAGES = ("analysis", "bench", "data", "deploy", "kernels", "models", "nn", "ops", "tasks", "train")
@@ -33,6 +34,7 @@ _HOMES = {
     **{name: f"replknet.{name}" for name in _PACKAGES},
     "accelerate": "replknet.nn.accelerate",
     "doctor": "replknet.ops.doctor",
+    "load": "replknet.tasks.files",
     "load_checkpoint": "replknet.models.checkpoints",
     "merge": "replknet.nn.merge",
     "use_backend": "replknet.kernels",

@@ -91,7 +91,7 @@ def test_an_interrupted_training_says_how_to_go_on(kept, tmp_path, capsys, monke
             (folder / "last.ckpt").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("replknet.tasks.fit.fit", interrupted)
+    monkeypatch.setattr("replknet.tasks.training.fit", interrupted)
     output = tmp_path / "my runs"
     output.mkdir()
     assert main(["train", "cifar10", "--kernels", "[9, 7, 5, 5]", "--output", str(output)]) == 130
@@ -109,7 +109,7 @@ def test_a_training_that_fails_says_why_in_a_line(error, capsys, monkeypatch):
         assert (hardware.devices, hardware.device_batch, hardware.save_steps) == (2, 16, None)
         raise error("the reason")
 
-    monkeypatch.setattr("replknet.tasks.fit.fit", failing)
+    monkeypatch.setattr("replknet.tasks.training.fit", failing)
     assert main(["train", "cifar10", "--devices", "2", "--device-batch", "16"]) == 1
     assert capsys.readouterr().err == "replknet train: the reason\n"
 

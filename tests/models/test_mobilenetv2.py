@@ -12,7 +12,7 @@ import replknet
 from replknet.difference import largest_difference
 from replknet.models import CheckpointError, Description, MobileNetV2Config, load_model, save_model
 from replknet.tasks.classification.recipes import cifar10
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 
 VARIANTS = {
     "3x3": {},

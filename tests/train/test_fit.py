@@ -27,7 +27,7 @@ from replknet.models import load_model, save_model, timm_model
 from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.sets import splits
 from replknet.tasks.classification.train import Classification
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.train.checkpoint import KeepState, StateError
 from replknet.train.fit import ResumeError
 from replknet.train.guard import LossError
@@ -228,7 +228,7 @@ from replknet.train.hardware import Hardware
 from replknet.tasks.classification.recipes import ClassificationOptions
 from replknet.train.recipe import Recipe
 from replknet.tasks.classification.train import Classification
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 
 steps, real = int(sys.argv[4]), Classification.training_step
 def step(self, *args):
@@ -450,7 +450,7 @@ from replknet.train.hardware import Hardware
 from replknet.tasks.classification.recipes import ClassificationOptions
 from replknet.train.recipe import Recipe
 from replknet.tasks.classification.train import Classification
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 
 real = Classification.training_step
 def step(self, *args):

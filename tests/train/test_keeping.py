@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.train import Classification
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.train.checkpoint import KeepState
 from replknet.train.curve import KeepCurve
 from replknet.train.guard import GuardLoss, LossError

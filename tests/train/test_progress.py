@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.train import Classification
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.train.hardware import Hardware
 from replknet.train.progress import Row
 

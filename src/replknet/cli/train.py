@@ -132,7 +132,7 @@ def _train(recipe: Recipe, hardware: Hardware, args: Any, argv: list[str]) -> in
     # Lightning takes seconds to import
     from pytorch_lightning.utilities import rank_zero_only
 
-    from replknet.tasks.fit import fit
+    from replknet.tasks.training import fit
     from replknet.train.checkpoint import StateError
     from replknet.train.guard import LossError
 

@@ -25,7 +25,7 @@ from replknet.nn import merge
 from replknet.tasks.classification.infer import Scores, evaluate
 from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.sets import evaluation_set
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.timing import Timing, interleaved
 from replknet.train.recipe import Recipe
 

@@ -19,8 +19,8 @@ from replknet.models import load_model
 from replknet.nn import merge
 from replknet.tasks import TASKS
 from replknet.tasks.classification.recipes import ClassificationOptions
-from replknet.tasks.fit import fit
 from replknet.tasks.segmentation.recipes import SegmentationOptions
+from replknet.tasks.training import fit
 from replknet.train.estimate import autocast
 from replknet.train.job import TrainStep
 from replknet.train.recipe import Recipe

@@ -19,6 +19,9 @@ def load(path: str | Path) -> nn.Module:
         path: weights that this package wrote, published weights of any known key format, the name of weights that
             come with the package, or a file that `replknet export` wrote, which runs in its own runtime.
 
+    Returns:
+        The network, in the form of the file.
+
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it holds no network of this package's.
@@ -33,6 +36,9 @@ def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype |
         path: see `load`.
         task: name of the task that the caller wants; None for the file's own.
         dtype: of the network; None for that of the file. An exported file keeps its own.
+
+    Returns:
+        The network, its task and its description.
 
     Raises:
         FileNotFoundError: there is no such file.

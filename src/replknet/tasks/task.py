@@ -198,9 +198,9 @@ class Task:
         keys: regular expression of a key that official weights of the task have, and those of no other task.
         prediction: settings of a prediction, a frozen dataclass whose fields become options of `replknet predict`.
         evaluation: settings of an evaluation, likewise of `replknet eval`.
-        int8: settings of int8, likewise of `replknet export --int8`; None where the task has no int8.
         options: what the task adds to a recipe.
         recipes: functions that give one each.
+        int8: settings of int8, likewise of `replknet export --int8`; None where the task has no int8.
     """
 
     name: str

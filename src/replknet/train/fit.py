@@ -40,7 +40,7 @@ def run(
     resume: bool = False,
     hardware: Hardware | None = None,
 ) -> Path:
-    """Train a network of a job; `replknet.tasks.fit` is for callers, and says what the arguments are.
+    """Train a network of a job; `replknet.tasks.training` is for callers, and says what the arguments are.
 
     Args:
         recipe: what to train.

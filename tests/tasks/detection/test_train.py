@@ -25,7 +25,7 @@ from replknet.tasks.detection.files import DetectionDescription, load_detection,
 from replknet.tasks.detection.infer import predict
 from replknet.tasks.detection.recipes import DetectionOptions
 from replknet.tasks.detection.train import Detection
-from replknet.tasks.fit import fit
+from replknet.tasks.training import fit
 from replknet.train.guard import LossError
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe

@@ -15,13 +15,13 @@ from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.replknet import CONFIGS
 from replknet.tasks import RECIPES
-from replknet.tasks.fit import fit
 from replknet.tasks.segmentation import heads
 from replknet.tasks.segmentation.files import load_segmentation
 from replknet.tasks.segmentation.infer import Inference
 from replknet.tasks.segmentation.infer import predict as predicted
 from replknet.tasks.segmentation.recipes import SegmentationOptions
 from replknet.tasks.segmentation.train import Segmentation
+from replknet.tasks.training import fit
 from replknet.train.backbones import load_backbone
 from replknet.train.fit import ResumeError
 from replknet.train.recipe import Recipe
