@@ -114,8 +114,8 @@ def test_help_of_a_recipe_shows_its_defaults_and_what_people_use(name, capsys):
     recipe = RECIPES[name]()
     # argparse breaks lines anywhere
     flat = " ".join(told.split())
-    told_of_model = "--model NAME timm's name of the network; in segmentation and detection of the backbone."
-    assert f"{told_of_model} (default: {recipe.model})" in flat
+    told_of_model = "timm's name of the network; for segmentation and detection the name of the backbone."
+    assert f"--model NAME {told_of_model} (default: {recipe.model})" in flat
     assert f"(default: {recipe.batch_size})" in flat
     options = re.findall(r"^  --([\w-]+)", told, re.MULTILINE)
     assert 25 <= len(options) <= 42

@@ -531,7 +531,7 @@ def test_divided_weights_train_what_whole_ones_do(cifar, tmp_path):
 def test_what_cannot_be_divided_is_an_error(cifar, tmp_path):
     with pytest.raises(ValueError, match="shard divides the weights among processes, and there is one"):
         fit(RECIPE, tmp_path, cifar, hardware=Hardware(devices=1, shard=True))
-    with pytest.raises(ValueError, match=r"shard takes no average of the weights \(ema_decay\): timm's average copies"):
+    with pytest.raises(ValueError, match=r"shard cannot keep an average of the weights \(ema_decay\): timm's average"):
         fit(RECIPE, tmp_path, cifar, hardware=Hardware(devices=2, shard=True))
 
 

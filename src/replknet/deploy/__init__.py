@@ -1,4 +1,4 @@
-"""Inference form, export and the check that a file computes what torch does."""
+"""Inference form, exported files, and the check that a file computes what torch computes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the files of all tasks share: formats, how each is written, checked and run, and the card that stands in it."""
+"""Exported files of all tasks: formats, how to write, check and run a file, and the card in it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,11 @@ from replknet.models.model_files import as_tuples
 
 Card = TypeVar("Card")
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
-# endings of the files; that of aoti, a library for this machine in torch's archive, tells it from a graph
+# endings of the files; .aoti.pt2 holds a library for this machine, .pt2 a graph
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "aoti": ".aoti.pt2"}
-# relative L2 difference of the logits from torch's that is allowed
+# largest relative L2 difference of the logits from torch's
 BOUND = 1e-5
-# of an image that a file takes, pixels
+# largest side of an image that a file takes, pixels
 LARGEST_SIDE = 8192
 
 _KEY = "replknet"
@@ -28,19 +28,22 @@ _Program = torch.export.ExportedProgram
 def write_checked(
     network: nn.Module, stride: int, card: Mapping[str, Any], path: Path, to: Format, examples: Sequence[Tensor]
 ) -> Difference:
-    """Write a network with one input, `image`, and one output, `logits`, and keep the file if it computes the same.
+    """Write a network with one input, `image`, and one output, `logits`. Keep the file if it computes what torch does.
 
     Args:
-        network: merged, in eval mode, in float32 on the CPU.
-        stride: of its last map; sides of images are longer.
-        card: what else the file holds, as JSON can.
+        network: the merged network, in eval mode, in float32 on the CPU.
+        stride: stride of its last map; the sides of images are larger.
+        card: the card for the file, ready for JSON.
         path: ends as `ENDINGS` says.
         to: the format.
-        examples: prepared images `[N,3,H,W]` on which it is checked, beside random ones of two other sizes.
+        examples: prepared images `[N,3,H,W]` for the check. Random images of two other sizes are checked, too.
+
+    Returns:
+        The largest difference from torch, in the file's runtime on the CPU.
 
     Raises:
-        ValueError: another ending, or examples of another shape or dtype.
-        RuntimeError: the file differs by more than `BOUND`; none is left.
+        ValueError: the path has another ending, or an example another shape or dtype.
+        RuntimeError: the file differs by more than `BOUND`; it is removed.
     """
     if not path.name.endswith(ENDINGS[to]) or (to == "pt2" and path.name.endswith(ENDINGS["aoti"])):
         raise ValueError(f"a file for {to} ends in {ENDINGS[to]}, got {path.name}")
@@ -70,14 +73,14 @@ def sides_of(stride: int) -> tuple[int, int]:
     """The smallest and the largest side of an image that a file takes, pixels.
 
     Args:
-        stride: of the network's last map.
+        stride: stride of the network's last map.
     """
     # torch refuses a range in which the last map has a side of one
     return stride + 1, LARGEST_SIDE
 
 
 def _program(network: nn.Module, stride: int) -> _Program:
-    """The graph for any batch and size."""
+    """The graph of the network, for any batch size and any size of the images."""
     smallest, largest = sides_of(stride)
     sides = {i: torch.export.Dim(name, min=smallest, max=largest) for i, name in ((2, "height"), (3, "width"))}
     shapes = {0: torch.export.Dim("batch", max=65536), **sides}
@@ -85,27 +88,27 @@ def _program(network: nn.Module, stride: int) -> _Program:
 
 
 def card_in(path: Path) -> tuple[dict[str, Any], Run]:
-    """The card of a file, lists as tuples, and its network in the file's own runtime.
+    """The card of a file, with lists as tuples, and a function that runs the file in its own runtime.
 
     Args:
         path: a file of `write_checked`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its ending is not one of `ENDINGS`, or it has no card of ours.
+        ValueError: the file's ending is not one of `ENDINGS`, or the file has no card of replknet's.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no exported network at {path}")
     text, run = _READERS[format_of(path)](path)
     if text is None:
         raise ValueError(
-            f"{path} says nothing of its classes and images: it was not written by `replknet export`, which does"
+            f"{path} says nothing about its classes and images: expected a file that `replknet export` wrote"
         )
     card: dict[str, Any] = {key: as_tuples(value) for key, value in json.loads(text).items()}
     smallest, largest = card.get("sides", sides_of(0))
 
     def run_checked(x: Tensor) -> Sequence[Tensor]:
-        # what runtimes do with other sizes differs: an error of their own, or anything
+        # with other sizes, some runtimes raise an error of their own, and some return wrong numbers
         if not all(smallest <= side <= largest for side in x.shape[2:]):
             size = "x".join(map(str, x.shape[2:]))
             raise ValueError(f"{path} takes images with sides from {smallest} to {largest} pixels, got {size}")
@@ -118,7 +121,7 @@ def parsed_card(kind: type[Card], card: Mapping[str, Any], path: Path) -> Card:
     """The card of a file as a task's own record.
 
     Raises:
-        ValueError: it has other fields.
+        ValueError: the card has other fields.
     """
     try:
         return kind(**card)
@@ -127,7 +130,7 @@ def parsed_card(kind: type[Card], card: Mapping[str, Any], path: Path) -> Card:
 
 
 def described_card(kind: type[Card], description: type[Any], card: Mapping[str, Any], path: Path) -> Card:
-    """The card of a file whose fields stand beside those of a description; see `parsed_card`."""
+    """The card of a file that also has the fields of a description; see `plain_card` and `parsed_card`."""
     theirs = {field.name for field in fields(description)}
     inner = parsed_card(description, {name: value for name, value in card.items() if name in theirs}, path)
     outer = {name: value for name, value in card.items() if name not in theirs}
@@ -135,7 +138,7 @@ def described_card(kind: type[Card], description: type[Any], card: Mapping[str, 
 
 
 def plain_card(card: Any) -> dict[str, Any]:
-    """A card with a description as it stands in a file, in one object."""
+    """A card with a description as one object for a file: the description's fields become fields of the card."""
     values = asdict(card)
     return {**values.pop("description"), **values}
 
@@ -154,10 +157,13 @@ class Exported(nn.Module):
     """A network with one output in a file, run by the file's own runtime.
 
     Args:
-        run: from `card_in`.
+        run: runs the file; from `card_in`.
 
     Input: `[N,3,H,W]`, float32, on the CPU.
-    Output: the file's first output; an image whose sides are not those of the card is a ValueError.
+    Output: the file's first output.
+
+    Raises:
+        ValueError: a side of the images is outside of the card's range.
     """
 
     def __init__(self, run: Run) -> None:
@@ -172,7 +178,7 @@ def format_of(path: Path) -> Format:
     """The format of a file, by its ending.
 
     Raises:
-        ValueError: it is none of `ENDINGS`.
+        ValueError: the ending is none of `ENDINGS`.
     """
     # the longest first: `.aoti.pt2` also ends in `.pt2`
     for to, ending in sorted(ENDINGS.items(), key=lambda item: -len(item[1])):
@@ -184,9 +190,6 @@ def format_of(path: Path) -> Format:
 def is_exported(path: str | Path) -> bool:
     """Whether a path has the ending of an exported network."""
     return str(path).endswith(tuple(ENDINGS.values()))
-
-
-# ---- formats
 
 
 def _write_onnx(program: _Program, card: str, path: Path) -> None:
@@ -204,7 +207,7 @@ def _write_openvino(program: _Program, card: str, path: Path) -> None:
     converted.inputs[0].tensor.set_names({"image"})
     converted.outputs[0].tensor.set_names({"logits"})
     converted.set_rt_info(card, _KEY)
-    # otherwise the weights are rounded to float16
+    # else the weights are rounded to float16
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
@@ -213,7 +216,6 @@ def _write_pt2(program: _Program, card: str, path: Path) -> None:
 
 
 def _write_aoti(program: _Program, card: str, path: Path) -> None:
-    # torch wants an ending of its own
     torch._inductor.aoti_compile_and_package(
         program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {_KEY: card}}
     )
@@ -222,7 +224,7 @@ def _write_aoti(program: _Program, card: str, path: Path) -> None:
 def _open_onnx(path: Path) -> tuple[str | None, Run]:
     import onnx
 
-    # the weights are not read
+    # the card is in the graph, so weights in other files need not be read
     properties = onnx.load(path, load_external_data=False).metadata_props
     return next((entry.value for entry in properties if entry.key == _KEY), None), in_onnxruntime(path)
 
@@ -237,13 +239,13 @@ def _open_openvino(path: Path) -> tuple[str | None, Run]:
 def _open_pt2(path: Path) -> tuple[str | None, Run]:
     files = {_KEY: ""}
     run = torch.export.load(path, extra_files=files).module()
-    # of one output it gives the output
+    # a network with one output returns a tensor, not a tuple
     return files[_KEY] or None, lambda x: [run(x)]
 
 
 def _open_aoti(path: Path) -> tuple[str | None, Run]:
     run = torch._inductor.aoti_load_package(str(path))
-    # it does not look at strides
+    # the library assumes contiguous images and does not check
     return run.get_metadata().get(_KEY), lambda x: [run(x.contiguous())]
 
 
@@ -253,7 +255,7 @@ _WRITERS: dict[Format, Callable[[_Program, str, Path], None]] = {
     "pt2": _write_pt2,
     "aoti": _write_aoti,
 }
-# the card, None where there is none of ours, and the network in the file's runtime
+# format -> a function that returns the text of the card, or None, and a function that runs the file
 _READERS: dict[Format, Callable[[Path], tuple[str | None, Run]]] = {
     "onnx": _open_onnx,
     "openvino": _open_openvino,

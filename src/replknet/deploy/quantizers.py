@@ -1,4 +1,4 @@
-"""How each runtime gets a network in int8: which layers, which types, and what it must not do of its own accord."""
+"""Quantizers: how each runtime gets a network in int8, and the settings that stop its own changes to the network."""
 
 import io
 import logging
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from replknet.deploy.verify import Run
 
 Target = Literal["onnx", "openvino"]
-# writes a file in which these layers stay in float32
+# writes a file in int8; arguments: names of layers that stay in float32, and the path
 Quantizer = Callable[[Collection[str], Path], None]
 
 
 def loaded(path: Path, threads: int) -> Run:
-    """An .onnx or .xml file on the CPU with so many threads, of which none waits for work by spinning."""
+    """Runs an .onnx or .xml file on the CPU with this number of threads; idle threads do not spin."""
     if path.suffix == ".onnx":
         import onnxruntime
 
@@ -28,7 +28,7 @@ def loaded(path: Path, threads: int) -> Run:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # spinning threads would take the processor from the other files'
+        # spinning threads would slow down the other files that are timed in turns
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda x: [torch.from_numpy(output) for output in session.run(None, {"image": x.numpy()})]
@@ -36,7 +36,7 @@ def loaded(path: Path, threads: int) -> Run:
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        # what is not in int8; on some processors it would be bfloat16
+        # for layers that are not in int8; else some processors compute them in bfloat16
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,
@@ -46,7 +46,7 @@ def loaded(path: Path, threads: int) -> Run:
 
 
 def layers(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """Names and weights of the layers that int8 is for."""
+    """Names and weights of the layers that can be in int8: convolutions and linear layers."""
     return [
         (name, module.weight.detach())
         for name, module in network.named_modules()
@@ -55,11 +55,11 @@ def layers(network: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _nodes(network: nn.Module, weights: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
-    """Layer -> node of a file, by the values of the weights, since not every format keeps names.
+    """Layer -> node of a file. Equal weights identify the pairs, since not every format keeps names.
 
     Args:
-        network: the merged one.
-        weights: node -> its weight.
+        network: the merged network.
+        weights: node -> weight of the node.
     """
     left = dict(weights)
     found = {}
@@ -104,12 +104,12 @@ def _onnx_quantizer(source: Path, network: nn.Module, calibration: Sequence[Tens
             path,
             Reader(),
             per_channel=per_channel,
-            # with signed ones ONNX Runtime was slower than in float32, on a processor with VNNI
+            # with signed activations ONNX Runtime was slower than in float32, measured on a processor with VNNI
             activation_type=QuantType.QUInt8,
-            # ReLU and the clip of ReLU6 are part of the rounding then
+            # with Relu and Clip in the list, ReLU and ReLU6 become part of the rounding
             op_types_to_quantize=["Conv", "Gemm", "MatMul", "Relu", "Clip"],
             nodes_to_exclude=list(left),
-            # the images are run once
+            # the cache keeps the ranges, so that the images run only for the first file
             calibration_cache_path=cache,
         )
         model = onnx.load(path)
@@ -120,14 +120,15 @@ def _onnx_quantizer(source: Path, network: nn.Module, calibration: Sequence[Tens
 
 
 def _keep_in_float(graph: Any, left: Mapping[str, nn.Module]) -> None:
-    """Give these nodes an input that is dequantized by a scale for each channel, all of them equal.
+    """Dequantize the inputs of these nodes with one scale for each channel; all these scales are equal.
 
-    When ONNX Runtime loads a file it rounds the weights of every convolution whose input has one scale and whose output
-    is quantized to int8, one scale for all channels (its optimizer WeightBiasQuantization).
+    This keeps their weights in float32. When ONNX Runtime loads a file, its optimizer WeightBiasQuantization rounds
+    weights to int8 with one scale for all channels. It does so for each convolution with a quantized output and an
+    input with a single scale.
 
     Args:
-        graph: of a file that quantize_static wrote; it is changed.
-        left: node -> its layer in torch.
+        graph: graph of a file that quantize_static wrote; it is changed in place.
+        left: node that stays in float32 -> its layer in torch.
     """
     from onnx import helper, numpy_helper
 
@@ -152,7 +153,7 @@ def _keep_in_float(graph: Any, left: Mapping[str, nn.Module]) -> None:
 def _openvino_quantizer(
     source: Path, network: nn.Module, calibration: Sequence[Tensor], per_channel: bool
 ) -> Quantizer:
-    # NNCF reports its use to its makers, unless it is told that it runs in a test
+    # switches off NNCF's reports of its use
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
     import openvino
@@ -167,7 +168,7 @@ def _openvino_quantizer(
             if node.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
         },
     )
-    # one at a time: NNCF takes the mean over items of their smallest and largest values
+    # single images: NNCF averages the smallest and largest values over its items
     images = [image[None].numpy() for batch in calibration for image in batch]
     weights = QuantizationParameters(per_channel=per_channel)
 
@@ -175,7 +176,7 @@ def _openvino_quantizer(
         ignored = nncf.IgnoredScope(
             names=[nodes[name] for name in float_layers], types=["Add", "Multiply", "ReduceMean"], validate=False
         )
-        # its bars
+        # hides the progress bars of NNCF
         with redirect_stdout(io.StringIO()):
             quantized = nncf.quantize(
                 openvino.Core().read_model(source),

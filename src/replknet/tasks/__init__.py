@@ -1,4 +1,4 @@
-"""What networks are for: a folder and a record a task, and all that is the same whatever the task.
+"""The tasks of networks: one folder and one record a task, and the code that all tasks share.
 
 A new task is a folder with a `TASK`, and its name in the tuple below.
 """
@@ -13,7 +13,7 @@ from replknet.train.recipe import Recipe
 
 TASKS: dict[str, Task] = {task.TASK.name: task.TASK for task in (classification, segmentation, detection)}
 
-# every preset that `replknet train` knows
+# the presets of `replknet train`: name -> a function that returns the recipe
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe for task in TASKS.values() for recipe in task.recipes
 }

@@ -1,4 +1,4 @@
-"""What published weights of a larger network say of the RepLKNet that it stands on."""
+"""The RepLKNet in published weights of a segmentation network or detector."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from replknet.models.model_files import config_of, named, statistics_of
 
 @dataclass(frozen=True)
 class OfficialBackbone:
-    """A backbone that was understood from keys and shapes.
+    """A backbone that was recognised by keys and shapes.
 
     Args:
-        name: timm's.
-        network: its options, as timm.create_model takes them.
-        channels: of each stage.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
+        name: timm's name of the backbone.
+        network: options of the backbone, as timm.create_model takes them.
+        channels: channels of each stage.
+        mean: mean of each channel in RGB, for values from 0 to 1.
+        std: standard deviation of each channel in RGB, for values from 0 to 1.
     """
 
     name: str
@@ -29,11 +29,11 @@ class OfficialBackbone:
 
 
 def official_backbone(state: Mapping[str, Tensor], prefix: str, where: str) -> OfficialBackbone | None:
-    """The backbone in a state dict; None where no key begins with the prefix.
+    """The backbone in a state dict; None if no key begins with the prefix.
 
     Args:
-        state: under our keys.
-        prefix: how the keys of the backbone begin.
+        state: tensors under our keys.
+        prefix: prefix of the backbone's keys.
         where: what the error calls the state.
 
     Raises:

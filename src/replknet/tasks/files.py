@@ -1,4 +1,4 @@
-"""Networks of any task in files: which task a file is for, and the network in it."""
+"""Files of networks of any task: the task of a file, and the network in it."""
 
 from pathlib import Path
 
@@ -13,36 +13,36 @@ from replknet.tasks.task import Network, Task
 
 
 def load(path: str | Path) -> nn.Module:
-    """The network in a file, whatever its task, in eval mode on the CPU.
+    """The network in a file of any task, in eval mode on the CPU.
 
     Args:
         path: weights that this package wrote, published weights of any known key format, the name of weights that
-            come with the package, or a file that `replknet export` wrote, which runs in its own runtime.
+            come with the package, or a file that `replknet export` wrote. An exported file runs in its own runtime.
 
     Returns:
         The network, in the form of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it holds no network of this package's.
+        CheckpointError: the file holds no network of replknet's.
     """
     return load_network(path).model
 
 
 def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype | None = torch.float32) -> Network:
-    """The network in a file with what is known of it.
+    """The network in a file, with its task and its description.
 
     Args:
         path: see `load`.
-        task: name of the task that the caller wants; None for the file's own.
-        dtype: of the network; None for that of the file. An exported file keeps its own.
+        task: name of the task that the caller expects; None: any.
+        dtype: dtype of the network; None: the file's. An exported file always keeps its own.
 
     Returns:
         The network, its task and its description.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it holds no network of this package's, or one of another task than is wanted.
+        CheckpointError: the file holds no network of replknet's, or a network of another task.
     """
     if is_exported(path):
         card, run = card_in(Path(path))
@@ -58,10 +58,10 @@ def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype |
 
 
 def task_of(source: Source) -> Task:
-    """The task of a file of weights, from the description in its header, or from its keys.
+    """The task of a file of weights, from the description in its header or, without one, from its keys.
 
     Raises:
-        CheckpointError: its keys are of no task, or of several.
+        CheckpointError: the keys belong to no task, or to several.
     """
     described = [field for field in source.texts if field == FIELD or field.startswith(f"{FIELD}_")]
     found = [task for task in TASKS.values() if task.field in described]
@@ -85,7 +85,7 @@ def task_of(source: Source) -> Task:
     )
 
 
-# cards of exported files had no task when there was only one
+# task of an exported file whose card names none: old cards have no task
 _FIRST = "classification"
 
 

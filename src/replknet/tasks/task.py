@@ -1,8 +1,7 @@
-"""What a task is: a frozen record that training, commands and exports ask, so that none of them knows a task by name.
+"""The record of a task. Training, commands and exports use it, so that none of them knows a task by name.
 
-A task is a folder with the modules `files`, `infer`, `train`, `export` and `recipes`. Each of the first four has one
-record of the classes below, and is imported when it is first asked for: predictions need no Lightning, and `--help`
-needs no torch.
+A task is a folder with the modules `files`, `infer`, `train`, `export` and `recipes`. Each of the first four defines
+one record of a class below. It is imported on first use: predictions need no Lightning, and `--help` needs no torch.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ if TYPE_CHECKING:
     from replknet.train.recipe import Options, Recipe
 
 
-# wraps batches, to show progress
+# wraps batches to show progress
 Shown = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Description(Protocol):
-    """What a file of weights is of, and how its network wants its images."""
+    """Which network a file of weights belongs to, and which images the network expects."""
 
     @property
     def name(self) -> str:
-        """timm's name of the network, or of the backbone that it stands on."""
+        """timm's name of the network, or of its backbone."""
         ...
 
     @property
@@ -48,18 +47,18 @@ class Description(Protocol):
     def std(self) -> tuple[float, ...]: ...
 
     def build(self) -> nn.Module:
-        """The same network, untrained."""
+        """A new network with this description, untrained."""
         ...
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network with what is known of it.
+    """A network, its task and its description.
 
     Args:
-        task: what it does.
-        model: in eval mode, on the CPU. A file that was exported is a module that runs it in its own runtime.
-        description: the task's own record.
+        task: what the network does.
+        model: the network, in eval mode, on the CPU. For an exported file, a module that runs it in its own runtime.
+        description: the task's own record of classes, preparation of images and architecture.
     """
 
     task: Task
@@ -72,9 +71,9 @@ class Prediction:
     """What a network finds in an image.
 
     Args:
-        record: the same for programs, as JSON can hold it.
-        text: for people, one line.
-        draw: makes a matplotlib figure; None where there is nothing to draw.
+        record: the result for programs, ready for JSON.
+        text: the result for people, one line.
+        draw: makes a matplotlib figure; None if there is nothing to draw.
     """
 
     record: dict[str, Any]
@@ -87,8 +86,8 @@ class Scored:
     """The scores of a network on a data set.
 
     Args:
-        record: for programs, as JSON can hold it.
-        lines: for people.
+        record: the scores for programs, ready for JSON.
+        lines: the scores for people.
     """
 
     record: dict[str, Any]
@@ -97,12 +96,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Comparison:
-    """On what two forms of a network are compared, and what of them.
+    """The inputs and outputs by which two forms of a network are compared.
 
     Args:
-        random: images `[N,C,H,W]`.
-        image: an image in RGB as the network is given it, a batch of one.
-        output: what a network gives for a batch.
+        random: images of noise `[N,C,H,W]`.
+        image: maps an image in RGB to the network's input, a batch of one.
+        output: maps a network and a batch to the tensor that is compared.
     """
 
     random: Tensor
@@ -112,11 +111,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Files:
-    """Networks of a task in files of weights.
+    """How a task reads and writes files of weights.
 
     Args:
-        load: from a file that was read to the network, in the file's form, and its description.
-        save: writes a network with its description, whole or not at all.
+        load: maps a file that was read, and a dtype (None: the file's), to the network in the file's form and its
+            description.
+        save: writes a network and its description to a path: completely or not at all.
     """
 
     load: Callable[[Source, torch.dtype | None], tuple[Any, Any]]
@@ -125,13 +125,12 @@ class Files:
 
 @dataclass(frozen=True)
 class Infer:
-    """Prediction and scores; without Lightning.
+    """Prediction and scores of a task. They need no Lightning.
 
     Args:
-        predictor: from a network and settings to a function that finds what is in an image in RGB.
-        evaluate: scores a network on the data in a folder or archive; None for the task's default, if there is one.
-            The last argument wraps the batches, to show progress.
-        comparison: of the network's forms.
+        predictor: maps a network and settings to a function from an image in RGB to its prediction.
+        evaluate: scores a network on the data in a folder or archive; None: the task's default data, if there is any.
+        comparison: maps a network to the inputs and outputs by which its forms are compared.
     """
 
     predictor: Callable[[Network, Any], Callable[[Image], Prediction]]
@@ -141,12 +140,12 @@ class Infer:
 
 @dataclass(frozen=True)
 class Int8:
-    """Networks of a task in int8.
+    """How a task writes networks in int8.
 
     Args:
-        endings: of the files, by format; a format that is not in it has no int8.
-        write: writes a network to a path in a format; the text is the licence, and the last argument wraps batches,
-            to show progress. What it returns has the scores before and after.
+        endings: format -> ending of its int8 files; other formats have no int8.
+        write: writes a network; the arguments are network, path, format, settings, licence, and a function that wraps
+            named batches to show progress. The result has the scores before and after.
     """
 
     endings: Mapping[str, str]
@@ -155,12 +154,12 @@ class Int8:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a network in int8 is like.
+    """The scores, sizes and times of a network in int8.
 
     Args:
-        record: for programs, as JSON can hold it.
-        lines: for people.
-        problem: why the file is not as good as was asked for; None where it is.
+        record: the figures for programs, ready for JSON.
+        lines: the figures for people.
+        problem: why the file misses the wanted accuracy; None if it does not.
     """
 
     record: dict[str, Any]
@@ -170,14 +169,15 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Export:
-    """Networks of a task in files of other runtimes.
+    """How a task writes and reads files for other runtimes.
 
     Args:
-        write: writes a network to a path in a format, checked on images in RGB; the text is the licence.
-        open: from path, card and network of a file to a module and its description.
+        write: writes a network and checks the file; the arguments are network, path, format, images in RGB to check on,
+            and licence.
+        open: maps path, card and runner of a file to a module and its description.
         compared: what `write` compares, in words; {images} stands for the number of images.
         bound: largest relative L2 difference that `write` allows.
-        int8: gives the task's way to int8; None where it has none.
+        int8: returns how the task writes int8; None if it does not.
     """
 
     write: Callable[[Network, Path, Format, Sequence[Image], str], Difference]
@@ -189,18 +189,18 @@ class Export:
 
 @dataclass(frozen=True)
 class Task:
-    """What a network can be for.
+    """One purpose of networks, and the code for it.
 
     Args:
-        name: on the command line, in cards of exported files, and of the folder below `replknet.tasks`.
-        noun: what a network of the task is called in texts, with its article.
+        name: name on the command line, in cards of exported files, and of the folder below `replknet.tasks`.
+        noun: name of such a network in texts, with its article.
         field: key of the description in the header of a file of weights.
-        keys: regular expression of a key that official weights of the task have, and those of no other task.
-        prediction: settings of a prediction, a frozen dataclass whose fields become options of `replknet predict`.
-        evaluation: settings of an evaluation, likewise of `replknet eval`.
-        options: what the task adds to a recipe.
-        recipes: functions that give one each.
-        int8: settings of int8, likewise of `replknet export --int8`; None where the task has no int8.
+        keys: regular expression. Official weights of this task have a key that matches; weights of other tasks do not.
+        prediction: class of the settings for a prediction. Its fields become options of `replknet predict`.
+        evaluation: class of the settings for an evaluation. Its fields become options of `replknet eval`.
+        options: class of the fields that the task adds to a recipe.
+        recipes: functions that return one recipe each.
+        int8: class of the settings for int8. Its fields become options of `replknet export --int8`. None: no int8.
     """
 
     name: str
@@ -215,25 +215,25 @@ class Task:
 
     @property
     def files(self) -> Files:
-        """Networks in files of weights."""
+        """Reads and writes files of weights."""
         found: Files = self._module("files").FILES
         return found
 
     @property
     def infer(self) -> Infer:
-        """Prediction and scores."""
+        """Predicts and scores."""
         found: Infer = self._module("infer").INFER
         return found
 
     @property
     def train(self) -> Train:
-        """Training."""
+        """Trains."""
         found: Train = self._module("train").TRAIN
         return found
 
     @property
     def export(self) -> Export:
-        """Networks in files of other runtimes."""
+        """Reads and writes files for other runtimes."""
         found: Export = self._module("export").EXPORT
         return found
 
@@ -241,26 +241,26 @@ class Task:
         return import_module(f"replknet.tasks.{self.name}.{name}")
 
     def has(self, state: Mapping[str, Any]) -> bool:
-        """Whether weights under our keys are of this task."""
+        """Whether weights belong to this task; the keys are ours."""
         return any(re.fullmatch(self.keys, key) for key in state)
 
 
 def random_images(channels: int, side: int) -> Tensor:
-    """Two images of noise `[2,C,H,W]` for a comparison, the same in every call."""
-    import torch  # the record itself needs none
+    """Two images of noise `[2,C,H,W]` for a comparison, equal in every call."""
+    import torch  # `--help` imports this module, and should not wait for torch
 
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def named_data(data: Path | None, what: str) -> Path:
-    """The folder or archive; a ValueError where none is named."""
+    """The folder or archive; a ValueError if it is None."""
     if data is None:
         raise ValueError(f"name the folder or zip of {what} with --data")
     return data
 
 
 def check_classes(network: tuple[str, ...], data: tuple[str, ...], where: Path) -> None:
-    """Raise a ValueError where a data set has other classes than a network."""
+    """Raise a ValueError if a data set has other classes than a network."""
     if network != data:
         raise ValueError(
             f"the network has the classes {', '.join(network[:3])}, ..., and {where} has {', '.join(data[:3])}, ...; "
@@ -269,5 +269,5 @@ def check_classes(network: tuple[str, ...], data: tuple[str, ...], where: Path) 
 
 
 def percent(share: float | None) -> str:
-    """A share from 0 to 1 for people."""
+    """A share from 0 to 1 as a text in percent; "-" for None."""
     return "-" if share is None else f"{100 * share:.1f} %"

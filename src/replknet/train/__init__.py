@@ -1,4 +1,4 @@
-"""What all trainings share: a recipe, the hardware, and a Lightning Trainer that turns a job into a folder."""
+"""Training of all tasks: recipes, hardware settings, and a Lightning Trainer that runs a job and fills a folder."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Backbones of segmentation and detection networks, and the classifiers that they start from."""
+"""Backbones of segmentation networks and detectors, and their start from the weights of a classifier."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from replknet.models.checkpoints import mismatch
 from replknet.models.model_files import weights_file
 from replknet.models.timm_model import StagedNet
 
-# what a classifier has after its last stage
+# prefixes of the keys after a classifier's last stage
 _ENDS = ("norm.", "conv_head.", "head.")
 
 
 def backbone_of(model: nn.Module, name: str) -> StagedNet:
-    """The network of ours that a segmentation or detection network stands on; timm keeps it whole.
+    """The network of replknet's inside a segmentation network or detector; timm keeps it as one module.
 
     Raises:
-        ValueError: it stands on none of ours; `name` is what the text calls it.
+        ValueError: there is none; the error calls the network `name`.
     """
     found = next((module for module in model.modules() if isinstance(module, StagedNet)), None)
     if found is None:
@@ -27,13 +27,13 @@ def backbone_of(model: nn.Module, name: str) -> StagedNet:
 
 
 def load_backbone(backbone: StagedNet, path: str | Path) -> None:
-    """Load a classifier's weights into a backbone, strictly but for what follows its last stage.
+    """Load a classifier's weights into a backbone: strict, except for layers after the classifier's last stage.
 
-    Norms of features that the classifier lacks keep their initial values, as the paper's XL has it.
+    Norms of the features keep their initial values if the classifier lacks them, as in the paper's XL.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is of another network.
+        CheckpointError: the file belongs to another network.
     """
     state = {k: v for k, v in read_state_dict(weights_file(path)).items() if not k.startswith(_ENDS)}
     own = backbone.state_dict()

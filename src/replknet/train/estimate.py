@@ -1,4 +1,4 @@
-"""What a training needs before anyone pays for it: memory of a device, and steps."""
+"""Estimates before a training: memory of a device, and number of steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +15,20 @@ from replknet.train.job import Train, check_model
 from replknet.train.optimisers import fallback_of
 from replknet.train.recipe import Recipe
 
-# share of a device's memory that the tensors may take; libraries, fragments and what a framework keeps take some, too
+# share of a device's memory that tensors may take; libraries, fragments and the framework need the rest
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a device at the worst moment of a step, in bytes."""
+    """Memory of a device at the peak of a step, in bytes."""
 
     weights: int  # parameters and buffers
     gradients: int
     optimizer: int
-    average: int  # of the weights
+    average: int  # average of the weights
     buckets: int  # copies of the gradients that processes exchange
-    activations: int  # everything else: what the backward pass needs, and images
+    activations: int  # everything else: activations for the backward pass, and images
 
     @property
     def total(self) -> int:
@@ -39,14 +39,14 @@ class Memory:
 class Estimate:
     """How a recipe fits a machine."""
 
-    device_batch: int  # images that a device takes at once
-    accumulate: int  # batches of a device that make a step
+    device_batch: int  # images that a device computes at once
+    accumulate: int  # batches that a device accumulates in a step
     epochs: int
     steps_per_epoch: int
     steps: int
     memory: Memory
     fits: bool
-    by_device_batch: dict[int, int]  # other choices and their bytes, extrapolated from two
+    by_device_batch: dict[int, int]  # possible device_batch -> bytes, extrapolated from two of them
 
 
 def estimate(
@@ -57,24 +57,27 @@ def estimate(
     classes: int,
     device_memory: float | None = None,
 ) -> Estimate:
-    """Memory and steps of a training, from a step on tensors that have shapes alone.
+    """Memory and steps of a training. The memory comes from a step on fake tensors, which have shapes but no data.
 
     Args:
         recipe: the training.
-        machine: its processes; `device_batch` None takes the largest that fits, or all images if no memory is given.
-        images: in the training set.
-        classes: outputs of the network.
-        device_memory: of a device, in GB (1e9 bytes).
+        train: the training of the recipe's task.
+        hardware: its processes. If `device_batch` is None, the largest one that fits is taken, or all images of the
+            process if no memory is given.
+        images: number of images in the training set.
+        classes: number of outputs of the network.
+        device_memory: memory of a device, GB (1e9 bytes).
 
     Raises:
-        ValueError: the images of a step cannot be divided so, or the weights are to be divided, which is not counted.
+        ValueError: the images of a step cannot be divided among the processes, a process has too few of them, or
+            `hardware.shard` is set, which the estimate does not count.
     """
     check_model(recipe.model)
     if hardware.shard:
-        raise ValueError("whole weights are counted on every device; what --shard saves is not known, leave it out")
+        raise ValueError("whole weights are counted on every device: the estimate does not know --shard, leave it out")
     per_process, rest = divmod(recipe.batch_size, hardware.processes)
     if rest or per_process == 0:
-        hardware.accumulated(recipe.batch_size)  # says what is wrong
+        hardware.accumulated(recipe.batch_size)  # raises the error
     choices = [n for n in range(1, per_process + 1) if per_process % n == 0]
     refused = train.refusal(recipe, hardware, hardware.at_once(recipe.batch_size))
     if refused is not None:
@@ -107,11 +110,11 @@ def estimate(
 
 
 def step_memory(recipe: Recipe, train: Train, hardware: Hardware, images: int, classes: int) -> Memory:
-    """Memory of one step with so many images on a device, without torch.compile.
+    """Memory of one step with this number of images on a device, without torch.compile.
 
-    Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. What the
-    optimiser's own step takes beside its state comes when the activations are gone. Scratch memory inside an operator
-    is not seen.
+    Forward and backward pass run on fake tensors, and torch's tracker counts the storages that live at once. Temporary
+    memory of the optimiser's step does not count, since the activations are gone by then. Temporary memory inside an
+    operator is not seen.
     """
     assert train.step is not None
     with FakeTensorMode():
@@ -129,7 +132,7 @@ def step_memory(recipe: Recipe, train: Train, hardware: Hardware, images: int, c
         state = _state_of(model, recipe.optimizer)
     gradients = next(size for kind, size in peak.items() if str(kind).endswith("GRAD"))
     if images * hardware.processes < recipe.batch_size:
-        # those of the batches before it lie there while a batch is accumulated
+        # while a batch is accumulated, the gradients of the batches before it stay in memory
         gradients, peak["Total"] = parameters, peak["Total"] + parameters - gradients
     return Memory(
         weights=weights,
@@ -146,9 +149,9 @@ def _bytes(t: Tensor) -> int:
 
 
 def _state_of(model: nn.Module, optimizer: str) -> int:
-    """Bytes of an optimiser's state: each parameter's, times its copies in the state of a small stand-in."""
+    """Bytes of an optimiser's state. A step on small parameters tells how many copies of each the state keeps."""
     with unset_fake_temporarily():
-        # what an optimiser does depends on the form alone; Muon refuses matrices with fewer than 4 rows
+        # sides from 4 on do not change the number of copies; timm's Muon leaves smaller ones to AdamW
         small = {
             name: nn.Parameter(torch.zeros([min(side, 4) for side in p.shape])) for name, p in model.named_parameters()
         }
@@ -170,7 +173,7 @@ def _state_of(model: nn.Module, optimizer: str) -> int:
 
 @contextmanager
 def autocast(precision: str, device: str = "cpu") -> Iterator[None]:
-    """Lightning's mixed precision of that name, on a kind of device."""
+    """Autocast as in Lightning's precision of this name, on this kind of device."""
     dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         yield

@@ -1,4 +1,4 @@
-"""On what a training runs: processes and what each takes at once."""
+"""Hardware settings of a training: processes, and how many images each computes at once."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,21 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """On what and how a training runs, which does not change what is trained, to rounding.
+    """Hardware settings. Up to rounding they do not change what is trained.
 
     Args:
-        devices: processes on this machine, one a GPU; None for all GPUs, or one process on a CPU.
-        nodes: machines, each started with the same command by torchrun or SLURM.
-        device_batch: images that a device takes at once; None for as many as a step needs. With fewer, a step is
-            accumulated.
-        save_steps: steps after which the state is written within an epoch; None for after each epoch alone.
-        grad_checkpointing: recompute the activations of each block in the backward pass, which saves memory and costs
-            a forward pass.
-        shard: every process keeps a share of weights, gradients and optimiser state alone (FSDP2), for networks that
-            are too large for a device; without an average of the weights.
+        devices: number of processes on this machine, one a GPU; None: all GPUs, or one process on a CPU.
+        nodes: number of machines; torchrun or SLURM starts one command on each.
+        device_batch: number of images that a device computes at once; None: its whole share of a step. With fewer
+            images, a step accumulates several batches.
+        save_steps: number of steps from one state to the next within an epoch; None: a state only after each epoch.
+        grad_checkpointing: recompute the activations of each block in the backward pass: less memory, one more forward
+            pass.
+        shard: divide weights, gradients and optimiser state among the processes (FSDP2), for networks that are too
+            large for one device; not with an average of the weights.
         compile: run the network through torch.compile.
-        log_steps: steps between two lines of steps.csv, and on stderr where there is no bar.
+        log_steps: number of steps from one row of steps.csv to the next. Without a progress bar, the rows go to stderr,
+            too.
 
     Raises:
         ValueError: a number is not positive.
@@ -46,14 +47,14 @@ class Hardware:
         return self.nodes * (self.devices or torch.cuda.device_count() or 1)
 
     def at_once(self, batch_size: int) -> int:
-        """Images that a process takes at once."""
+        """Number of images that a process computes at once."""
         return self.device_batch or max(1, batch_size // self.processes)
 
     def accumulated(self, batch_size: int) -> int:
-        """Batches of a process that make a step.
+        """Number of batches that each process accumulates in a step.
 
         Raises:
-            ValueError: the images of a step cannot be divided so.
+            ValueError: the images of a step cannot be divided among processes and batches.
         """
         at_once = self.processes * self.at_once(batch_size)
         if batch_size % at_once:

@@ -1,4 +1,4 @@
-"""What a training needs to know of a task: records that each task fills from a recipe."""
+"""Records that each task fills from a recipe, so that training knows no task by name."""
 
 import difflib
 from collections.abc import Callable
@@ -21,16 +21,16 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training, ready but for the Trainer.
+    """A training that only lacks the Trainer.
 
     Args:
         module: network, loss and optimisation.
         sets: the data.
-        epochs: passes over the training images.
+        epochs: number of passes over the training images.
         kept: how the network is written.
         score: name of the score that decides which epoch is best.
-        score_every: epochs from one validation to the next.
-        callbacks: the task's own.
+        score_every: number of epochs from one validation to the next.
+        callbacks: callbacks of the task.
     """
 
     module: pl.LightningModule
@@ -47,10 +47,10 @@ class TrainStep:
     """A step of a training on made-up images.
 
     Args:
-        model: the network, in training.
+        model: the network, in training mode.
         x: images `[N,3,H,W]`.
-        target: what its outputs are compared with.
-        loss: from the three to the loss.
+        target: target of the loss.
+        loss: maps model, x and target to the loss.
         average: whether the training keeps an average of the weights.
     """
 
@@ -63,15 +63,16 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Train:
-    """What a task knows of training.
+    """The training of a task.
 
     Args:
-        job: network, data and optimisation of a recipe, with its data in a folder or archive.
-        step: a step of a recipe with so many images and classes, its network untrained; None where a step on made-up
-            images would tell nothing.
-        refusal: why a process cannot train on so many images at once, or None.
-        training_set: from the name of a preset and the recipe to its images and classes, None where they are the
-            user's own.
+        job: maps recipe, data folder or archive, and hardware to the job.
+        step: maps recipe, hardware, and numbers of images and classes to a step with an untrained network. None if a
+            step on made-up images tells nothing about memory.
+        refusal: maps recipe, hardware and a number of images to the reason why a process cannot train on that number
+            at once, or None.
+        training_set: maps the name of a preset and the recipe to the numbers of training images and classes; None for
+            numbers that depend on the user's data.
     """
 
     job: Callable[[Recipe, Path | None, Hardware], Job]
@@ -81,21 +82,21 @@ class Train:
 
 
 def check_unit(recipe: Recipe, unit: str) -> None:
-    """Raise a ValueError where the recipe does not give its length in this unit: "epochs" or "samples"."""
+    """Raise a ValueError if the recipe does not count its length in this unit: "epochs" or "samples"."""
     if getattr(recipe, unit) is None:
         other = "samples" if unit == "epochs" else "epochs"
         raise ValueError(f"trainings in {recipe.task} count {unit}: give {unit} and warmup_{unit}, not {other}")
 
 
 def own_images(data: Path | None) -> Path:
-    """The folder or archive of a recipe that trains on the user's images; a ValueError where none is named."""
+    """The folder or archive for a recipe that trains on the user's images; a ValueError if it is None."""
     if data is None:
         raise ValueError("this recipe trains on your images: name their folder or zip with --data")
     return data
 
 
 def check_model(name: str) -> None:
-    """Raise a ValueError where timm has no network of this name."""
+    """Raise a ValueError if timm has no network of this name."""
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), 1)
         hint = f"did you mean {nearest[0]}?" if nearest else "`replknet info` lists ours"
@@ -103,9 +104,10 @@ def check_model(name: str) -> None:
 
 
 def network_options(recipe: Recipe) -> dict[str, Any]:
-    """Options of the recipe's network: its kernels, and what `network` says.
+    """Options of the recipe's network, from its `kernels` and `network`.
 
-    With kernels of the recipe's own a RepLKNet has a small branch of 3, or none beside a 3x3, unless `network` says.
+    If the recipe gives kernels, a RepLKNet gets a small branch of 3x3, or none if a kernel is 3x3 itself. `network`
+    overrides this.
     """
     options: dict[str, Any] = {}
     if recipe.kernels is not None:
@@ -116,10 +118,10 @@ def network_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def built(build: Callable[..., Built], name: str, options: dict[str, Any]) -> Built:
-    """What `build(**options)` makes.
+    """The result of `build(**options)`.
 
     Raises:
-        ValueError: there is no such option.
+        ValueError: an option is unknown.
     """
     try:
         return build(**options)

@@ -1,4 +1,4 @@
-"""The data of a recipe for Lightning: what each process gets, and in which order."""
+"""The data of a recipe for Lightning: the images of each process, and their order."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -14,13 +14,13 @@ from replknet.train.recipe import Recipe
 
 
 class Batches(pl.LightningDataModule):
-    """Both splits for Lightning: what each process gets in training, and every image once in validation.
+    """Both splits for Lightning. In training a process gets its share of each step; validation has every image once.
 
     Args:
         sets: the data.
-        recipe: batch size, seed and workers.
-        accumulate: batches of a process that make a step.
-        start: steps of the training that are done.
+        recipe: has batch size, seed and workers.
+        accumulate: number of batches that a process accumulates in a step.
+        start: number of steps already done.
     """
 
     def __init__(self, sets: Splits, recipe: Recipe, accumulate: int, start: int) -> None:
@@ -33,7 +33,7 @@ class Batches(pl.LightningDataModule):
         return self._loader(drawn, batch_sampler=draws, collate_fn=self.sets.collate or collate)
 
     def first(self, count: int) -> Iterator[Any]:
-        """The first batches of the epoch in work, of this process."""
+        """The first batches of this process in the current epoch."""
         assert self.trainer is not None
         draws = self._draws(0)
         draws.set_epoch(self.trainer.current_epoch)

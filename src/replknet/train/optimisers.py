@@ -1,4 +1,4 @@
-"""Optimisers: of networks that stand on a backbone, and what those for matrices leave to another."""
+"""Optimisers for networks with a backbone, and the parameters that Muon leaves to AdamW."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from torch import nn
 
 
 def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr: float, weight_decay: float) -> Any:
-    """timm's optimiser of a name, with a learning rate of its own for the backbone, and no decay of biases and norms.
+    """One of timm's optimisers, with a separate learning rate for the backbone and no decay of biases and norms.
 
     Args:
         model: the network.
-        backbone: how the names of the backbone's parameters begin.
-        name: timm's.
-        lr: of what is not the backbone.
-        backbone_lr: of the backbone, relative to that.
-        weight_decay: of parameters with more than one axis.
+        backbone: prefix of the names of the backbone's parameters.
+        name: timm's name of the optimiser.
+        lr: learning rate of all other parameters.
+        backbone_lr: learning rate of the backbone divided by `lr`.
+        weight_decay: weight decay of parameters with more than one axis.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter, p in model.named_parameters():
@@ -37,13 +37,16 @@ def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr:
 
 
 def fallback_of(model: nn.Module, optimizer: str) -> dict[str, Any]:
-    """The option that tells timm what AdamW moves beside an optimiser for matrices; none for others."""
+    """timm's option that lists the parameters that Muon leaves to AdamW; empty for other optimisers."""
     return {"fallback_list": _no_inner_matrices(model)} if "muon" in optimizer else {}
 
 
 def _no_inner_matrices(model: nn.Module) -> list[str]:
-    """Parameters that Muon is not for: anything but the weights of dense convolutions and linear layers, and of
-    those the first and the last (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks")."""
+    """Names of the parameters that Muon is not for.
+
+    Muon is for the weights of dense convolutions and linear layers, except the first and the last one (Jordan 2024,
+    "Muon: An optimizer for hidden layers in neural networks").
+    """
     dense = [name for name, p in model.named_parameters() if p.ndim > 1 and p.shape[1] > 1]
     inner = set(dense[1:-1])
     return [name for name, _ in model.named_parameters() if name not in inner]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a bar or lines, and tables for programs."""
+"""Progress of a training: a bar or lines for people, and tables for programs."""
 
 import csv
 import os
@@ -16,19 +16,19 @@ from torch.utils.tensorboard import SummaryWriter
 from replknet.train.callbacks import scores_of
 
 _TABLE = "steps.csv"
-# a share of the time that more workers may save
+# from this share of waiting on, the training suggests more workers
 _MUCH_WAITING = 0.3
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of `steps.csv`: what was seen in the steps since the line before."""
+    """A row of `steps.csv`, about the steps since the row before."""
 
     step: int  # steps done
     epoch: float  # epochs done
-    loss: float  # of this process's last batch
+    loss: float  # loss of the last batch of this process
     lr: float
-    images_per_second: float  # over all processes; validation and writing of states are not in it
+    images_per_second: float  # over all processes, without the time of validation and of writing states
     waiting: float  # share of the time spent waiting for images, 0 to 1
     seconds_left: float  # to the end of the training, validation included
 
@@ -41,16 +41,16 @@ class Row:
 
 
 class Progress(pl.Callback):
-    """Write `steps.csv` and TensorBoard's events, and say how far the training is.
+    """Write `steps.csv` and TensorBoard's events, and tell the progress on stderr.
 
-    Every `every` steps a row goes to both, and to stderr if there is no bar. A resumed training drops the rows after
-    the step from which it goes on.
+    Every `every` steps a row goes to both files, and to stderr if `lines` is set. A resumed training first drops the
+    rows after the step that it resumes from.
 
     Args:
-        folder: where `steps.csv` and `tensorboard/` go.
-        batch_size: images a step, over all processes.
-        every: steps between two rows.
-        lines: whether to write rows to stderr.
+        folder: folder of `steps.csv` and `tensorboard/`.
+        batch_size: number of images in a step, over all processes.
+        every: number of steps from one row to the next.
+        lines: whether to write rows to stderr, too.
     """
 
     def __init__(self, folder: Path, batch_size: int, every: int, lines: bool) -> None:
@@ -61,7 +61,7 @@ class Progress(pl.Callback):
         self._stepping = self._waiting = self._epoch_stepping = self._epoch_waiting = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # an epoch that is gone on with does not start
+        # an epoch that a resumed training continues has no on_train_epoch_start
         self._started = self._since = time.perf_counter()
         self._first = trainer.global_step
         if not trainer.is_global_zero:
@@ -79,7 +79,7 @@ class Progress(pl.Callback):
         table = self.folder / _TABLE
         if table.exists():
             with table.open(newline="") as file:
-                # a last line that is cut short lacks a value
+                # drop a last row that was cut short: it lacks a value
                 yield from (row for row in csv.DictReader(file) if None not in row.values())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -110,8 +110,8 @@ class Progress(pl.Callback):
         pace = (time.perf_counter() - self._started) / (done - self._first)
         self.row = Row(
             step=done,
-            epoch=round(done * trainer.max_epochs / total, 4),  # type: ignore[operator]  # a recipe has a number
-            loss=float(module.last_loss),  # type: ignore[arg-type]  # a task's, of this process
+            epoch=round(done * trainer.max_epochs / total, 4),  # type: ignore[operator]  # every recipe sets it
+            loss=float(module.last_loss),  # type: ignore[arg-type]  # a tensor in every task's module
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             images_per_second=round(self._steps * self.batch_size / spent, 1),
             waiting=round(self._waiting / spent, 4),
@@ -147,10 +147,10 @@ class Progress(pl.Callback):
         if self.lines:
             told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
             print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{told}", file=sys.stderr, flush=True)
-        # a handful of steps says nothing of the others
+        # a few steps would say little
         if waiting > _MUCH_WAITING and steps >= 50:
             print(
-                f"{waiting:.0%} of the training's time went to waiting for images; more --workers may help",
+                f"{waiting:.0%} of this epoch's training time went to waiting for images; more --workers may help",
                 file=sys.stderr,
                 flush=True,
             )
@@ -161,7 +161,7 @@ class Progress(pl.Callback):
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's bar of an epoch, with the speed in images and the time that is left for the whole training."""
+    """Lightning's bar of an epoch, with the speed in images/s and the time left for the whole training."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a training is: everything that decides its result, in one frozen record.
+"""A recipe: one frozen record of everything that decides the result of a training.
 
-A recipe has the fields that all trainings share, and the options of its task. `replknet.tasks` says which task they
-belong to; the options of a task are in its `recipes.py`.
+A recipe has the fields that all trainings share, and the options of its task. Each task defines its options in its
+`recipes.py`.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 
 class Options(Protocol):
-    """What a task adds to a recipe: a frozen dataclass."""
+    """The fields that a task adds to a recipe: a frozen dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     # name of the task
@@ -18,7 +18,7 @@ class Options(Protocol):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of an image in training, pixels; the largest where sizes differ."""
+        """Height and width of an image in training, pixels; the largest if sizes differ."""
         ...
 
 
@@ -27,34 +27,34 @@ class Recipe:
     """A training.
 
     Args:
-        model: timm's name of the network; in segmentation and detection of the backbone.
-        weights: a classifier's checkpoint to start from, of any known key format, or the name of weights that come
-            with the package. A classifier of other classes is left out.
-        finetune: whether the training makes no sense without `weights`.
-        kernels: side of the large kernel of each stage in pixels, odd; None for the network's own.
-        network: other options of the network by name, as timm.create_model takes them, such as {"shortcut": false}.
-        normalization: mean and std of the pixels: "imagenet", "inception" for 0.5 and 0.5, or "cifar10".
-        evaluate: score the validation images; without it no validation images are needed.
-        evaluate_every: epochs from one score to the next.
-        epochs: passes over the training images.
-        samples: images in training, in place of epochs; rounded to whole passes over the images.
-        warmup_epochs: epochs of warm-up, whole or not.
-        warmup_samples: images of warm-up, in a recipe that counts samples.
-        batch_size: images a step, over all devices.
-        optimizer: timm's name of the optimiser. Those with a fallback, such as nmuon (Muon with Nesterov momentum),
-            move the matrices of the 1x1 convolutions. AdamW moves depthwise kernels, stem, classifier, norms, biases.
+        model: timm's name of the network; for segmentation and detection the name of the backbone.
+        weights: checkpoint of a classifier to start from, in any known key format, or the name of weights that come
+            with the package. Its last layer is used only if the number of classes is equal.
+        finetune: whether the recipe needs `weights` to start from.
+        kernels: sides of the large kernels, one for each stage, pixels, odd; None: the network's own sides.
+        network: further options of the network for timm.create_model, such as {"shortcut": false}.
+        normalization: mean and std of the pixels: "imagenet", "cifar10", or "inception" (0.5 and 0.5).
+        evaluate: score the validation images; false needs no validation images.
+        evaluate_every: number of epochs from one score to the next; the last epoch is always scored.
+        epochs: number of passes over the training images.
+        samples: number of images to train on, instead of epochs; rounded to whole passes.
+        warmup_epochs: number of epochs of warm-up; it may be a fraction.
+        warmup_samples: number of images of warm-up, in a recipe that counts samples.
+        batch_size: number of images in a step, over all devices.
+        optimizer: timm's name of the optimiser. For classifiers, Muon and its variants, such as nmuon (with Nesterov
+            momentum), update the 1x1 convolutions. AdamW then updates everything else.
         lr: peak learning rate.
-        weight_decay: decay of weights; biases and norms are exempt.
-        drop_path: rate of dropped residual branches in the last block.
-        sync_bn: batch norms take the statistics of all processes; on GPUs only, as torch has it.
-        clip_grad: largest L2 norm of the gradients, or None.
-        precision: Lightning's name: "32-true", "bf16-mixed" or "16-mixed".
-        workers: processes that load images.
-        seed: of all random numbers.
+        weight_decay: weight decay; biases and norms are exempt.
+        drop_path: rate of dropped residual branches in the last block; the rate grows linearly from 0 in the first.
+        sync_bn: compute the statistics of batch norms over all processes; only on GPUs.
+        clip_grad: largest L2 norm of the gradients; None: no limit.
+        precision: precision of the training, with Lightning's names: "32-true", "bf16-mixed" or "16-mixed".
+        workers: number of processes that load images; 0: the training loads them itself.
+        seed: seed of all random numbers.
         options: the fields of the task.
 
     Raises:
-        ValueError: a value is out of its range, or the length is given in both units or in none.
+        ValueError: a value is out of its range, or not exactly one of `epochs` and `samples` is given.
     """
 
     model: str
@@ -100,14 +100,14 @@ class Recipe:
         return self.options.task
 
     def epochs_of(self, images: int) -> int:
-        """Passes over a training set of so many images."""
+        """Number of passes over a training set with this number of images."""
         if self.samples is None:
             assert self.epochs is not None
             return self.epochs
         return max(1, round(self.samples / images))
 
     def changed(self, **changes: Any) -> "Recipe":
-        """A copy with other values, of the recipe's own fields or of its options.
+        """A copy with other values for fields of the recipe or of its options.
 
         Raises:
             ValueError: a value is out of its range.
@@ -121,7 +121,7 @@ class Recipe:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """Every field that counts in one dict, as JSON gives it back; without the length in the other unit."""
+        """All fields in one dict, with JSON's types. The unused one of `epochs` and `samples` is left out."""
         values = asdict(self)
         values |= values.pop("options")
         other = "samples" if self.samples is None else "epochs"
@@ -132,7 +132,7 @@ class Recipe:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The default of each field that has one, as JSON gives it back: records of earlier versions lack some."""
+        """The default of each field that has one, with JSON's types. Records of earlier versions lack newer fields."""
         found = {
             field.name: field.default
             for kind in (type(self), type(self.options))
@@ -144,28 +144,28 @@ class Recipe:
 
 
 def check_positive(record: object, *names: str) -> None:
-    """Raise a ValueError where one of these fields is not positive."""
+    """Raise a ValueError if one of these fields is not positive."""
     for name in names:
         if getattr(record, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(record, name)}")
 
 
 def check_not_negative(record: object, *names: str) -> None:
-    """Raise a ValueError where one of these fields is negative."""
+    """Raise a ValueError if one of these fields is negative."""
     for name in names:
         if getattr(record, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(record, name)}")
 
 
 def check_below_one(record: object, *names: str) -> None:
-    """Raise a ValueError where one of these fields is negative, or 1 or more."""
+    """Raise a ValueError if one of these fields is negative, or 1 or more."""
     for name in names:
         if not 0 <= getattr(record, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(record, name)}")
 
 
 def check_share(record: object, *names: str) -> None:
-    """Raise a ValueError where one of these fields is not from 0 to 1."""
+    """Raise a ValueError if one of these fields is not from 0 to 1."""
     for name in names:
         if not 0 <= getattr(record, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {getattr(record, name)}")

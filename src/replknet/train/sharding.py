@@ -1,4 +1,4 @@
-"""Weights that are divided among processes (FSDP2), for networks that are too large for a device."""
+"""Sharding: weights divided among processes (FSDP2), for networks that are too large for one device."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from replknet.nn import ConvFFN, RepLKBlock
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Divide the weights of a network among the processes of Lightning's mesh, in place; none for None.
+    """Divide the weights of a network among the processes of Lightning's mesh, in place; without a mesh do nothing.
 
-    What is gathered at once is a block, and all that is in no block.
+    Each block is one unit, which is gathered as a whole; everything outside of blocks is one more unit.
     """
     if mesh is None or isinstance(model, FSDPModule):
         return
@@ -24,9 +24,9 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 
 def gather(model: nn.Module, whole: bool) -> None:
-    """Give every process the whole weights of a network that is divided, or take them back.
+    """Gather the whole weights of a sharded network in every process, or divide them again.
 
-    For evaluation: processes that have different numbers of images do not wait for each other then.
+    Evaluation needs whole weights: processes have different numbers of images, and must not wait for each other.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

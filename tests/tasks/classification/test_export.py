@@ -92,7 +92,7 @@ def test_a_file_that_computes_something_else_is_not_kept(to, tmp_path, monkeypat
 
     monkeypatch.setattr(files, "_program", wrong)
     with pytest.raises(
-        RuntimeError, match=r"is not torch's network, so it was not kept: the logits may differ by 1e-05"
+        RuntimeError, match=r"does not compute what torch computes, so it was not kept: the logits may differ by 1e-05"
     ):
         export_classifier(network(), card_of(DESCRIPTION), path, to)
     assert path.read_text() == "what was there before"
@@ -122,7 +122,7 @@ def test_a_file_of_others_has_no_card(tmp_path):
     openvino.save_model(openvino.convert_model(program), tmp_path / "other.xml")
     torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "other.onnx")
     for ending in ("pt2", "xml", "onnx"):
-        with pytest.raises(ValueError, match=rf"other\.{ending} says nothing of its classes and images"):
+        with pytest.raises(ValueError, match=rf"other\.{ending} says nothing about its classes and images"):
             load_network(tmp_path / f"other.{ending}")
 
 

@@ -147,7 +147,7 @@ def test_a_bound_that_no_selection_keeps_is_refused_and_leaves_what_was_there(
     path.write_text("what was there before")
     # no layer may stay in float32, so that the delicate one cannot
     monkeypatch.setattr(quantize, "MOST_FLOAT", 0.0)
-    with pytest.raises(AccuracyError, match=r"int8 costs [\d.]+ points .* where 10 are allowed; no file was written"):
+    with pytest.raises(AccuracyError, match=r"int8 loses [\d.]+ points .*; 10 are allowed\. No file was written"):
         quantize_classifier(delicate(network), card_of(DESCRIPTION), path, "onnx", [images[:64]], scored, loss=10)
     assert path.read_text() == "what was there before"
     assert len(list(tmp_path.iterdir())) == 1
@@ -219,8 +219,8 @@ def test_wrong_calls_say_what_was_expected(network, images, scored, tmp_path):
     for name, to, calibration, labelled, loss, message in (
         ("net.onnx", "onnx", [images], scored, 0.5, r"a file in int8 for onnx ends in .int8.onnx, got net.onnx"),
         ("net.int8.onnx", "onnx", [images], scored, -1.0, r"must be 0 points or more, got -1.0"),
-        ("net.int8.onnx", "onnx", [], scored, 0.5, r"expected some for calibration, got none"),
-        ("net.int8.onnx", "onnx", [images], [None], 0.5, r"expected images on which accuracy is measured, got none"),
+        ("net.int8.onnx", "onnx", [], scored, 0.5, r"calibration needs at least one image, got none"),
+        ("net.int8.onnx", "onnx", [images], [None], 0.5, r"needs at least one image to measure accuracy, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize_classifier(network, card, tmp_path / name, to, calibration, labelled, loss)

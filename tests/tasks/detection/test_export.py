@@ -253,7 +253,7 @@ def test_a_whole_detector_for_another_runtime_is_refused_with_the_reason(tmp_pat
     for ending, reason in (
         (".pt2", "refuses sizes that depend on the image.*data-dependent.*The way out is export_pyramid"),
         (".xml", "OpenVINO cannot read the loop that pastes masks.*The way out is export_pyramid"),
-        (".trt", r"to \.onnx, got a\.trt: no road is known.*The way out is export_pyramid"),
+        (".trt", r"to \.onnx, got a\.trt: this ending is unknown.*The way out is export_pyramid"),
     ):
         with pytest.raises(ValueError, match=reason):
             export_detector(MAKE["fcos"](), tmp_path / f"a{ending}", noise(3, 64, 64))
@@ -274,7 +274,7 @@ def test_the_example_of_a_detector_is_named_in_the_error(tmp_path):
         export_detector(model, tmp_path / "a.onnx", noise(1, 3, 64, 64))
     with pytest.raises(ValueError, match=r"finds nothing in the example.*give an image with objects"):
         export_detector(model, tmp_path / "a.onnx", torch.zeros(3, 64, 64))
-    with pytest.raises(ValueError, match="got a pyramid alone: export_pyramid"):
+    with pytest.raises(ValueError, match="got only a pyramid: export_pyramid"):
         export_detector(model.pyramid, tmp_path / "a.onnx", noise(3, 64, 64))
     assert list(tmp_path.iterdir()) == []
 

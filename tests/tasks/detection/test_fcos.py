@@ -351,9 +351,9 @@ def test_under_autocast_losses_and_boxes_stay_in_float32(kind, dtype):
 @KINDS
 def test_training_needs_one_target_an_image(kind):
     model = build(kind=kind)
-    with pytest.raises(ValueError, match="one target an image: expected 2, got none"):
+    with pytest.raises(ValueError, match="one target for each image: expected 2, got none"):
         model(IMAGES)
-    with pytest.raises(ValueError, match="one target an image: expected 2, got 1"):
+    with pytest.raises(ValueError, match="one target for each image: expected 2, got 1"):
         model(IMAGES, [NONE])
 
 

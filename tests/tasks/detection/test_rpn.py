@@ -57,7 +57,7 @@ def test_a_batch_is_filled_up_with_zeros_at_the_right_and_the_bottom():
 def test_an_image_of_another_form_is_named():
     with pytest.raises(ValueError, match=r"expected images \[3,H,W\], got \[1, 8, 8\]"):
         batched([torch.zeros(1, 8, 8)])
-    with pytest.raises(ValueError, match="expected one image at least"):
+    with pytest.raises(ValueError, match="expected at least one image"):
         batched([])
 
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_trained_is_an_error(scenes, tmp_path):
         ({"network": {"kernel": 3}}, r"replknet_test cannot be built with \{'kernel': 3\}"),
         ({"finetune": True}, "name the checkpoint it starts from with --weights FILE"),
         ({"sync_bn": True}, "sync_bn needs GPUs"),
-        ({"batch_size": 1}, r"a process takes one crop at once, and a batch norm needs two .*: a larger --batch-size"),
+        ({"batch_size": 1}, r"a process takes one crop at once, and a batch norm needs two.*: give a larger --batch"),
     ):
         if "sync_bn" in changes and torch.cuda.is_available():
             continue

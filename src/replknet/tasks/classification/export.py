@@ -1,7 +1,7 @@
-"""Classifiers as files for other runtimes, with everything in them that is needed to use them.
+"""Files of classifiers for other runtimes. A card in each file says how to use it.
 
-A file is the merged network in float32 for any batch and any height and width from its last stride on. Its depthwise
-convolutions are standard ones, so it runs the runtime's own. No file is kept that does not compute what torch does.
+A file holds the merged network in float32, for any batch size, height and width above its last stride. Depthwise layers
+are standard convolutions, so the runtime uses its own kernels. A file is kept only if it computes what torch computes.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ from replknet.tasks.task import Export, Int8, Network
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What stands in an exported file beside the network.
+    """What an exported file says about its network.
 
     Args:
-        name: of the network.
-        classes: names of the outputs; empty where unknown.
+        name: name of the network.
+        classes: names of the outputs; empty if unknown.
         num_classes: number of outputs.
-        image_size: side in pixels to which images are prepared.
-        crop_pct: share of the resized image that the centre crop takes.
+        image_size: side of a prepared image, pixels.
+        crop_pct: side of the centre crop divided by the side of the resized image.
         crop_mode: "center" for a centre crop, "squash" for a warp to the size.
-        interpolation: of the resize.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
+        interpolation: interpolation of the resize.
+        mean: mean of each channel in RGB, for values from 0 to 1.
+        std: standard deviation of each channel in RGB, for values from 0 to 1.
         sides: smallest and largest side of an image that the file takes, pixels.
         task: what the network does.
         input: what the network takes, in words.
-        licence: of the weights, or "unknown".
+        licence: licence of the weights, or "unknown".
         made_by: this package and its version.
     """
 
@@ -61,7 +61,7 @@ class Card:
 
 
 def card_of(description: Description, licence: str = "unknown") -> Card:
-    """The card of a network, from its description."""
+    """The card of the network with this description."""
     crop_mode, crop_pct = evaluation_crop(description.image_size, description.crop_pct)
     return Card(
         name=description.name,
@@ -81,30 +81,27 @@ def card_of(description: Description, licence: str = "unknown") -> Card:
 def export_classifier(
     model: StagedNet, card: Card, path: str | Path, to: Format, examples: Sequence[Tensor] = ()
 ) -> Difference:
-    """Write a classifier, merged, in float32, and keep the file if it computes what torch does.
+    """Write a classifier, merged, in float32. The file is kept if it computes what torch computes.
 
     Args:
-        model: a network of ours in any form, of any dtype and on any device; it stays as it was.
-        card: what else the file holds.
-        path: ends as `ENDINGS` says. An existing file is replaced only by one that was checked.
+        model: a classifier of replknet's in any form, any dtype and on any device; it stays unchanged.
+        card: the card for the file.
+        path: ends as `replknet.deploy.files.ENDINGS` says. A checked file replaces an existing one.
         to: the format: ONNX (opset 20), OpenVINO (an .xml with a .bin beside it), torch.export, or AOTInductor, which
             is compiled for this machine.
-        examples: prepared images `[N,3,H,W]` on which it is checked, beside random ones of two other sizes.
+        examples: prepared images `[N,3,H,W]` for the check. Random images of two other sizes are checked, too.
 
     Returns:
-        The largest difference from torch's logits in the file's runtime on the CPU; `BOUND` is allowed.
+        The largest difference of the logits from torch's, in the file's runtime on the CPU; at most `BOUND`.
 
     Raises:
-        ValueError: another ending, or examples of another shape or dtype.
-        RuntimeError: the file differs more; none is left.
+        ValueError: the path has another ending, or an example another shape or dtype.
+        RuntimeError: the file differs more; it is removed.
     """
     stride = int(model.feature_info[-1]["reduction"])
     network = merge(model).float().cpu().eval()
     card = replace(card, sides=sides_of(stride))
     return write_checked(network, stride, asdict(card), Path(path), to, examples)
-
-
-# ---- the task's record
 
 
 def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:
@@ -119,7 +116,7 @@ def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[Exported, Card]:
 
 
 def _int8() -> Int8:
-    from replknet.tasks.classification.int8 import INT8  # it exports a classifier itself
+    from replknet.tasks.classification.int8 import INT8  # int8.py imports this module
 
     return INT8
 

@@ -1,4 +1,4 @@
-"""Classifiers in files of weights: the layer of the models reads and writes them."""
+"""Files of classifiers; `replknet.models.model_files` reads and writes them."""
 
 from replknet.models.model_files import classifier_of, save_model
 from replknet.tasks.task import Files

@@ -1,7 +1,7 @@
-"""The paper's trainings on ImageNet, as its official code states them (Ding et al. 2022, arXiv:2203.06717).
+"""The paper's trainings on ImageNet, with the settings of its official code (Ding et al. 2022, arXiv:2203.06717).
 
-Every score below is the paper's; none was trained here. Images lie in {train,val}/<class>/ below `--data`. The batch
-size is the global one, which `--devices`, `--nodes` and `--device-batch` divide.
+Every score below is the paper's; we have trained none of them. Images lie in {train,val}/<class>/ below `--data`. The
+batch size counts all devices: `--devices`, `--nodes` and `--device-batch` divide it.
 """
 
 from replknet.tasks.classification.recipes import ClassificationOptions
@@ -14,7 +14,7 @@ def imagenet1k_31b_224() -> Recipe:
     """RepLKNet-31B on ImageNet-1K at 224 pixels, from scratch.
 
     Command: `replknet train imagenet1k_31b_224 --data DIR --nodes 4 --devices 8`. Hardware of the paper: 32 GPUs
-    with 64 images each, or 8 with 64 and 4 accumulated. 300 epochs. The paper's top-1: 83.5 %.
+    with 64 images each, or 8 GPUs with 64 images and 4 accumulated batches. 300 epochs. The paper's top-1: 83.5 %.
     """
     return Recipe(
         model="replknet_31b",
@@ -36,7 +36,7 @@ def imagenet1k_31b_224() -> Recipe:
 
 
 def imagenet1k_31b_384() -> Recipe:
-    """RepLKNet-31B of `imagenet1k_31b_224`, fine-tuned at 384 pixels.
+    """RepLKNet-31B from `imagenet1k_31b_224`, fine-tuned at 384 pixels.
 
     Command: `replknet train imagenet1k_31b_384 --weights FILE --data DIR --nodes 4 --devices 8`. Hardware of the
     paper: 32 GPUs with 32 images each. 30 epochs. The paper's top-1: 84.8 %.
@@ -48,7 +48,7 @@ def imagenet22k_31b_224() -> Recipe:
     """RepLKNet-31B on ImageNet-22K (21,841 classes) at 224 pixels, for fine-tuning.
 
     Command: `replknet train imagenet22k_31b_224 --data DIR --nodes 16 --devices 8`. Hardware of the paper: 128 GPUs
-    with 32 images each. 90 epochs; nothing is scored, and there is no average of the weights.
+    with 32 images each. 90 epochs, without scores and without an average of the weights.
     """
     return imagenet1k_31b_224().changed(
         epochs=90,
@@ -69,7 +69,7 @@ def imagenet22k_31l_224() -> Recipe:
 
 
 def imagenet22k_to_1k_31b_224() -> Recipe:
-    """RepLKNet-31B of ImageNet-22K, fine-tuned on ImageNet-1K at 224 pixels.
+    """RepLKNet-31B from ImageNet-22K, fine-tuned on ImageNet-1K at 224 pixels.
 
     Command: `replknet train imagenet22k_to_1k_31b_224 --weights FILE --data DIR --nodes 2 --devices 8`. Hardware of
     the paper: 16 GPUs with 32 images each. 30 epochs. The paper's top-1: 85.2 %.
@@ -78,16 +78,16 @@ def imagenet22k_to_1k_31b_224() -> Recipe:
 
 
 def imagenet22k_to_1k_31b_384() -> Recipe:
-    """RepLKNet-31B of ImageNet-22K, fine-tuned on ImageNet-1K at 384 pixels.
+    """RepLKNet-31B from ImageNet-22K, fine-tuned on ImageNet-1K at 384 pixels.
 
     Command: `replknet train imagenet22k_to_1k_31b_384 --weights FILE --data DIR --nodes 4 --devices 8`. Hardware of
-    the paper: 32 GPUs with 16 images each. 30 epochs, the learning rate ends at 3e-4. The paper's top-1: 86.0 %.
+    the paper: 32 GPUs with 16 images each. 30 epochs; the learning rate ends at 3e-4. The paper's top-1: 86.0 %.
     """
     return _fine_tuned("replknet_31b", 384).changed(batch_size=512, drop_path=0.3, min_lr=3e-4)
 
 
 def imagenet22k_to_1k_31l_384() -> Recipe:
-    """RepLKNet-31L of ImageNet-22K, fine-tuned like `imagenet22k_to_1k_31b_384`. The paper's top-1: 86.6 %.
+    """RepLKNet-31L from ImageNet-22K, fine-tuned like `imagenet22k_to_1k_31b_384`. The paper's top-1: 86.6 %.
 
     Command: `replknet train imagenet22k_to_1k_31l_384 --weights FILE --data DIR --nodes 4 --devices 8`.
     """
@@ -98,17 +98,17 @@ def imagenet1k_xl_320() -> Recipe:
     """RepLKNet-XL, fine-tuned on ImageNet-1K at 320 pixels with its own mean and std of 0.5.
 
     Command: `replknet train imagenet1k_xl_320 --weights FILE --data DIR --nodes 4 --devices 8`. The paper publishes
-    no command for it, and its pre-training data (MegData-73M) is private: apart from model, size, mean and std this
-    is `imagenet22k_to_1k_31l_384`, our guess. The paper's top-1: 87.8 %.
+    no command for this network, and its pre-training data (MegData-73M) is private. Our guess is
+    `imagenet22k_to_1k_31l_384` with another model, size, mean and std. The paper's top-1: 87.8 %.
     """
     return imagenet22k_to_1k_31l_384().changed(model="replknet_xl", image_size=320, normalization="inception")
 
 
 def imagenet1k_b_120() -> Recipe:
-    """The paper's study of kernel sizes (its Table 5): RepLKNet-B with 31-29-27-13 for 120 epochs at 224 pixels.
+    """The paper's study of kernel sizes (its Table 5): RepLKNet-B with 31-29-27-13, 120 epochs at 224 pixels.
 
-    Command: `replknet train imagenet1k_b_120 --model replknet_b_k7 --data DIR --nodes 4 --devices 8`; also
-    `replknet_b_k3`, `replknet_b_k13`, `replknet_b_k25`. What the paper does not state is as in
+    Command: `replknet train imagenet1k_b_120 --model replknet_b_k7 --data DIR --nodes 4 --devices 8`. The other models
+    are `replknet_b_k3`, `replknet_b_k13` and `replknet_b_k25`. Settings that the paper does not state are those of
     `imagenet1k_31b_224`. The paper's top-1 by kernels: 3-3-3-3 82.11 %, 7-7-7-7 82.73 %, 13-13-13-13 83.02 %,
     25-25-25-13 83.00 %, 31-29-27-13 83.07 %.
     """
@@ -116,14 +116,14 @@ def imagenet1k_b_120() -> Recipe:
 
 
 def imagenet1k_mobilenetv2_100() -> Recipe:
-    """The paper's ablations on MobileNetV2 (its Tables 2 to 4): 100 epochs at 224 pixels, here with kernels of 3.
+    """The paper's ablations on MobileNetV2 (its Tables 2 to 4): 100 epochs at 224 pixels, here with 3x3 kernels.
 
-    Command: `replknet train imagenet1k_mobilenetv2_100 --data DIR --devices 8`; another row of the tables by
+    Command: `replknet train imagenet1k_mobilenetv2_100 --data DIR --devices 8`. Other rows of the tables take
     `--kernels '[9, 9, 9, 9, 9, 9, 9]'` and `--network '{"small_kernel": 3, "shortcut": false, "dilation": 1}'`.
     Hardware of the paper: 8 GPUs with 32 images each. SGD, decay, cosine, crops and flips are the paper's as far as we
-    know them; learning rate, warm-up and no label smoothing are our guess. The paper's top-1: 3x3 71.76 %, without
-    shortcuts 68.67 %; 13x13 72.53 %, without shortcuts 53.98 %, with a parallel 3x3 73.24 %; 9x9 72.67 %, with a
-    parallel 3x3 73.09 %.
+    know them. Learning rate, warm-up and the missing label smoothing are our guess. The paper's top-1: 3x3 71.76 %,
+    without shortcuts 68.67 %; 13x13 72.53 %, without shortcuts 53.98 %, with a parallel 3x3 73.24 %; 9x9 72.67 %, with
+    a parallel 3x3 73.09 %.
     """
     return Recipe(
         model="mobilenetv2_lk",
@@ -144,7 +144,7 @@ def imagenet1k_mobilenetv2_100() -> Recipe:
 
 
 def _fine_tuned(model: str, image_size: int) -> Recipe:
-    """What the paper's fine-tunings have in common: no mixing, almost no decay, a lower rate for earlier layers."""
+    """The common settings of the paper's fine-tunings: no mixing, almost no decay, lower rates for earlier layers."""
     return imagenet1k_31b_224().changed(
         model=model,
         finetune=True,

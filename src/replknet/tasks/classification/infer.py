@@ -23,16 +23,16 @@ class Scores:
     top1: float
     top5: float | None  # None for five classes or fewer
     loss: float  # mean cross entropy, nats
-    per_class: list[float]  # share of each class's images that were right
-    confusion: list[list[int]]  # images of the row's class that were taken for the column's
+    per_class: list[float]  # share of right answers in each class
+    confusion: list[list[int]]  # number of images; row: true class, column: predicted class
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) -> Scores:
-    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`; None is skipped.
+    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`; a batch of None is skipped.
 
     Raises:
-        ValueError: there is no image, or a label that the network has no output for.
+        ValueError: there is no image, or the network has no output for a label.
     """
     model = model.eval()
     logits, labels = [], []
@@ -59,7 +59,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) 
 
 @dataclass(frozen=True)
 class Guess:
-    """One of the likeliest classes of an image."""
+    """A class of an image, with its probability."""
 
     label: int
     name: str
@@ -73,8 +73,8 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
     Args:
         model: a network, run in eval mode.
         x: normalised images.
-        classes: names of the outputs; where there are none, their numbers.
-        top: how many; at most as many as there are classes.
+        classes: names of the outputs; if empty, the names are the numbers of the outputs.
+        top: number of classes to return; all classes if it is larger.
 
     Raises:
         ValueError: `top` is not positive.
@@ -87,9 +87,6 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
         [Guess(label, classes[label] if classes else str(label), q) for label, q in zip(labels, values, strict=True)]
         for labels, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     ]
-
-
-# ---- the task's record
 
 
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:

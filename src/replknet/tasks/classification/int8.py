@@ -1,4 +1,4 @@
-"""Classifiers in int8 for `replknet export --int8`: written, scored on test images and timed, before and after."""
+"""Classifiers in int8 for `replknet export --int8`: the file, and scores and times before and after."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ from replknet.tasks.classification.settings import Int8Settings
 from replknet.tasks.task import Int8, Network, Quantization
 
 _BATCH = 64
-# images at once whose time is measured
+# sizes of the batches that are timed
 _TIMED = (1, 32)
 
 
@@ -41,8 +41,8 @@ def _write(
     problem = None
     if lost > settings.loss:
         problem = (
-            f"the test images lose {lost:.2f} points, more than the {settings.loss} that the search kept on training "
-            "images: a smaller --loss keeps more layers in float32"
+            f"the test images lose {lost:.2f} points, more than the {settings.loss} that the search allowed on "
+            "training images: a smaller --loss keeps more layers in float32"
         )
     return Quantization(result, tuple(_text(result).splitlines()), problem)
 
@@ -108,7 +108,7 @@ def _quantized(
 
 
 def _training_set(name: str, data: Path | None, d: Description, unreadable: int) -> Any:
-    """Training images as they are prepared for a test."""
+    """Training images, prepared like test images."""
     if name == "cifar10":
         still = transforms.small_image_transform(d.image_size, d.mean, d.std)
         return cifar10.CIFAR10(cifar10.load(data), True, still)

@@ -1,8 +1,8 @@
-"""Classifiers in int8 for other runtimes, with the layers in float32 that cost too much otherwise.
+"""Classifiers in int8 for other runtimes. Layers whose int8 costs too much accuracy stay in float32.
 
-In int8 are the weights of convolutions and linear layers, with a scale for each output channel, and what goes into
-these layers, with a scale for a tensor. Sums of branches, GELU, the last norm and the mean stay in float32. Everything
-is measured in the runtime that the file is for.
+Convolutions and linear layers compute in int8: their weights have a scale for each output channel, their inputs one
+scale. Sums of branches, GELU, the last norm and the mean stay in float32. All measurements run in the runtime of the
+file.
 """
 
 import shutil
@@ -25,11 +25,11 @@ from replknet.nn import merge
 from replknet.tasks.classification.export import Card, export_classifier
 from replknet.timing import Timing, interleaved
 
-# endings of the files, which are those of exported networks as well
+# endings of the files; exported networks in float32 have the endings .onnx and .xml, too
 ENDINGS: dict[Target, str] = {"onnx": ".int8.onnx", "openvino": ".int8.xml"}
-# share of the layers that may stay in float32: with more of them a file is hardly one in int8
+# largest share of the layers that may stay in float32
 MOST_FLOAT = 0.5
-# images on which the sensitivity of layers is measured
+# number of images that measure the sensitivity of layers, rounded up to whole batches
 _PROBES = 512
 
 Scored = Iterable[tuple[Tensor, Tensor] | None]
@@ -37,18 +37,18 @@ Scored = Iterable[tuple[Tensor, Tensor] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """What int8 has to hold of a layer's weights, as `merge` leaves them; sizes are absolute values.
+    """Ranges of a layer's weights, which make int8 hard. The weights are those of the merged network, as magnitudes.
 
     Args:
-        peak: largest weight of an output channel by the root mean square of the channel; the largest of all channels.
-        spread: largest weight of the layer by the median over channels of their largest: the factor by which one scale
-            for the layer is too coarse for half of the channels.
-        centre: of depthwise kernels larger than 3x3, the mean size of the central 3x3 by that of the taps around it,
-            each channel in its own unit; None for others.
-        outer_steps: of the same kernels, the median size of the taps around the central 3x3 in steps of int8, with a
-            scale for each channel.
+        peak: largest weight of an output channel divided by the root mean square of the channel; maximum over channels.
+        spread: largest weight of the layer divided by the median over channels of their largest weight. With one scale
+            for the layer, the steps are too coarse for half of the channels by this factor.
+        centre: mean of the central 3x3 taps divided by the mean of all other taps, with each channel in its own unit;
+            None except for depthwise kernels larger than 3x3.
+        outer_steps: median of the taps outside the central 3x3, in steps of int8 with a scale for each channel; None
+            except for depthwise kernels larger than 3x3.
         zeros: share of the weights that int8 rounds to zero, with a scale for each channel.
-        zeros_per_tensor: the same with one scale for the layer.
+        zeros_per_tensor: share of the weights that int8 rounds to zero, with one scale for the layer.
     """
 
     peak: float
@@ -64,12 +64,12 @@ class Layer:
     """A convolution or linear layer of the merged network.
 
     Args:
-        name: as in `named_modules`.
-        shape: of its weight.
+        name: name in `named_modules`.
+        shape: shape of its weight.
         kept: whether it stays in float32.
-        sensitivity: relative L2 difference of the logits when this layer alone is in int8; None where all layers
-            together fit, and nothing was searched.
-        ranges: of its weight.
+        sensitivity: relative L2 difference of the logits when only this layer is in int8; None if all layers together
+            lose little enough, so that no search was needed.
+        ranges: ranges of its weight.
     """
 
     name: str
@@ -81,19 +81,19 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """How a file in int8 was found.
+    """The result of a search for a file in int8. Accuracies and losses are shares from 0 to 1.
 
     Args:
-        images: on which the search scored.
-        before: share of them that the file in float32 has right, from 0 to 1.
-        all_int8: that of the file with every layer in int8.
-        after: that of the file which was written.
-        lost_all_int8: share of the images that are right in float32 and no longer with every layer in int8.
-        lost: the same of the file which was written.
-        bytes_before: of the file in float32, with its weights.
-        bytes_after: of the file which was written.
-        trials: how many selections of layers were scored.
-        layers: in the order of the network.
+        images: number of images that the search scored.
+        before: accuracy of the file in float32.
+        all_int8: accuracy with every layer in int8.
+        after: accuracy of the written file.
+        lost_all_int8: share of the images that are right in float32 and wrong with every layer in int8.
+        lost: share of the images that are right in float32 and wrong in the written file.
+        bytes_before: size of the file in float32 and its weights, bytes.
+        bytes_after: size of the written file and its weights, bytes.
+        trials: number of selections of layers that were scored.
+        layers: the layers, in the order of the network.
     """
 
     images: int
@@ -118,30 +118,31 @@ def quantize_classifier(
     loss: float = 0.5,
     per_channel: bool = True,
 ) -> Quantized:
-    """Write a classifier in int8 that loses no more accuracy than is allowed, with few layers in float32.
+    """Write a classifier in int8 that loses at most `loss`, with few layers in float32.
 
-    All layers are tried first. If they cost too much, each layer is measured in int8 alone, and the most sensitive
-    ones stay in float32: the fewest that fit, found by bisection. What counts is right answers that are lost, without
-    those that are gained, so that chance hides no damage: a network is right on nearly all images of its training.
+    The search first tries all layers in int8. If that loses too much, it measures each layer alone in int8. The most
+    sensitive layers then stay in float32; bisection finds the smallest number that is enough. The loss counts right
+    answers that become wrong, and does not subtract wrong answers that become right. Else lucky answers could hide
+    damage: a network is right on nearly all of its training images.
 
     Args:
-        model: a network of ours in any form, of any dtype and on any device; it stays as it was.
-        card: what else the file holds.
-        path: ends as `ENDINGS` says. An existing file is replaced only by one that fits.
-        to: ONNX with QuantizeLinear and DequantizeLinear, for ONNX Runtime; or OpenVINO, by NNCF.
-        calibration: prepared images `[N,3,H,W]`, float32, that give the ranges of what goes into the layers.
-        scored: batches of such images and labels `[N]` on which accuracy is measured, other ones than those of a
-            test; None is skipped. It is gone through several times.
-        loss: right answers that may be lost on them, percentage points; the loss of accuracy is no larger.
-        per_channel: False for one scale a weight, to see what it costs.
+        model: a classifier of replknet's in any form, any dtype and on any device; it stays unchanged.
+        card: the card for the file.
+        path: ends as `ENDINGS` says. Only a file that passes replaces an existing one.
+        to: "onnx" writes QuantizeLinear and DequantizeLinear for ONNX Runtime; "openvino" uses NNCF.
+        calibration: batches of prepared images `[N,3,H,W]`, float32. They give the ranges of the layers' inputs.
+        scored: batches of prepared images and labels `[N]` that measure accuracy, without test images; batches of None
+            are skipped. The search iterates over them several times.
+        loss: right answers that may become wrong, percentage points. The accuracy falls by no more.
+        per_channel: False for one scale for each weight, to see what that costs.
 
     Returns:
-        What was measured, and the layers with their weights' ranges.
+        The measurements, and the layers with the ranges of their weights.
 
     Raises:
-        ValueError: another ending, a negative loss, or no images.
-        AccuracyError: it costs more even with `MOST_FLOAT` of the layers in float32; no file is left.
-        RuntimeError: the exported network is not torch's.
+        ValueError: the path has another ending, the loss is negative, or there are no images.
+        AccuracyError: the loss is larger even with `MOST_FLOAT` of the layers in float32; no file is written.
+        RuntimeError: the exported network in float32 differs from torch's.
     """
     path = Path(path)
     if not path.name.endswith(ENDINGS[to]):
@@ -149,7 +150,7 @@ def quantize_classifier(
     if not loss >= 0:
         raise ValueError(f"the loss that is allowed must be 0 points or more, got {loss}")
     if not sum(map(len, calibration)):
-        raise ValueError("ranges are measured on images: expected some for calibration, got none")
+        raise ValueError("calibration needs at least one image, got none")
     network = merge(model).float().cpu().eval()
     with TemporaryDirectory() as folder, kept(path) as part:
         source = Path(folder) / f"float{FLOAT_ENDINGS[to]}"
@@ -170,9 +171,9 @@ def quantize_classifier(
             number = _fewest(lambda n: cost(order[:n]) <= loss, most)
             if number is None:
                 raise AccuracyError(
-                    f"int8 costs {cost([]):.2f} points of right answers on {len(right)} images, and "
-                    f"{cost(order[:most]):.2f} with the {most} most sensitive of {len(names)} layers in float32, where "
-                    f"{loss} are allowed; no file was written. More images for calibration may help"
+                    f"int8 loses {cost([]):.2f} points of right answers on {len(right)} images, and "
+                    f"{cost(order[:most]):.2f} with the {most} most sensitive of {len(names)} layers in float32; "
+                    f"{loss} are allowed. No file was written. More images for calibration may help"
                 )
             chosen = order[:number]
         for file in search.folder_of(chosen).iterdir():
@@ -201,11 +202,11 @@ def quantize_classifier(
 
 
 def ranges(weight: Tensor) -> Ranges:
-    """What int8 has to hold of the weight `[channels,...]` of a convolution or linear layer."""
+    """The ranges of the weight `[channels,...]` of a convolution or linear layer."""
     w = weight.detach().double().flatten(1).abs()
     largest, rms = w.amax(1), w.square().mean(1).sqrt()
     alive = rms > 0
-    # the largest is 127 steps
+    # a channel's largest weight is 127 steps of int8
     steps = 127 * w / largest[:, None].clamp(min=1e-300)
     centre = outer_steps = None
     if weight.ndim == 4 and weight.shape[1] == 1 and min(weight.shape[2:]) > 3:
@@ -224,28 +225,25 @@ def ranges(weight: Tensor) -> Ranges:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file and, for OpenVINO, of its weights beside it."""
+    """Bytes of a file. For OpenVINO this includes the weights beside it."""
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     return sum(file.stat().st_size for file in files)
 
 
 def timed(files: Mapping[str, Path], x: Tensor, threads: int, runs: int = 30) -> dict[str, Timing]:
-    """Time files on one batch of images `[N,3,H,W]`, in turns, each in its own runtime with so many threads."""
+    """Time files in turns on one batch of images `[N,3,H,W]`. Each runs in its own runtime with `threads` threads."""
     runners = {name: loaded(path, threads) for name, path in files.items()}
     return interleaved({name: partial(run, x) for name, run in runners.items()}, runs)
 
 
-# ---- the search
-
-
 class _Search:
-    """Files with other layers in float32 each, and which images they have right.
+    """Files with different layers in float32, and the images that each classifies right.
 
     Args:
-        name: of every file.
-        folder: where they are, each in a folder of its own.
-        quantizer: writes one.
-        scored: images and labels.
+        name: name of every file.
+        folder: each file has its own folder below this one.
+        quantizer: writes a file.
+        scored: batches of images and labels.
     """
 
     def __init__(self, name: str, folder: Path, quantizer: Quantizer, scored: Scored) -> None:
@@ -259,15 +257,15 @@ class _Search:
         return len(self._tried)
 
     def right(self, file: Path) -> Tensor:
-        """Which images a file has right `[N]`."""
+        """Whether a file classifies each image right: `[N]`, bool."""
         run = loaded(file, self._threads)
         right = [run(x)[0].argmax(1) == labels for x, labels in filter(None, self._scored)]
         if not right:
-            raise ValueError("expected images on which accuracy is measured, got none")
+            raise ValueError("the search needs at least one image to measure accuracy, got none")
         return torch.cat(right)
 
     def tried(self, float_layers: Collection[str]) -> Tensor:
-        """Which images are right with these layers in float32 `[N]`."""
+        """Whether each image is right with these layers in float32: `[N]`, bool."""
         key = frozenset(float_layers)
         if key not in self._tried:
             file = self._written(float_layers)
@@ -275,11 +273,11 @@ class _Search:
         return self._tried[key][1]
 
     def folder_of(self, float_layers: Collection[str]) -> Path:
-        """Where the file is that was tried with these."""
+        """The folder of the file that was tried with these layers in float32."""
         return self._tried[frozenset(float_layers)][0]
 
     def sensitivities(self, source: Path, names: Sequence[str]) -> dict[str, float]:
-        """The relative L2 difference of the logits from the file in float32 when one layer alone is in int8."""
+        """For each layer: relative L2 difference of the logits from `source` when only this layer is in int8."""
         probes: list[Tensor] = []
         for x, _ in filter(None, self._scored):
             probes.append(x)
@@ -309,7 +307,7 @@ def _share(of: Tensor) -> float:
 
 
 def _fewest(fits: Callable[[int], bool], most: int) -> int | None:
-    """The smallest number that fits, by bisection, where 0 does not; None where `most` does not either."""
+    """The smallest number that fits, by bisection. 0 is known not to fit; None if `most` does not fit either."""
     if most == 0 or not fits(most):
         return None
     low, high = 0, most

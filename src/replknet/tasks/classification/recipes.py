@@ -1,4 +1,4 @@
-"""Trainings of classifiers, each a function: what it trains, what that costs and what it reaches."""
+"""Recipes for classifiers. Each is a function; its docstring says what it trains, its cost and its score."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,31 +8,33 @@ from replknet.train.recipe import Recipe, check_below_one, check_not_negative, c
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions:
-    """What a classifier's training adds to a recipe.
+    """The fields that classification adds to a recipe.
 
     Args:
-        dataset: "cifar10", or "folder" for images in {train,val}/<class>/, {train,val}.tar with such paths, or
-            webdataset's shards in {train,val}/*.tar, or a data set of the Hugging Face hub, whose folder is hfds/NAME.
-        image_size: side of the images in pixels.
-        momentum: of optimisers that have one, such as sgd and nmuon.
-        min_lr: learning rate at the end.
-        layer_decay: factor of the learning rate from one layer group to the one before, or None.
-        label_smoothing: probability spread over all classes.
-        mixup: alpha of mixup, 0 for none.
-        cutmix: alpha of CutMix, 0 for none.
-        mixup_prob: share of the batches that are mixed, if any are.
-        mixup_off_epoch: epoch from which none is, 0 for never.
-        crop_padding: pixels of padding for random crops of small images; None for random resized crops.
-        auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1; None for none.
-        color_jitter: range of brightness, contrast and saturation around 1 where there is no auto_augment; images of a
-            folder only.
-        random_erasing: probability of erasing a rectangle.
-        ema_decay: decay of the average of the weights, which is then kept and scored, with a score of the network
-            itself beside it; None for no average.
-        precise_bn: batches on which the statistics of batch norms are computed anew before the network is scored or
-            kept at the end of an epoch, 0 for none (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm",
-            arXiv:2105.07576).
-        unreadable_images: images of a folder or archive that may be damaged; each is named and skipped.
+        dataset: data set: "cifar10", or "folder". A folder has images in {train,val}/<class>/, archives
+            {train,val}.tar with such paths, or webdataset shards {train,val}/*.tar. The folder hfds/NAME is a data set
+            of the Hugging Face hub.
+        image_size: side of the images, pixels.
+        momentum: momentum of the optimisers that have one, such as sgd and nmuon.
+        min_lr: learning rate at the end of the training.
+        layer_decay: learning rate of a layer group divided by the learning rate of the next group; None: all equal.
+        label_smoothing: probability that is spread over all classes.
+        mixup: alpha of mixup; 0: no mixup.
+        cutmix: alpha of CutMix; 0: no CutMix.
+        mixup_prob: share of the batches that mixup or CutMix mixes.
+        mixup_off_epoch: first epoch without mixup and CutMix; 0: all epochs have them.
+        crop_padding: padding around CIFAR-10's images for random crops, pixels; None: random resized crops.
+        auto_augment: timm's name of an augmentation, such as rand-m9-mstd0.5-inc1, for images of a folder; None: no
+            such augmentation.
+        color_jitter: range of brightness, contrast and saturation around 1; for images of a folder, without
+            auto_augment.
+        random_erasing: probability that a rectangle of an image is erased.
+        ema_decay: decay of the running average of the weights. The average is kept and scored; the current weights
+            get a score of their own. None: no average.
+        precise_bn: number of training batches that give batch norms fresh statistics before each epoch is scored and
+            kept; 0: running averages. Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
+        unreadable_images: number of unreadable images that are named and skipped, in a folder or archive; one more is
+            an error.
 
     Raises:
         ValueError: a value is out of its range.
@@ -75,9 +77,9 @@ class ClassificationOptions:
 
 
 def cifar10() -> Recipe:
-    """replknet_cifar on CIFAR-10 in a few minutes of two CPU cores.
+    """replknet_cifar on CIFAR-10, a few minutes on two CPU cores.
 
-    Command: `replknet train cifar10`. Ours, not the paper's; score and time: README.
+    Command: `replknet train cifar10`. Our recipe, not the paper's. The README has score and time.
     """
     return Recipe(
         model="replknet_cifar",
@@ -85,7 +87,7 @@ def cifar10() -> Recipe:
         batch_size=128,
         lr=1e-2,
         warmup_epochs=1,
-        # batches are made at once, faster than another process could pass them on
+        # this process makes a whole batch faster than a worker process could send it
         workers=0,
         options=ClassificationOptions(
             dataset="cifar10",
@@ -97,10 +99,10 @@ def cifar10() -> Recipe:
 
 
 def cifar10_l() -> Recipe:
-    """replknet_cifar_l on CIFAR-10 in about an hour of two CPU cores.
+    """replknet_cifar_l on CIFAR-10, about an hour on two CPU cores.
 
-    Command: `replknet train cifar10_l`. Ours, not the paper's. Measured here: top-1 92.75 % in 76 minutes of two shared
-    cores, seed 0. Its weights come with the package.
+    Command: `replknet train cifar10_l`. Our recipe, not the paper's. Measured here with seed 0: top-1 92.75 % in 76
+    minutes on two shared cores. The weights come with the package.
     """
     return Recipe(
         model="replknet_cifar_l",
@@ -130,8 +132,8 @@ def cifar10_l() -> Recipe:
 def folder() -> Recipe:
     """A small network on your own images, in {train,val}/<class>/ below `--data`.
 
-    Command: `replknet train folder --data DIR`. Ours, not the paper's: timm's usual augmentation and a
-    short schedule on replknet_nano, to be changed to fit the data.
+    Command: `replknet train folder --data DIR`. Our recipe, not the paper's: replknet_nano with timm's usual
+    augmentation and a short schedule. Change it to fit your data.
     """
     return Recipe(
         model="replknet_nano",

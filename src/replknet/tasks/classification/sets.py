@@ -1,4 +1,4 @@
-"""The data of a classifier's recipe, ready for training and for evaluation."""
+"""The data sets of classifiers, prepared for training and for evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
     """Both splits of the recipe's data set.
 
     Args:
-        recipe: names the data set and its augmentation.
-        data: the folder of the images; for CIFAR-10 where it is kept, by default in the cache.
+        recipe: has the name of the data set and its augmentation.
+        data: the folder of the images. For CIFAR-10 the folder that keeps it; the cache by default.
 
     Raises:
-        ValueError: images in a folder are asked for without the folder, or an augmentation that the data set lacks.
-        ImageError, DownloadError: the data cannot be had.
+        ValueError: `data` is missing for images in a folder, or the data set lacks the augmentation.
+        ImageError, DownloadError: the data cannot be read or downloaded.
     """
     options = recipe.options
     assert isinstance(options, ClassificationOptions)
@@ -63,13 +63,13 @@ def _cifar10(options: ClassificationOptions, data: Path | None) -> Splits:
 
 
 def evaluation_set(name: str, data: Path | None, description: Description, unreadable: int = 0) -> Any:
-    """The data set on which a trained network is scored, prepared as its description says.
+    """The data set for the score of a trained network, prepared as the network's description says.
 
     Args:
         name: "cifar10" for its test split, or "folder" for val/<class>/ below `data`.
-        data: the folder.
-        description: image size, mean and std of the network.
-        unreadable: images of a folder that may be skipped, because they cannot be read.
+        data: the folder of the images. For CIFAR-10 the folder that keeps it; the cache by default.
+        description: has image size, crop, mean and std.
+        unreadable: number of unreadable images in a folder that are skipped.
     """
     size, mean, std = description.image_size, description.mean, description.std
     if name == "cifar10":

@@ -1,4 +1,4 @@
-"""How a classifier is asked: options of `replknet predict`, `eval` and `export --int8`. No torch is needed for them."""
+"""The options of classification for `replknet predict`, `eval` and `export --int8`; they need no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,10 @@ from replknet.train.recipe import check_not_negative, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """How the classes of an image are told.
+    """Settings of the prediction.
 
     Args:
-        top: classes an image.
+        top: number of classes to name for each image.
     """
 
     top: int = 5
@@ -20,12 +20,12 @@ class PredictionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """On what a classifier is scored, and how.
+    """Settings of the evaluation.
 
     Args:
-        dataset: "cifar10" for its test images, or "folder" for val/<class>/.
-        batch_size: images at a time.
-        unreadable_images: that may be skipped; one more is an error.
+        dataset: data set of a classifier: "cifar10" for its test images, or "folder" for images in val/<class>/.
+        batch_size: number of images that the network computes at once.
+        unreadable_images: number of unreadable images that are named and skipped; one more is an error.
     """
 
     dataset: Literal["cifar10", "folder"] = "cifar10"
@@ -35,16 +35,16 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Settings:
-    """How a file in int8 is found and measured.
+    """Settings of the search for a file in int8.
 
     Args:
-        dataset: images with labels: "cifar10", or "folder" for train/<class>/ and val/<class>/.
-        data: the folder, or where CIFAR-10 is kept.
-        calibration: training images that give the ranges.
-        search: other training images, on which layers are kept in float32.
-        loss: right answers that may be lost, points of top-1.
-        per_tensor: one scale a weight instead of one a channel, to compare.
-        unreadable_images: that may be skipped; one more is an error.
+        dataset: images for --int8: "cifar10", or "folder" for train/<class>/ and val/<class>/.
+        data: folder of the images for --int8, or the folder that keeps CIFAR-10.
+        calibration: number of training images that give the ranges of int8.
+        search: number of other training images that decide which layers stay in float32.
+        loss: right answers that int8 may lose on the images of the search, points of top-1.
+        per_tensor: one int8 scale for each weight instead of one for each channel, for comparison.
+        unreadable_images: number of unreadable images that are named and skipped; one more is an error.
     """
 
     dataset: Literal["cifar10", "folder"] = "cifar10"

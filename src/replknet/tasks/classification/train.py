@@ -1,4 +1,4 @@
-"""A classifier in training: loss and optimisation, and the job of a recipe."""
+"""Training of classifiers: loss, optimisation, and the job of a recipe."""
 
 from functools import partial
 from pathlib import Path
@@ -35,21 +35,21 @@ class Classification(pl.LightningModule):
         model: images `[N,3,H,W]` to logits `[N,classes]`.
         num_classes: number of outputs.
         epochs: length of the schedule.
-        optimizer: timm's name of it; Muon leaves what is no dense matrix inside the network to AdamW.
-        momentum: of optimizers that have one.
+        optimizer: timm's name of the optimiser. Muon updates the dense matrices inside the network, and AdamW the rest.
+        momentum: momentum of the optimisers that have one.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: epochs of linear warm-up.
-        weight_decay: decay of weights; biases and norms are exempt.
-        layer_decay: factor of the learning rate from one layer group to the one before it, or None.
-        label_smoothing: probability spread over all classes.
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of CutMix; 0 for none.
+        weight_decay: weight decay; biases and norms are exempt.
+        layer_decay: learning rate of a layer group divided by the learning rate of the next group; None: all equal.
+        label_smoothing: probability that is spread over all classes.
+        mixup: alpha of mixup; 0: no mixup.
+        cutmix: alpha of CutMix; 0: no CutMix.
         mixup_prob: share of the batches that are mixed.
-        mixup_off_epoch: epoch from which none is mixed; 0 for never.
-        ema_decay: decay of the average of the weights, which is then what is kept; validation scores it (val_top1) and
-            the network beside it (val_top1_raw). None for none.
-        compile: train through torch.compile.
+        mixup_off_epoch: first epoch without mixing; 0: all epochs mix.
+        ema_decay: decay of the running average of the weights. The average is kept. Validation scores the average
+            (val_top1) and the current weights (val_top1_raw). None: no average.
+        compile: whether to train through torch.compile.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Classification(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        # in a tuple, since as a child of its own it would double the weights' names
+        # a tuple, so that state_dict() does not list the weights a second time
         self._trained = (torch.compile(self.model) if compile else self.model,)
         self.epochs, self.warmup_epochs = epochs, warmup_epochs
         self.optimizer, self.momentum = optimizer, momentum
@@ -93,20 +93,20 @@ class Classification(pl.LightningModule):
             )
             self.loss = SoftTargetCrossEntropy()
         self.mixup_off_epoch = mixup_off_epoch
-        # a short training would never reach a long average, so its decay grows with the steps
         self.last_loss = torch.zeros(())
+        # the decay grows with the steps: in a short training a long average would keep the initial weights
         self.ema = None if ema_decay is None else ModelEmaV3(self.model, decay=ema_decay, use_warmup=True)
         if self.ema is not None:
-            # DDP would wait for its gradients
+            # else DDP would wait for gradients of the average
             self.ema.requires_grad_(False)
 
     def configure_model(self) -> None:
-        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        # Lightning calls this under each strategy; only sharding sets a mesh
         shard(self.model, getattr(self, "_device_mesh", None))
 
     @property
     def weights(self) -> nn.Module:
-        """The network to be scored and kept: the average if there is one."""
+        """The network that is scored and kept: the average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -125,12 +125,12 @@ class Classification(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         gather(self.model, True)
-        # two rows, averaged weights and raw weights: images, right answers, sum of the losses
+        # columns: images, right answers, sum of the losses; rows: averaged weights if there are any, current weights
         self._scored = torch.zeros(1 if self.ema is None else 2, 3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor] | None, index: int) -> None:
         if batch is None:
-            # all of its images were unreadable
+            # all images of the batch were unreadable
             return
         x, target = batch
         for model, scored in zip((self.weights, self.model), self._scored, strict=False):
@@ -141,7 +141,7 @@ class Classification(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         gather(self.model, False)
-        # each image is with one process
+        # each process scored other images
         all_scored = self.trainer.strategy.reduce(self._scored, reduce_op="sum").tolist()
         for (images, right, loss), of in zip(all_scored, ("", "_raw"), strict=False):
             self.log(f"val_loss{of}", loss / images)
@@ -164,7 +164,7 @@ class Classification(pl.LightningModule):
             num_epochs=self.epochs,
             min_lr=self.min_lr,
             warmup_lr=0.0,
-            warmup_epochs=self.warmup_epochs,  # type: ignore[arg-type]  # timm takes parts of epochs as well
+            warmup_epochs=self.warmup_epochs,  # type: ignore[arg-type]  # timm takes fractions of epochs, too
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
@@ -172,11 +172,8 @@ class Classification(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        # timm's schedulers take the number of the step
+        # timm's schedulers need the number of the step
         scheduler.step_update(self.global_step)
-
-
-# ---- the task's record
 
 
 def _options(recipe: Recipe) -> ClassificationOptions:
@@ -185,11 +182,11 @@ def _options(recipe: Recipe) -> ClassificationOptions:
 
 
 def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
-    """Network, data and task of a recipe.
+    """The job of a recipe: network, data and optimisation.
 
     Raises:
-        ValueError: the network is none of ours or cannot be built so, or the checkpoint to start from does not fit.
-        ImageError, DownloadError: the data cannot be had.
+        ValueError: the network is not replknet's or cannot be built, or the checkpoint to start from does not fit.
+        ImageError, DownloadError: the data cannot be read or downloaded.
     """
     _check(recipe, hardware)
     sets = splits(recipe, data)
@@ -211,7 +208,7 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
         kept=Kept(partial(_save, description), description.build),
         score="val_top1",
         score_every=recipe.evaluate_every,
-        # statistics before what keeps them
+        # fit() runs these before the callback that writes the network
         callbacks=(PreciseBN(_options(recipe).precise_bn),),
     )
 
@@ -222,7 +219,7 @@ def _save(description: Description, model: nn.Module, path: Path) -> None:
 
 
 def _network(recipe: Recipe, sets: Splits) -> StagedNet:
-    # a name that networks of others do not know
+    # only if needed: networks of timm's do not know this option
     options = {"sync_bn": True} if recipe.sync_bn else {}
     model = create_network(recipe, len(sets.classes), **options)
     if not isinstance(model, StagedNet):
@@ -267,8 +264,8 @@ def _check(recipe: Recipe, hardware: Hardware) -> None:
     check_unit(recipe, "epochs")
     if hardware.shard and _options(recipe).ema_decay is not None:
         raise ValueError(
-            "shard takes no average of the weights (ema_decay): timm's average copies whole weights, and no process "
-            "has them; --ema-decay null trains without, or leave out --shard"
+            "shard cannot keep an average of the weights (ema_decay): timm's average copies whole weights, and each "
+            "process has only a share; give --ema-decay null, or leave out --shard"
         )
 
 
@@ -288,9 +285,9 @@ def _soft_cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 def _training_set(name: str, recipe: Recipe) -> tuple[int | None, int | None]:
     dataset: str = _options(recipe).dataset
     if dataset == "folder":
-        # the trainings on ImageNet-22K score nothing
+        # only the recipes for ImageNet-22K do not evaluate
         dataset = "imagenet1k" if recipe.evaluate else "imagenet22k"
-    # the classes of a folder are known when it is read; ImageNet's are as good a guess as any
+    # the recipe `folder` does not know its images and classes: the number of classes is a guess
     return None if name == "folder" else IMAGES[dataset], CLASSES[dataset]
 
 

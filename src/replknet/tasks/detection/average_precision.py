@@ -1,6 +1,6 @@
-"""COCO's average precision of boxes and masks, by faster_coco_eval, which counts as pycocotools does.
+"""COCO's average precision of boxes and masks, by faster_coco_eval, whose results equal those of pycocotools.
 
-torchmetrics' metric is not used: its lists cannot be gathered from processes with different numbers of images.
+We do not use torchmetrics' metric: it cannot gather its lists from processes with different numbers of images.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as rle
 from torch import Tensor, distributed
 
-# probability from which a pixel belongs to the object
+# smallest probability of a pixel that belongs to the object
 _MASK = 0.5
 
 
 @dataclass(frozen=True)
 class Average:
-    """COCO's scores of a data set, from 0 to 1; None where nothing can be found.
+    """COCO's scores of a data set, from 0 to 1; None if the data has no such objects.
 
     Args:
-        map: average precision, the mean of ten overlaps from 0.5 to 0.95 and of the classes.
-        map50: at an overlap of 0.5.
-        map75: at an overlap of 0.75.
-        map_small: of objects below 32 x 32 pixels.
-        map_medium: of objects from there to 96 x 96 pixels.
-        map_large: of objects above that.
-        mar100: recall with at most 100 detections an image, the mean of the ten overlaps and of the classes.
+        map: average precision, averaged over the ten IoU thresholds 0.5, 0.55, ..., 0.95 and over the classes.
+        map50: average precision at an IoU of 0.5.
+        map75: average precision at an IoU of 0.75.
+        map_small: average precision for objects below 32x32 pixels.
+        map_medium: average precision for objects from 32x32 to 96x96 pixels.
+        map_large: average precision for objects above 96x96 pixels.
+        mar100: recall with at most 100 detections an image, averaged over the ten thresholds and the classes.
         ap: average precision of each class.
     """
 
@@ -47,9 +47,9 @@ class DetectionScores:
     """How well a network finds the objects of a data set.
 
     Args:
-        images: how many were scored.
-        boxes: by the overlap of the boxes.
-        masks: by that of the masks, where they were scored.
+        images: number of images that were scored.
+        boxes: scores by the IoU of boxes.
+        masks: scores by the IoU of masks; None if masks were not scored.
     """
 
     images: int
@@ -59,18 +59,18 @@ class DetectionScores:
 
 @dataclass(frozen=True)
 class _Image:
-    """What counts of an image: plain numbers and codes, which other processes can be sent."""
+    """Objects and predictions of an image, as plain numbers and codes that can be sent to other processes."""
 
     objects: list[dict[str, Any]]
     found: list[dict[str, Any]]
 
 
 class AveragePrecision:
-    """Gathers predictions and targets, over all processes, and scores them.
+    """Gathers predictions and targets over all processes, and scores them.
 
     Args:
-        classes: number of them.
-        masks: whether masks are scored beside boxes.
+        classes: number of classes.
+        masks: whether to score masks, too.
     """
 
     def __init__(self, classes: int, masks: bool = False) -> None:
@@ -82,7 +82,7 @@ class AveragePrecision:
         self._images = {}
 
     def update(self, predictions: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> None:
-        """Add images; one that was added before, here or in another process, counts once.
+        """Add images. An image that is added twice, here or in another process, counts once.
 
         Args:
             predictions: for each image `boxes` `[n,4]` (x1, y1, x2, y2) in the pixels of the targets, `scores` `[n]`,
@@ -91,7 +91,7 @@ class AveragePrecision:
                 `[m,H,W]`, 0 or 1, if masks are scored.
 
         Raises:
-            ValueError: the numbers of images or of objects differ, or masks that are scored are missing.
+            ValueError: the numbers of images differ, the entries of an image differ in length, or masks are missing.
         """
         if len(predictions) != len(targets):
             raise ValueError(f"each image needs a prediction and targets, got {len(predictions)} and {len(targets)}")
@@ -118,7 +118,7 @@ class AveragePrecision:
         ]
 
     def compute(self) -> DetectionScores:
-        """The scores of all images of all processes, each of which gets them.
+        """The scores of all images of all processes; every process gets them.
 
         Raises:
             ValueError: there is no image.
@@ -130,7 +130,7 @@ class AveragePrecision:
             images = {id: image for part in parts for id, image in part.items()}
         if not images:
             raise ValueError("no images to score")
-        # equal scores are ranked in the order of the images, which must not depend on the processes
+        # equal scores are ranked in the order of the images, so the order must not depend on the processes
         images = dict(sorted(images.items()))
         return DetectionScores(
             images=len(images),
@@ -143,12 +143,13 @@ def _average(images: dict[int, _Image], classes: int, kind: Literal["bbox", "seg
     objects = _coco({id: image.objects for id, image in images.items()}, classes)
     found = _coco({id: image.found for id, image in images.items()}, classes)
     for one in found.dataset["annotations"]:
-        # an object has its own area; what was found is small or large by what is compared
+        # size of a prediction: its box or its mask, whichever is compared; objects have an annotated area
         one["area"] = one["bbox"][2] * one["bbox"][3] if kind == "bbox" else int(rle.area(one["segmentation"]))
     evaluation = COCOeval_faster(objects, found, kind)
     evaluation.evaluate()
     evaluation.accumulate()
-    # overlaps, recalls, classes, areas (all, small, medium, large), most detections (1, 10, 100)
+    # axes: IoU thresholds, recalls, classes, areas (all, small, medium, large), most detections (1, 10, 100);
+    # recall lacks the axis of recalls
     precision = np.asarray(evaluation.eval["precision"])[..., -1]
     recall = np.asarray(evaluation.eval["recall"])[..., -1]
     return Average(
@@ -164,7 +165,7 @@ def _average(images: dict[int, _Image], classes: int, kind: Literal["bbox", "seg
 
 
 def _coco(records: dict[int, list[dict[str, Any]]], classes: int) -> Any:
-    """As the evaluation takes it; ids are from 1 on, since it takes a match with 0 for none."""
+    """The records in the form of the evaluation. Ids start at 1, since a match with id 0 counts as no match."""
     annotations = [{**one, "image_id": id} for id, some in records.items() for one in some]
     for i, one in enumerate(annotations, 1):
         one["id"] = i
@@ -180,7 +181,7 @@ def _coco(records: dict[int, list[dict[str, Any]]], classes: int) -> Any:
 
 
 def _mean(values: Any) -> float | None:
-    # -1 where there is nothing to be found
+    # -1 marks entries without objects
     there = values[values > -1]
     return float(there.mean()) if there.size else None
 
@@ -191,7 +192,7 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
 
 
 def _encoded(masks: Tensor) -> list[dict[str, Any]]:
-    """Masks `[n,H,W]` in COCO's compressed code; 0.5 and above is inside."""
+    """Masks `[n,H,W]` in COCO's compressed code; pixels of 0.5 and above are inside."""
     pixels = (masks >= _MASK).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return [
         {"size": list(one["size"]), "counts": one["counts"].decode()} for one in rle.encode(np.asfortranarray(pixels))
@@ -201,17 +202,17 @@ def _encoded(masks: Tensor) -> list[dict[str, Any]]:
 def as_coco_results(
     predictions: Sequence[dict[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Predictions as COCO's result files have them, ready for JSON.
+    """Predictions in the form of COCO's result files, ready for JSON.
 
     Args:
         predictions: for each image `boxes` `[n,4]` (x1, y1, x2, y2) in its own pixels, `scores`, `labels` `[n]`, and
-            perhaps `masks` `[n,H,W]`, probabilities.
-        image_ids: those of the images.
-        category_ids: those of the labels.
+            optionally `masks` `[n,H,W]`, probabilities.
+        image_ids: id of each image.
+        category_ids: id of each label.
 
     Returns:
-        A dict a detection: `image_id`, `category_id`, `bbox` (x, y, width, height; hundredths of pixels), `score`, and
-        `segmentation` if there are masks.
+        One dict a detection: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels, rounded to hundredths),
+        `score`, and `segmentation` if there are masks.
 
     Raises:
         ValueError: the numbers of predictions and ids differ.

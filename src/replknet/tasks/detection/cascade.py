@@ -1,7 +1,7 @@
-"""Cascade R-CNN and Cascade Mask R-CNN, in the form of mmdetection 2.x, whose weights fit.
+"""Cascade R-CNN and Cascade Mask R-CNN, as in mmdetection 2.x, whose weights fit.
 
-Kept of torchvision, where mmdetection differs: its pasting of masks, which takes boxes in whole pixels, and the
-constants that keep its GIoU loss from dividing by 0.
+Two details are torchvision's, not mmdetection's: masks are pasted into boxes of whole pixels, and torchvision's own
+constants keep the GIoU loss from dividing by 0.
 """
 
 from collections import OrderedDict
@@ -21,10 +21,10 @@ from replknet.tasks.detection.batches import batched, objects
 from replknet.tasks.detection.pyramid import Pyramid
 from replknet.tasks.detection.rpn import BoxCoder, RegionProposals, assigned
 
-_BOX_SIDE, _MASK_SIDE = 7, 14  # samples of a feature level, across a region
-_BOX_WEIGHT = 10.0  # of the GIoU loss
+_BOX_SIDE, _MASK_SIDE = 7, 14  # samples of a feature level across a region
+_BOX_WEIGHT = 10.0  # weight of the GIoU loss
 _SAMPLES = 512  # regions of an image in training
-_POSITIVE = 0.25  # the share of them with an object, at most
+_POSITIVE = 0.25  # largest share of them with an object
 _MIN_SCORE = 0.05
 _NMS_IOU = 0.5
 _MOST = 100  # boxes of an image
@@ -32,12 +32,12 @@ _MOST = 100  # boxes of an image
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of the cascade learns.
+    """One stage of the cascade.
 
     Args:
-        iou: regions whose best IoU with an object is this or more are of its class, all others background.
-        deviations: unit of a box's differences: x and y by the region's sides, logarithms of width and height.
-        weight: of its losses.
+        iou: a region gets the class of the object with the best IoU if that IoU is at least `iou`, else background.
+        deviations: units of a box's differences: x and y divided by the region's sides, logarithms of width and height.
+        weight: weight of the stage's losses.
     """
 
     iou: float
@@ -62,9 +62,9 @@ class Regions:
 
     Args:
         boxes: `[n,4]`, pixels.
-        labels: `[n]`: the class, or the number of classes for background.
-        index: `[n]`: the object of the image that the region is to find, or -1.
-        is_truth: `[n]` bool: the region is an object's own box.
+        labels: `[n]`: the class of each region; background is the number of classes.
+        index: `[n]`: the object of the image that each region should find, or -1.
+        is_truth: `[n]` bool: whether the region is the box of an object itself.
     """
 
     boxes: Tensor
@@ -74,29 +74,30 @@ class Regions:
 
 
 class CascadeRCNN(nn.Module):
-    """A backbone, a feature pyramid, region proposals, and stages that each refine the boxes of the one before.
+    """A backbone, a feature pyramid, region proposals, and stages. Each stage refines the boxes of the stage before.
 
     Args:
-        backbone: a timm model with `features_only=True`; its features from stride 4 on are used, which are those of 4,
-            8, 16 and 32 in the paper. Where they end earlier, so does the pyramid.
-        num_classes: classes of an object.
-        masks: a mask head in each stage, too (Cascade Mask R-CNN).
-        channels: of the pyramid and the convolutions of the heads: 256 in the paper.
-        fc_channels: of the box heads' hidden layer: 1024 in the paper.
-        stages: of the cascade.
+        backbone: a timm model with `features_only=True`. Its features from stride 4 on are used: 4, 8, 16 and 32 in the
+            paper. With fewer features the pyramid has fewer levels.
+        num_classes: number of classes.
+        masks: whether each stage has a mask head, too (Cascade Mask R-CNN).
+        channels: channels of the pyramid and of the heads' convolutions; 256 in the paper.
+        fc_channels: channels of the box heads' hidden layer; 1024 in the paper.
+        stages: the stages of the cascade.
 
-    Input: images `[3,H,W]` each, normalised, any sizes; for training one dict an image as well: `boxes` `[n,4]`
-    (x1, y1, x2, y2, pixels), `labels` `[n]` int64 from 0, `masks` `[n,H,W]` uint8 if the network has masks, and where
-    some boxes are crowds `crowd` `[n]` bool: those are left out.
-    Output: in training the scalars `loss_rpn_cls`, `loss_rpn_box`, and of each stage `s0.loss_cls`, `s0.loss_bbox`,
-    `s0.loss_mask`, float32 and weighted; else one dict an image: `boxes` `[n,4]` inside the image, `labels` `[n]`,
-    `scores` `[n]`, best first, at most 100, and `masks` `[n,H,W]`, probabilities.
+    Input: images `[3,H,W]`, normalised, of any sizes. Training also needs one dict an image: `boxes` `[n,4]`
+    (x1, y1, x2, y2, pixels), `labels` `[n]` int64 from 0, `masks` `[n,H,W]` uint8 if the network has masks, and
+    optionally `crowd` `[n]` bool. Crowds are left out.
+    Output: in training the weighted scalars `loss_rpn_cls`, `loss_rpn_box`, and for each stage `s0.loss_cls`,
+    `s0.loss_bbox`, `s0.loss_mask`, float32. Otherwise one dict an image: `boxes` `[n,4]` inside the image, `labels`
+    `[n]`, `scores` `[n]`, best first, at most 100, and `masks` `[n,H,W]`, probabilities.
 
     Raises:
-        ValueError: no features from stride 4 on; in training, not one target an image, or targets without masks.
+        ValueError: the features lack stride 4; in training, the numbers of images and targets differ, or masks are
+            missing.
 
-    Source: Cai and Vasconcelos 2019, "Cascade R-CNN", arXiv:1906.09756, in the form of mmdetection 2.x: the class
-    scores of all stages are averaged before the softmax, the probabilities of the masks after the sigmoid.
+    Source: Cai and Vasconcelos 2019, "Cascade R-CNN", arXiv:1906.09756, as implemented in mmdetection 2.x: class scores
+    of all stages are averaged before the softmax, masks after the sigmoid.
     """
 
     def __init__(
@@ -171,14 +172,14 @@ class CascadeRCNN(nn.Module):
             mask_targets(target["masks"], inside, image.index[chosen], logits.shape[-1])
             for target, inside, image, chosen in zip(truth, boxes, regions, positive, strict=True)
         ]
-        # the sum of no masks is 0, and still a function of the head
+        # without masks the sum is 0, and still depends on the head, so that DDP gets its gradients
         loss = F.binary_cross_entropy_with_logits(logits, torch.cat(targets), reduction="sum")
         return loss / max(1, logits.numel())
 
     def _detected(
         self, levels: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        # by shape: len is a constant in a traced graph
+        # not len(), which is a constant in a traced graph
         counts = [image.shape[0] for image in boxes]
         scores: list[Tensor] = []
         for i, stage in enumerate(self.stages):
@@ -202,7 +203,7 @@ class CascadeRCNN(nn.Module):
 
 
 class _BoxHead(nn.Module):
-    """Convolutions, one hidden layer, and class logits and box differences of each class; background comes last."""
+    """Convolutions and one hidden layer. The outputs are class logits, background last, and a box for each class."""
 
     def __init__(self, num_classes: int, channels: int, fc_channels: int) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class _BoxHead(nn.Module):
 
 
 class _MaskHead(nn.Module):
-    """Convolutions, doubled sides, and a mask of each class."""
+    """Convolutions, an upsampling that doubles the sides, and a mask for each class."""
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ class _MaskHead(nn.Module):
 
 
 def _initialize(head: nn.Module) -> None:
-    """Kaiming normal by the outputs for convolutions, biases 0."""
+    """Initialise convolutions with Kaiming normal (fan out), and biases with 0."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -251,28 +252,28 @@ def _initialize(head: nn.Module) -> None:
 
 
 def level_of(boxes: Tensor, levels: int = 4) -> Tensor:
-    """The feature level of each region, `[n]` int64: the first up to a side of 112 pixels, then one for each doubling.
+    """The feature level of each region, `[n]` int64: level 0 up to a side of 112 pixels, then one more per doubling.
 
     Args:
         boxes: `[n,4]`, pixels.
-        levels: how many there are.
+        levels: number of levels.
     """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (area.sqrt() / 56 + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
 
 def pooled(levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int, strides: Sequence[int]) -> Tensor:
-    """The features of each region, from the level of its size.
+    """The features of each region, from the level that fits its size.
 
     Args:
-        levels: `[N,C,h,w]` each, finest first; without the one that only proposals use.
-        boxes: `[n,4]` of each image, pixels.
+        levels: `[N,C,h,w]` each, finest first, without the last level, which only proposals use.
+        boxes: for each image `[n,4]`, pixels.
         side: samples across a region.
-        strides: of the levels, pixels.
+        strides: strides of the levels, pixels.
 
     Returns:
-        `[sum of n,C,side,side]`, dtype of the levels, computed in float32: RoIAlign with as many points a sample as
-        pixels of the level, exactly placed (`aligned=True`).
+        `[sum of n,C,side,side]`, dtype of the levels, computed in float32. RoIAlign averages about one point for each
+        pixel of the level under a sample; places are exact (`aligned=True`).
     """
     image = torch.cat([torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)])
     regions = torch.cat((image, torch.cat(list(boxes))), 1).float()
@@ -286,12 +287,12 @@ def pooled(levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int, strides
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
-    """What a mask head is to say of regions: `[n,side,side]`, 0 or 1.
+    """The masks that a mask head should predict for regions: `[n,side,side]`, 0 or 1.
 
     Args:
-        masks: of the objects `[T,H,W]`, 0 or 1.
+        masks: masks of the objects `[T,H,W]`, 0 or 1.
         boxes: regions `[n,4]`, pixels.
-        index: the object of each `[n]`.
+        index: the object of each region `[n]`.
         side: samples across a region.
     """
     if not len(boxes):
@@ -302,7 +303,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tens
 
 
 def _of_class(differences: Tensor, classes: Tensor) -> Tensor:
-    """`[n,4*classes]` to those of one class of each: `[n,4]`."""
+    """From the differences `[n,4*classes]`, those of one class for each box: `[n,4]`."""
     rows = torch.arange(classes.shape[0], device=classes.device)
     return differences.unflatten(1, (-1, 4))[rows, classes]
 
@@ -310,13 +311,13 @@ def _of_class(differences: Tensor, classes: Tensor) -> Tensor:
 def box_loss(
     regions: Sequence[Regions], differences: Tensor, truth: Sequence[dict[str, Tensor]], coder: BoxCoder
 ) -> Tensor:
-    """Ten times the sum of the GIoU losses of the regions with an object, by the number of all regions.
+    """Ten times the sum of the GIoU losses of regions with an object, divided by the number of all regions.
 
     Args:
-        regions: of each image.
-        differences: of all of them `[n,4*classes]`, float32.
-        truth: of each image its `boxes` `[T,4]`.
-        coder: of the stage.
+        regions: regions of each image.
+        differences: differences of all regions `[n,4*classes]`, float32.
+        truth: for each image its `boxes` `[T,4]`.
+        coder: coder of the stage.
     """
     positive = torch.cat([image.index >= 0 for image in regions])
     pairs = zip(truth, regions, strict=True)
@@ -330,13 +331,13 @@ def box_loss(
 def refined(
     boxes: Sequence[Tensor], classes: Tensor, differences: Tensor, coder: BoxCoder, sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Boxes moved by the differences of a class, inside their image.
+    """Boxes moved by the differences of one class each, and clipped to their image.
 
     Args:
-        boxes: `[n,4]` of each image, pixels.
-        classes: of all of them `[sum of n]`.
+        boxes: for each image `[n,4]`, pixels.
+        classes: class of each box `[sum of n]`.
         differences: `[sum of n,4*classes]`.
-        coder: of the stage.
+        coder: coder of the stage.
         sizes: height and width of each image.
     """
     moved = coder.decode_single(_of_class(differences, classes), torch.cat(list(boxes)))
@@ -351,9 +352,10 @@ def next_proposals(
     coder: BoxCoder,
     sizes: Sequence[tuple[int, int]],
 ) -> list[Tensor]:
-    """What the next stage starts from: regions moved as their label has it, background by the likeliest class.
+    """The proposals for the next stage: regions moved by the differences of their label.
 
-    The objects' own boxes are left out, since each stage adds them anew.
+    A background region moves by its likeliest class. The boxes of the objects themselves are left out, since each stage
+    adds them again.
     """
     labels = torch.cat([image.labels for image in regions])
     background = labels == logits.shape[1] - 1
@@ -363,7 +365,7 @@ def next_proposals(
 
 
 def best(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    """The boxes to report of one image: likely enough, no two of a class on one place, best first.
+    """The boxes of one image to report, best first: above the smallest score, after suppression within each class.
 
     Args:
         boxes: `[n,classes,4]`.

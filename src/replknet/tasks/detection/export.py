@@ -1,7 +1,7 @@
-"""Detectors as files for other runtimes: the feature pyramid on every road, the whole detector as ONNX.
+"""Files of detectors for other runtimes: the feature pyramid in every format, the whole detector as ONNX.
 
-No file is kept that does not compute what torch does. Every node is a standard one: the depthwise operator is a plain
-convolution in exported files.
+A file is kept only if it computes what torch computes. All its nodes are standard: the depthwise operator becomes a
+plain convolution.
 """
 
 import warnings
@@ -35,36 +35,36 @@ from replknet.tasks.detection.files import DetectionDescription
 from replknet.tasks.detection.pyramid import Pyramid
 from replknet.tasks.task import Export, Network
 
-# relative L2 difference from torch in float32 that is allowed; what is measured is below 1e-6 on small networks
-BOUND = 1e-5  # of each level of a pyramid
+# largest relative L2 difference from torch in float32; on small networks we measured less than 1e-6
+BOUND = 1e-5  # for each level of a pyramid
 BOUNDS = {
     "boxes": 1e-4,
     "scores": 1e-4,
-    # masks are pasted at whole pixels: a corner that is rounded the other way moves a mask by one
+    # masks are pasted at whole pixels: a corner that rounds the other way moves a mask by one pixel
     "masks": 2e-2,
 }
 
-# what a detector gives, in the order of its file
+# outputs of a detector, in the order of its file
 _NAMES = ("boxes", "labels", "scores", "masks")
-# sides of an image are multiples of it, pixels
+# the sides of an image are multiples of this, pixels
 _DIVISOR = 32
-_WAY_OUT = "The way out is export_pyramid: backbone and pyramid take every road"
-# the older exporter has no successor that takes a detector, and torchvision is written as it is
+_WAY_OUT = "The way out is export_pyramid: it writes backbone and pyramid in every format"
+# torch's newer exporter takes no detector, and the older one warns of torchvision's code
 _EXPECTED_WARNINGS = (
     "You are using the legacy TorchScript-based ONNX export",
     "The feature will be removed",
     ".*torch.jit.script. is deprecated",
     "To copy construct from a tensor",
     "Constant folding - Only steps=1",
-    # that is wrong for negative indices, and there are none
+    # wrong for negative indices only, and a detector has none
     "Exporting aten::index operator of advanced indexing",
 )
-# why a whole detector is not written to a file with this ending
+# ending -> why a whole detector is not written to such a file
 _REFUSED = {
     ".pt2": "torch.export refuses sizes that depend on the image, such as the number of boxes ('Could not guard on "
     "data-dependent expression')",
-    ".xml": "OpenVINO cannot read the loop that pastes masks, and what it makes of torch's trace may have wrong masks; "
-    "without masks it reads the detector's .onnx",
+    ".xml": "OpenVINO cannot read the loop that pastes masks, and its conversion of torch's trace may give wrong "
+    "masks. It reads the .onnx of a detector without masks",
 }
 
 _Program = torch.export.ExportedProgram
@@ -75,22 +75,22 @@ _Reader = Callable[[Path], Run]
 def export_pyramid(model: nn.Module, path: str | Path, example: Tensor) -> Difference:
     """Write the backbone of a detector with its feature pyramid, merged, in float32, for images of any size.
 
-    The file takes a batch of images `image` `[N,3,H,W]` and gives the levels `stride_8`, `stride_16` and so on (by
-    place alone in .pt2 and .xml). H and W are multiples of 32, from the last stride and 32 pixels on.
+    The file takes a batch `image` `[N,3,H,W]`. It returns the levels `stride_8`, `stride_16` and so on; .pt2 and .xml
+    have no names, only this order. H and W are multiples of 32, and at least the last stride plus 32 pixels.
 
     Args:
-        model: a detector, or a `Pyramid` alone, of any dtype and on any device; it stays as it was.
-        path: ends in `.onnx` (opset 20), `.pt2` (torch.export) or `.xml` (OpenVINO, with a `.bin` beside it). An
-            existing file is replaced only by one that was checked.
-        example: an image for the check `[1,3,H,W]`, float32, normalised. A random batch of two, whose size is
-            not the one that is traced, is checked as well.
+        model: a detector, or only its `Pyramid`, of any dtype and on any device; it stays unchanged.
+        path: ends in `.onnx` (opset 20), `.pt2` (torch.export) or `.xml` (OpenVINO, with a `.bin` beside it). A checked
+            file replaces an existing one.
+        example: an image for the check `[1,3,H,W]`, float32, normalised. A random batch of two images is checked, too;
+            its size differs from the traced size.
 
     Returns:
-        The largest difference from torch, in the file's runtime on the CPU; `BOUND` is allowed.
+        The largest difference from torch, in the file's runtime on the CPU; at most `BOUND`.
 
     Raises:
-        ValueError: another ending, a model without a pyramid, or an example of another shape, dtype or size.
-        RuntimeError: the file differs more; none is left.
+        ValueError: the path has another ending, the model no pyramid, or the example another shape, dtype or size.
+        RuntimeError: the file differs more; it is removed.
     """
     path = Path(path)
     if path.suffix not in _ROADS:
@@ -120,32 +120,31 @@ def export_detector(
 ) -> Difference:
     """Write a whole detector, merged, in float32, as ONNX for single images of one size.
 
-    The file takes an image `image` `[3,H,W]` and gives `boxes` `[n,4]` (pixels), `labels` `[n]`, `scores` `[n]`, best
-    first, and `masks` `[n,H,W]` where the detector finds them. Which of two boxes suppresses the other may come out
-    otherwise where the two are equal but for rounding.
+    The file takes `image` `[3,H,W]`. It returns `boxes` `[n,4]` (pixels), `labels` `[n]`, `scores` `[n]`, best first,
+    and `masks` `[n,H,W]` if the detector has masks. If two boxes are equal up to rounding, the file and torch may keep
+    different ones.
 
     Args:
-        model: a detector of this package, of any dtype and on any device; it stays as it was.
-        path: ends in `.onnx` (opset 17, by torch's older exporter). An existing file is replaced only by one that was
-            checked.
-        example: an image `[3,H,W]` in which the detector finds something, float32, normalised. The file takes images
-            of its size. Its mirror image and an empty image are checked as well.
-        card: what else the file holds, as JSON can; None for nothing.
+        model: a detector of replknet's, of any dtype and on any device; it stays unchanged.
+        path: ends in `.onnx` (opset 17, by torch's older exporter). A checked file replaces an existing one.
+        example: an image `[3,H,W]`, float32, normalised, in which the detector finds something. The file takes images
+            of its size. Its mirror image and an empty image are checked, too.
+        card: further content of the file, ready for JSON; None: nothing.
 
     Returns:
-        The largest difference from torch, in onnxruntime on the CPU; `BOUNDS` are allowed, and labels are equal.
+        The largest difference from torch, in onnxruntime on the CPU; at most `BOUNDS`. The labels are equal.
 
     Raises:
-        ValueError: another ending, with the reason; a model that is no detector or has a layer that ONNX lacks; an
-            example of another shape or dtype, or without an object.
-        RuntimeError: the file finds something else; none is left.
+        ValueError: the path has another ending; the model is no detector, or has a layer that ONNX lacks; the example
+            has another shape or dtype, or no object.
+        RuntimeError: the file finds something else; it is removed.
     """
     path = Path(path)
     if path.suffix != ".onnx":
-        reason = _REFUSED.get(path.suffix, "no road is known for this ending")
+        reason = _REFUSED.get(path.suffix, "this ending is unknown")
         raise ValueError(f"a whole detector is exported to .onnx, got {path.name}: {reason}. {_WAY_OUT}")
     if _pyramid(model) is model:
-        raise ValueError("expected a detector, got a pyramid alone: export_pyramid writes that")
+        raise ValueError("expected a detector, got only a pyramid: export_pyramid writes it")
     _check(example, 3, "image [3,H,W]")
     detector = _OneImage(merge(model).float().cpu()).eval()
     example = example.cpu()
@@ -161,7 +160,7 @@ def export_detector(
         run = in_onnxruntime(part)
         for x in (example, example.flip(2), torch.zeros_like(example)):
             wanted, got = (dict(zip(names, outputs, strict=True)) for outputs in (detector(x), run(x)))
-            # best first: their order alone
+            # scores in their order; equal scores may belong to other boxes, which `_nearest` pairs
             found.append(compared("scores", wanted["scores"], got["scores"], BOUNDS["scores"]))
             order = _nearest(wanted, got)
             found += [compared(name, wanted[name], got[name][order], BOUNDS.get(name, 0.0)) for name in names]
@@ -169,7 +168,7 @@ def export_detector(
 
 
 class _OneImage(nn.Module):
-    """A detector of a single image, its results in a fixed order."""
+    """A detector for a single image, with results in a fixed order."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -193,14 +192,14 @@ def _check(example: Tensor, dimensions: int, expected: str) -> None:
 
 
 def _program(pyramid: Pyramid, smallest: int) -> _Program:
-    """The graph for any batch and any multiples of 32; torch refuses a range in which a level has a side of one."""
+    """The graph for any batch and sides that are multiples of 32.
+
+    The sides start at `smallest`: torch refuses a range in which a level has a side of one.
+    """
     traced = torch.zeros(2, 3, smallest, smallest + _DIVISOR)
     height, width = (torch.export.Dim(name, min=smallest // _DIVISOR) for name in ("height", "width"))
     shapes = {0: torch.export.Dim("batch"), 2: _DIVISOR * height, 3: _DIVISOR * width}
     return torch.export.export(pyramid, (traced,), dynamic_shapes=(shapes,))
-
-
-# ---- roads
 
 
 def _write_onnx(program: _Program, levels: list[str], path: Path) -> None:
@@ -212,7 +211,7 @@ def _write_onnx(program: _Program, levels: list[str], path: Path) -> None:
 def _write_openvino(program: _Program, _levels: list[str], path: Path) -> None:
     import openvino
 
-    # otherwise the weights are rounded to float16
+    # else the weights are rounded to float16
     openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
 
 
@@ -220,7 +219,7 @@ def _write_detector(detector: _OneImage, example: Tensor, names: tuple[str, ...]
     with warnings.catch_warnings():
         for text in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", text)
-        # sizes become constants: the file is for one size, and what else became one shows in the check
+        # sizes become constants, since the file is for one size; the check finds other values that became constants
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         try:
             torch.onnx.export(
@@ -243,32 +242,27 @@ _ROADS: dict[str, tuple[_Writer, _Reader]] = {
     ".xml": (_write_openvino, in_openvino),
 }
 
-# ---- the check
-
 
 def _nearest(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Tensor:
-    """Index of the box for each one of torch's: those whose scores are equal but for rounding may come in any order."""
-    # two labels are further apart than any image is wide; the score tells boxes without an area from each other
+    """For each box of torch's, the index of the file's nearest box: boxes with equal scores may come in any order."""
+    # 1e5 keeps labels further apart than any image is wide; the score tells boxes without an area from each other
     rows = [(x["boxes"], 1e3 * x["scores"][:, None], 1e5 * x["labels"][:, None]) for x in (wanted, got)]
     places = [torch.cat(columns, 1).double() for columns in rows]
     distances: Tensor = (places[0][:, None] - places[1]).abs().sum(2)
     return distances.argmin(1) if distances.numel() else wanted["labels"]
 
 
-# ---- the task's record
-
-
 @dataclass(frozen=True, kw_only=True)
 class DetectionCard:
-    """What stands in an exported detector; the fields of the description stand beside the others.
+    """What an exported file says about its detector. In the file, the description's fields are fields of the card.
 
     Args:
-        description: of the network: classes, scale of an image, mean and std.
+        description: classes, scale of an image, mean and std.
         size: height and width of the images that the file takes, pixels.
         task: what the network does.
         input: what the network takes, in words.
-        output: what it gives, in words.
-        licence: of the weights, or "unknown".
+        output: what the network returns, in words.
+        licence: licence of the weights, or "unknown".
         made_by: this package and its version.
     """
 
@@ -285,12 +279,12 @@ class ExportedDetector(nn.Module):
     """A detector in a file, run by the file's own runtime.
 
     Args:
-        run: from `replknet.deploy.files.card_in`.
+        run: runs the file; from `replknet.deploy.files.card_in`.
         size: height and width of the images that the file takes, pixels.
 
-    Input: images `[3,H,W]` of any size, float32, normalised, on the CPU. A larger one is shrunk to fit, and a smaller
-        one is filled up with 0.
-    Output: of each image what the detector finds, in pixels of the image.
+    Input: images `[3,H,W]` of any size, float32, normalised, on the CPU. A larger image is shrunk to fit, a smaller one
+        is padded with 0.
+    Output: for each image the objects that the detector finds, in pixels of the image.
     """
 
     def __init__(self, run: Run, size: tuple[int, int]) -> None:
@@ -308,7 +302,7 @@ class ExportedDetector(nn.Module):
             image = F.interpolate(image[None], inside, mode="bilinear", align_corners=False)[0]
         padded = F.pad(image, (0, self.size[1] - inside[1], 0, self.size[0] - inside[0]))
         found = dict(zip(_NAMES, self._run(padded), strict=False))
-        # nothing is beside the image
+        # boxes end at the image, not in its padding
         limits = found["boxes"].new_tensor([inside[1], inside[0], inside[1], inside[0]])
         found["boxes"] = found["boxes"].clamp(min=0).minimum(limits)
         keep = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
@@ -323,12 +317,12 @@ def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Im
     fit = ForEvaluation(d.scale, d.normalize)
     prepared = [batched([fit(pixels(image), {})[0]])[0][0] for image in examples]
     with torch.inference_mode():
-        # the file takes images of one size: those of the first one in which there is something
+        # the file takes images of one size: the size of the first image with an object
         example = next((x for x in prepared if len(network.model([x])[0]["boxes"])), None)
     if example is None:
         raise ValueError(
-            f"the detector finds nothing in the {len(prepared)} images that it would be checked on: name one with "
-            "objects with --images; the file takes images of its size"
+            f"the detector finds nothing in the {len(prepared)} images for the check: name an image with objects with "
+            "--images. The file will take images of its size"
         )
     card = DetectionCard(
         description=d,

@@ -1,4 +1,4 @@
-"""FCOS, a detector without anchors, in the form of mmdetection 2.x, whose weights fit."""
+"""FCOS, a detector without anchors, as in mmdetection 2.x, whose weights fit."""
 
 import math
 from collections.abc import Sequence
@@ -13,29 +13,30 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 from replknet.tasks.detection.batches import batched, objects
 from replknet.tasks.detection.pyramid import Pyramid
 
-# pixels from one point of a level to the next
+# distance from one point of a level to the next, pixels
 _STRIDES = (8, 16, 32, 64, 128)
-# no side of a box is further from a point, pixels
+# larger than any distance from a point to a side of a box, pixels
 _FAR = 1e8
 # label of a point without an object
 _NOTHING = -1
-# the share of points that an untrained head takes for an object of a class
+# probability of each class that an untrained head gives every point
 _PRIOR = 0.01
 
 _CANDIDATES = 1000  # points of a level that may become boxes
-_MIN_SCORE = 0.05  # of the class alone
+_MIN_SCORE = 0.05  # smallest class score of a box, without centerness
 _NMS_IOU = 0.5
 _MOST = 100  # boxes of an image
 
 
 @dataclass(frozen=True)
 class Points:
-    """Where the head looks: P points, level after level.
+    """The P points of the head, level after level.
 
     Args:
-        xy: their places `[P,2]`, pixels.
-        ranges: distance of the furthest side of a box that is theirs, from and to `[P,2]`, pixels.
-        counts: points of each level.
+        xy: places of the points `[P,2]`, pixels.
+        ranges: a point takes a box if the distance to the box's furthest side is in this range (from, to) `[P,2]`,
+            pixels.
+        counts: number of points of each level.
     """
 
     xy: Tensor
@@ -45,12 +46,12 @@ class Points:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the head says of every point, float32.
+    """The head's outputs for every point, float32.
 
     Args:
-        logits: of the classes `[N,P,classes]`.
-        distances: to the left, top, right and bottom side of the box `[N,P,4]`, pixels, positive.
-        centerness: logits of how central the point is in its box `[N,P]`.
+        logits: logits of the classes `[N,P,classes]`.
+        distances: distances to the left, top, right and bottom side of the box `[N,P,4]`, pixels, positive.
+        centerness: logits of the centerness, which says how central the point is in its box `[N,P]`.
     """
 
     logits: Tensor
@@ -62,27 +63,26 @@ class FCOS(nn.Module):
     """A backbone, a feature pyramid of strides 8 to 128, and the head of mmdetection 2.x, whose weights fit.
 
     Args:
-        backbone: a timm model with `features_only=True`; its features from stride 8 on are used, which are those of 8,
-            16 and 32 in the paper. Where they end earlier, so does the pyramid.
-        num_classes: classes of an object.
-        channels: of the pyramid and the head: 256 in the paper. GroupNorm has 32 groups, or the most below that divide
-            them into two or more each.
-        convs: convolutions of each of the head's two towers.
+        backbone: a timm model with `features_only=True`. Its features from stride 8 on are used: 8, 16 and 32 in the
+            paper. With fewer features the pyramid has fewer levels.
+        num_classes: number of classes.
+        channels: channels of the pyramid and the head; 256 in the paper. GroupNorm has 32 groups, or the largest
+            smaller number that gives each group at least two channels.
+        convs: number of convolutions in each of the head's two towers.
 
-    Input: images `[3,H,W]` each, normalised, any sizes; for training one dict an image as well: `boxes` `[n,4]`
-    (x1, y1, x2, y2, pixels), `labels` `[n]` int64 from 0, and where some boxes are crowds `crowd` `[n]` bool: those
-    are left out.
-    Output: in training the scalars `loss_cls`, `loss_bbox` and `loss_centerness`, float32; else one dict an image:
+    Input: images `[3,H,W]`, normalised, of any sizes. Training also needs one dict an image: `boxes` `[n,4]`
+    (x1, y1, x2, y2, pixels), `labels` `[n]` int64 from 0, and optionally `crowd` `[n]` bool. Crowds are left out.
+    Output: in training the scalars `loss_cls`, `loss_bbox` and `loss_centerness`, float32. Otherwise one dict an image:
     `boxes` `[n,4]` inside the image, `labels` `[n]`, `scores` `[n]`, best first, at most 100.
 
-    GroupNorm and a large kernel see the zeros that fill up a batch, so an image's boxes depend a little on the sizes
-    of the others, as they do in mmdetection.
+    GroupNorm and large kernels see the zeros that pad a batch. The boxes of an image therefore depend a little on the
+    sizes of the other images, as in mmdetection.
 
     Raises:
-        ValueError: features of other strides; in training, not one target an image.
+        ValueError: the features have other strides; in training, the numbers of images and targets differ.
 
-    Source: Tian et al. 2019, "FCOS", arXiv:1904.01355, in the form of mmdetection 2.x: distances are an exponential,
-    a point anywhere in a box may be its own, centerness comes from the tower of the classes.
+    Source: Tian et al. 2019, "FCOS", arXiv:1904.01355, as implemented in mmdetection 2.x: distances are exponentials,
+    every point in a box may learn the box, and centerness comes from the tower of the classes.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, channels: int = 256, convs: int = 4) -> None:
@@ -108,11 +108,11 @@ class FCOS(nn.Module):
 
 
 class _ConvNorm(nn.Module):
-    """A 3x3 convolution, GroupNorm and ReLU; no bias, since the norm has one."""
+    """A 3x3 convolution without bias, GroupNorm and ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # with one channel a group, torch refuses the single point that the last level of a small image has
+        # at least two channels a group: the last level of a small image is one point, and torch refuses one value
         groups = max(n for n in range(1, 33) if channels % n == 0 and (channels > n or n == 1))
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.gn = nn.GroupNorm(groups, channels)
@@ -133,7 +133,7 @@ class _Scale(nn.Module):
 
 
 class _Head(nn.Module):
-    """Two towers that all levels share; the names are those of the official weights."""
+    """Two towers that all levels share. The names are mmdetection's, as in the official weights."""
 
     def __init__(self, channels: int, num_classes: int, convs: int, levels: int) -> None:
         super().__init__()
@@ -171,13 +171,13 @@ def points_of(
 ) -> Points:
     """The points of all levels, each in the middle of its cell, row after row.
 
-    A level has the boxes whose furthest side is from 4 to 8 strides away from the point, both included; the first has
-    those below, too, and the last those above.
+    A point takes boxes whose furthest side is 4 to 8 strides away, limits included. Points of the first level also take
+    smaller boxes, points of the last level larger ones.
 
     Args:
         sizes: height and width of each level, finest first.
-        strides: of the levels, pixels, each twice the one before.
-        device: of the points.
+        strides: strides of the levels, pixels; each is twice the one before.
+        device: device of the points.
 
     Returns:
         All points, float32.
@@ -186,7 +186,7 @@ def points_of(
     for (height, width), stride in zip(sizes, strides, strict=True):
         limits = -1.0 if stride == strides[0] else 4.0 * stride, _FAR if stride == strides[-1] else 8.0 * stride
         y, x = (torch.arange(n, device=device) * stride + stride // 2 for n in (height, width))
-        # cartesian_prod is unknown to ONNX
+        # not cartesian_prod, which ONNX lacks
         grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), 2)
         places.append(grid.flatten(0, 1).float())
         ranges.append(torch.tensor(limits, device=device).expand(height * width, 2))
@@ -194,16 +194,16 @@ def points_of(
 
 
 def assigned(points: Points, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The object that each point has to find: of the boxes around it that fit its level, the smallest.
+    """The object that each point should find: the smallest box around the point that fits its level.
 
     Args:
-        points: P of them.
-        boxes: x1, y1, x2, y2 of an image's objects `[n,4]`, float32, pixels.
-        labels: their classes `[n]`, int64 from 0.
+        points: P points.
+        boxes: x1, y1, x2, y2 of the objects in an image `[n,4]`, float32, pixels.
+        labels: classes of the objects `[n]`, int64 from 0.
 
     Returns:
         The class of each point `[P]`, -1 for none, and the distances to the left, top, right and bottom side of its box
-        `[P,4]`, pixels, which mean nothing where there is none.
+        `[P,4]`, pixels. Without an object the distances have no meaning.
     """
     if len(boxes) == 0:
         return labels.new_full((len(points.xy),), _NOTHING), torch.zeros_like(points.xy).repeat(1, 2)
@@ -227,15 +227,15 @@ def losses(outputs: Outputs, labels: Tensor, distances: Tensor) -> dict[str, Ten
     """The three losses of a batch.
 
     Args:
-        outputs: of the head, N images with P points.
+        outputs: outputs of the head for N images with P points.
         labels: the class of each point `[N,P]`, int64, -1 for none.
-        distances: to the sides of its box `[N,P,4]`, pixels.
+        distances: distances of each point to the sides of its box `[N,P,4]`, pixels.
 
     Returns:
-        Scalars, float32: `loss_cls`, focal (alpha 0.25, gamma 2), a sum over all points and classes; `loss_bbox`,
-        -log of the intersection over union, averaged with the centerness as weight; `loss_centerness`, binary
-        cross entropy. The first and the last are divided by the number of points with an object, the mean of all
-        processes and at least 1.
+        Scalars, float32. `loss_cls` is the focal loss (alpha 0.25, gamma 2), summed over points and classes.
+        `loss_bbox` is -log IoU, averaged with the centerness as weight. `loss_centerness` is the binary cross entropy,
+        summed over points with an object. The two sums are divided by the number of points with an object: its mean
+        over all processes, at least 1.
 
     Source: mmdetection 2.x, FCOSHead.
     """
@@ -256,7 +256,7 @@ def losses(outputs: Outputs, labels: Tensor, distances: Tensor) -> dict[str, Ten
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes round the same points, by their distances `[n,4]`."""
+    """IoU of pairs of boxes round one point each, from the distances to their sides `[n,4]`."""
     common = torch.minimum(a, b)
     both, first, second = (((d[:, :2] + d[:, 2:]).prod(1)) for d in (common, a, b))
     return both / (first + second - both).clamp(min=1e-6)
@@ -283,7 +283,7 @@ def _detected(
     best = torch.cat(kept)
     xy, sides, scores, central = points.xy[best], distances[best], scores[best], central[best]
     boxes = clip_boxes_to_image(torch.cat([xy - sides[:, :2], xy + sides[:, 2:]], 1), size)
-    # the score of the class alone decides who takes part, and centerness who wins
+    # the class score decides which boxes take part in the suppression; class score times centerness ranks them
     index, label = (scores > _MIN_SCORE).nonzero(as_tuple=True)
     boxes, ranking = boxes[index], (scores * central)[index, label]
     best = batched_nms(boxes, ranking, label, _NMS_IOU)[:_MOST]

@@ -1,4 +1,4 @@
-"""Detectors in files: ours say what they are of, the official ones are understood from their keys."""
+"""Files of detectors. Ours have a description; the official ones are recognised by their keys."""
 
 import json
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ FIELD = "replknet_detection"
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionDescription:
-    """What a file of weights is of, and how its network is fed.
+    """Which detector a file of weights belongs to, and which images the detector expects.
 
     Args:
         detector: "fcos", "torchvision_fcos", "mask_rcnn", "cascade_rcnn" or "cascade_mask_rcnn".
         backbone: timm's name of the backbone.
-        network: its options, such as kernels, as timm.create_model takes them.
+        network: options of the backbone, such as kernels, as timm.create_model takes them.
         classes: names of the classes.
-        channels: of the pyramid and the heads.
-        scale: longer and shorter side into which an image is fitted, pixels.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
+        channels: channels of the pyramid and the heads.
+        scale: longer and shorter side that an image is fitted into, pixels.
+        mean: mean of each channel in RGB, for values from 0 to 1.
+        std: standard deviation of each channel in RGB, for values from 0 to 1.
     """
 
     detector: str
@@ -60,11 +60,11 @@ class DetectionDescription:
 
     @property
     def normalize(self) -> Normalize:
-        """What an image goes through before the network."""
+        """The last step of an image before the network."""
         return Normalize(self.mean, self.std)
 
     def build(self, **options: Any) -> nn.Module:
-        """The network, untrained; options are the backbone's beside its own.
+        """The detector, untrained; `options` are further options of the backbone.
 
         Raises:
             ValueError: there is no such detector, or the backbone does not fit it.
@@ -85,12 +85,12 @@ class DetectionDescription:
 
 
 def save_detection(model: nn.Module, path: str | Path, description: DetectionDescription) -> None:
-    """Write a detector to a safetensors file; an existing file is replaced only when all is written.
+    """Write a detector to a safetensors file. An existing file is replaced only after the new one is complete.
 
     Args:
-        model: in any form: training, merged or folded.
-        path: the file; its folder is made.
-        description: what is needed to build and feed it, written into the file's header.
+        model: a detector in any form: training, merged or folded.
+        path: the file; a missing folder is created.
+        description: how to build the detector again and how to feed it; it goes into the file's header.
     """
     write(model, path, {FIELD: json.dumps(asdict(description))})
 
@@ -99,16 +99,16 @@ def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[
     """The detector of a checkpoint file, in the file's form and in eval mode.
 
     Args:
-        path: a file of `save_detection`, or one of mmdetection 2.x with a RepLKNet and the 80 classes of COCO, as the
-            official ones are; what the latter is of and how it is fed is understood from keys and shapes (`described`).
-        dtype: of the network; None for that of the file.
+        path: a file of `save_detection`, or a file of mmdetection 2.x with a RepLKNet and the 80 classes of COCO, such
+            as the official ones. `described` recognises the latter by keys and shapes.
+        dtype: dtype of the detector; None: the file's.
 
     Returns:
-        The network on the CPU and its description.
+        The detector on the CPU and its description.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it holds no such network.
+        CheckpointError: the file holds no such detector.
     """
     return network_of(read(path), dtype)
 
@@ -117,7 +117,7 @@ def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[nn.Mod
     """The detector of a file that was read, and its description; see `load_detection`."""
     text, where = source.texts.get(FIELD), source.path
     description = described(source.state, str(where)) if text is None else parsed(text, where, DetectionDescription)
-    # not on the meta device: torchvision's anchors are made with the network
+    # not on the meta device: building the network computes torchvision's anchors
     model = filled(description.build(), source.state, source.path, description.detector)
     return model.to(dtype), description
 
@@ -126,11 +126,12 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Det
     """The description of an official detector, from keys and shapes.
 
     Args:
-        state: under our keys, as `read_state_dict` gives it.
-        where: what the error calls it.
+        state: tensors under our keys, as `read_state_dict` returns them.
+        where: what the error calls the state.
 
     Raises:
-        CheckpointError: the keys are not those of FCOS or Cascade R-CNN over a RepLKNet, or the classes not COCO's.
+        CheckpointError: the keys do not belong to FCOS or Cascade R-CNN on a RepLKNet, or the number of classes is not
+            COCO's.
     """
     fcos, cascade = state.get("bbox_head.conv_cls.weight"), state.get("bbox_head.0.fc_cls.weight")
     heads = fcos is not None or cascade is not None

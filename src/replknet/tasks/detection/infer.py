@@ -33,8 +33,6 @@ from replknet.tasks.task import (
     random_images,
 )
 
-# ---- prediction
-
 
 @torch.inference_mode()
 def predict(model: nn.Module, image: Image.Image, description: DetectionDescription) -> Targets:
@@ -42,19 +40,16 @@ def predict(model: nn.Module, image: Image.Image, description: DetectionDescript
 
     Args:
         model: a detector; it is put into eval mode.
-        image: of any size; it is fitted into the description's scale.
-        description: of the detector.
+        image: an image of any size; it is fitted into the description's scale.
+        description: description of the detector.
 
     Returns:
         `boxes` `[n,4]` (x1, y1, x2, y2) in pixels of the image, `labels` `[n]` from 0, `scores` `[n]`, and `masks`
-        `[n,H,W]`, probabilities, where the detector finds them.
+        `[n,H,W]`, probabilities, if the detector has masks.
     """
     x, _ = ForEvaluation(description.scale, description.normalize)(pixels(image), {})
     (found,) = model.eval()([x])
     return rescaled(found, (x.shape[1], x.shape[2]), (image.height, image.width))
-
-
-# ---- scores
 
 
 @torch.inference_mode()
@@ -64,13 +59,13 @@ def evaluate(
     classes: int,
     masks: bool = False,
 ) -> DetectionScores:
-    """Score a detector, in eval mode, as COCO does.
+    """Score a detector, in eval mode, with COCO's metrics.
 
     Args:
         model: the detector.
-        batched: images and targets as a `BoxSet` with `ForEvaluation` gives them, listed.
-        classes: number of them.
-        masks: whether masks are scored beside boxes.
+        batched: batches of images and targets from a `BoxSet` with `ForEvaluation`, collated by `listed`.
+        classes: number of classes.
+        masks: whether to score masks, too.
 
     Raises:
         ValueError: there is no image.
@@ -83,14 +78,11 @@ def evaluate(
 
 
 def found_in(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Targets]) -> list[Targets]:
-    """What is in each image, in the pixels of its file."""
+    """The predictions for each image, in the pixels of its file."""
     return [
         rescaled(found, (image.shape[1], image.shape[2]), tuple(target["size"].tolist()))
         for found, image, target in zip(model(images), images, targets, strict=True)
     ]
-
-
-# ---- the task's record
 
 
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:
@@ -101,7 +93,7 @@ def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Imag
         keep = everything["scores"] >= settings.min_score
         objects = {key: value[keep] for key, value in everything.items()}
         labels, scores = objects["labels"].tolist(), objects["scores"].tolist()
-        # COCO's form but for the class, which has its name
+        # COCO's form, with the name of the class instead of its id, and without the id of the image
         told = as_coco_results([objects], [0], range(len(d.classes)))
         for one in told:
             one["class"] = d.classes[one.pop("category_id")]
@@ -152,7 +144,7 @@ def _comparison(network: Network) -> Comparison:
 
 
 def _levels(model: nn.Module, x: Tensor) -> Tensor:
-    """Every level of the pyramid: boxes are chosen from what these give, and a choice has no bound."""
+    """All levels of the pyramid. Boxes are not compared: a tiny difference can change which boxes are chosen."""
     (pyramid,) = (module for module in model.modules() if isinstance(module, Pyramid))
     return torch.cat([level.flatten() for level in pyramid(x)])
 

@@ -1,4 +1,4 @@
-"""Feature pyramids over any backbone with features."""
+"""Feature pyramids on any backbone with features."""
 
 from collections import OrderedDict
 from typing import Literal
@@ -8,27 +8,27 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 
 class Pyramid(nn.Module):
-    """A backbone and the feature pyramid on it, which has one or two levels more than the backbone has features.
+    """A backbone and a feature pyramid on it, with one or two levels more than the backbone has features.
 
     Args:
-        backbone: a timm model with `features_only=True`, with a feature of stride `finest` and more behind it, each of
-            twice the stride of the one before.
+        backbone: a timm model with `features_only=True`. From stride `finest` on, each feature has twice the stride of
+            the feature before it.
         finest: stride of the first feature that is used, pixels.
-        channels: of every level.
-        extra: "pool" appends each second value of the last level (Mask R-CNN, finest 4: strides 4 to 64 where the last
-            feature has 32); "convs" two convolutions of stride 2 on the last level with a ReLU between (FCOS, finest 8:
-            strides 8 to 128).
+        channels: channels of every level.
+        extra: "pool" appends one level: every second value of the last level. Mask R-CNN with finest 4 gets strides 4
+            to 64. "convs" appends two levels: convolutions of stride 2 with a ReLU between them. FCOS with finest 8
+            gets strides 8 to 128.
 
-    Input: images `[N,3,H,W]`; sides that 32 divides give levels of exactly side / stride, rounded up.
+    Input: images `[N,3,H,W]`; if 32 divides the sides, a level has side / stride pixels, rounded up.
     Output: the levels, `[N,channels,h,w]` each, finest first.
 
     Raises:
         ValueError: the backbone has no such features.
 
-    `strides` are those of the levels, pixels. The initial values are mmdetection's: Xavier uniform, biases 0.
+    `strides` holds the strides of the levels, pixels. The initial values are mmdetection's: Xavier uniform, biases 0.
 
-    Source: Lin et al. 2017, "Feature Pyramid Networks for Object Detection", arXiv:1612.03144; the extra convolutions
-    are those of Tian et al. 2019, "FCOS", arXiv:1904.01355.
+    Source: Lin et al. 2017, "Feature Pyramid Networks for Object Detection", arXiv:1612.03144. The extra convolutions
+    come from Tian et al. 2019, "FCOS", arXiv:1904.01355.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Trainings of detectors: the paper's on COCO, and ours on blood cells.
+"""Recipes for detection: the paper's on COCO, and ours on blood cells and drawn shapes.
 
-The paper's configurations count epochs and images of a GPU; here all is in images, so that fewer GPUs do the same work.
-They do not say how many GPUs there were: batches of 16 (FCOS) and 32 (Cascade Mask R-CNN) are our guess.
+The paper's configurations count epochs, and images on each GPU. Here everything is in images, so that any number of
+GPUs does equal work. The number of GPUs is not published: batches of 16 (FCOS) and 32 (Cascade Mask R-CNN) are our
+guess.
 """
 
 from dataclasses import dataclass
@@ -9,32 +10,32 @@ from typing import ClassVar, Literal
 
 from replknet.train.recipe import Recipe, check_not_negative, check_positive, check_share
 
-# images of COCO's train2017 with objects, which are those that mmdetection trains on
+# images of COCO's train2017 with objects; mmdetection trains on these
 _COCO = 117_266
-# of DETR and Sparse R-CNN: longer and shorter side, pixels, and those that they cut from
+# longer and shorter sides of DETR and Sparse R-CNN, pixels, for the images and before random crops
 DETR_SCALES = tuple((1333, short) for short in range(480, 801, 32))
 DETR_CROP_SCALES = ((1333, 400), (1333, 500), (1333, 600))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionOptions:
-    """What a detector's training adds to a recipe.
+    """The fields that detection adds to a recipe.
 
     Args:
-        detector: "fcos" with the official head, "torchvision_fcos" with torchvision's, "mask_rcnn" of torchvision,
-            "cascade_rcnn", or "cascade_mask_rcnn"; those with a mask need annotations with segmentations.
-        malformed: annotations and images of the data set that cannot be used: an "error", or left out ("skip").
-        scales: longer and shorter sides into one of which an image is fitted in training, pixels.
-        crop_scales: as DETR does, half of the images are fitted into one of these, and a part is cut out; none for no
-            crops.
-        scale: longer and shorter side into which an image is fitted in evaluation, pixels.
-        flip: share of the images that are mirrored in training.
-        distort: distort the colours in training.
-        channels: of the pyramid and the heads.
-        drops: images after which the learning rate falls to a tenth.
-        warmup: the learning rate rises from `warmup_start` ("linear"), or stays there for the time ("constant").
-        warmup_start: share of the learning rate at the start of the warm-up.
-        backbone_lr: learning rate of the backbone relative to the heads'.
+        detector: "fcos" has the official head, "torchvision_fcos" and "mask_rcnn" are torchvision's, "cascade_rcnn" and
+            "cascade_mask_rcnn" are the paper's. Detectors with "mask" need annotations with segmentations.
+        malformed: what to do with unusable annotations and images: "error" stops, "skip" leaves them out.
+        scales: longer and shorter sides that a training image is fitted into, pixels; one pair is drawn.
+        crop_scales: longer and shorter sides for random crops as in DETR, pixels. Half of the training images are first
+            fitted into one of these pairs and cropped. Empty: no crops.
+        scale: longer and shorter side that an image is fitted into in evaluation, pixels.
+        flip: share of the training images that are mirrored.
+        distort: whether to distort the colours of training images.
+        channels: channels of the pyramid and the heads.
+        drops: numbers of training images; after each of them the learning rate falls to a tenth.
+        warmup: "linear" raises the learning rate from `warmup_start`; "constant" keeps it there during the warm-up.
+        warmup_start: learning rate at the start of the warm-up divided by the peak learning rate.
+        backbone_lr: learning rate of the backbone divided by the learning rate of the heads.
 
     Raises:
         ValueError: a value is out of its range.
@@ -72,15 +73,15 @@ class DetectionOptions:
 
 
 def bccd() -> Recipe:
-    """replknet_cifar_l with a narrow FCOS on the blood cells of BCCD, from our CIFAR-10 weights, in 37 minutes.
+    """replknet_cifar_l with a narrow FCOS on the blood cells of BCCD, from our CIFAR-10 weights, 37 minutes.
 
-    Command: `replknet train bccd --data bccd.zip`. Ours, not the paper's. Measured here in bfloat16: AP50 80.1 % on
-    the test images, seed 0; docs/detection.md.
+    Command: `replknet train bccd --data bccd.zip`. Our recipe, not the paper's. Measured here in bfloat16 with seed 0:
+    AP50 80.1 % on the test images; see docs/detection.md.
     """
     return Recipe(
         model="replknet_cifar_l",
         weights="replknet_cifar_l",
-        # the weights do not depend on it, and the network is four times faster
+        # the weights fit any stride of the stem, and with 4 the network is four times faster
         network={"stem_stride": 4},
         normalization="cifar10",
         evaluate_every=5,
@@ -102,11 +103,10 @@ def bccd() -> Recipe:
 
 
 def shapes() -> Recipe:
-    """replknet_cifar_l with a narrow Cascade Mask R-CNN on drawn shapes, from our CIFAR-10 weights, in 18 minutes.
+    """replknet_cifar_l with a narrow Cascade Mask R-CNN on drawn shapes, from our CIFAR-10 weights, 18 minutes.
 
-    Command: `python -m replknet.data.shapes DIR`, then `replknet train shapes --data DIR`. Ours, not the paper's: it
-    shows that a cascade learns, and measures nothing else. Measured here in bfloat16: AP 91.7 % of boxes and 86.3 % of
-    masks, seed 0.
+    Command: `python -m replknet.data.shapes DIR`, then `replknet train shapes --data DIR`. Our recipe, not the paper's.
+    It only shows that a cascade learns. Measured here in bfloat16 with seed 0: AP 91.7 % of boxes and 86.3 % of masks.
     """
     return Recipe(
         model="replknet_cifar_l",
@@ -131,7 +131,7 @@ def shapes() -> Recipe:
 
 
 def coco_fcos_31b() -> Recipe:
-    """RepLKNet-31B of ImageNet-1K with FCOS on COCO, 24 epochs.
+    """RepLKNet-31B from ImageNet-1K with FCOS on COCO, 24 epochs.
 
     Command: `replknet train coco_fcos_31b --weights FILE --data COCO --devices 8`. Hardware of the paper: 2 images a
     GPU. The paper's AP: 47.0.
@@ -145,7 +145,7 @@ def coco_fcos_31b() -> Recipe:
         lr=2e-4,
         drop_path=0.5,
         clip_grad=35.0,
-        # batch norms see two images a GPU otherwise
+        # else a batch norm sees only the two images of its GPU
         sync_bn=True,
         workers=4,
         options=DetectionOptions(
@@ -162,7 +162,7 @@ def coco_fcos_31b() -> Recipe:
 
 
 def coco_cascade_31b() -> Recipe:
-    """RepLKNet-31B of ImageNet-1K with Cascade Mask R-CNN on COCO, 36 epochs.
+    """RepLKNet-31B from ImageNet-1K with Cascade Mask R-CNN on COCO, 36 epochs.
 
     Command: `replknet train coco_cascade_31b --weights FILE --data COCO --nodes 4 --devices 8`. Hardware of the paper:
     1 image a GPU. The paper's AP: 52.2 of boxes, 45.2 of masks.
@@ -175,7 +175,7 @@ def coco_cascade_31b() -> Recipe:
         batch_size=32,
         lr=4e-4,
         drop_path=0.6,
-        # batch norms see one image a GPU otherwise
+        # else a batch norm sees only the one image of its GPU
         sync_bn=True,
         workers=4,
         options=DetectionOptions(
@@ -190,7 +190,7 @@ def coco_cascade_31b() -> Recipe:
 
 
 def coco_cascade_31b_22k() -> Recipe:
-    """RepLKNet-31B of ImageNet-22K with Cascade Mask R-CNN on COCO, 36 epochs.
+    """RepLKNet-31B from ImageNet-22K with Cascade Mask R-CNN on COCO, 36 epochs.
 
     Command: `replknet train coco_cascade_31b_22k --weights FILE --data COCO --nodes 4 --devices 8`. Hardware of the
     paper: 1 image a GPU. The paper's AP: 53.0 of boxes, 46.0 of masks.
@@ -199,7 +199,7 @@ def coco_cascade_31b_22k() -> Recipe:
 
 
 def coco_cascade_31l() -> Recipe:
-    """RepLKNet-31L of ImageNet-22K with Cascade Mask R-CNN on COCO, 36 epochs.
+    """RepLKNet-31L from ImageNet-22K with Cascade Mask R-CNN on COCO, 36 epochs.
 
     Command: `replknet train coco_cascade_31l --weights FILE --data COCO --nodes 4 --devices 8`. Hardware of the paper:
     1 image a GPU. The paper's AP: 53.9 of boxes, 46.5 of masks.

@@ -1,7 +1,7 @@
-"""Region proposals as mmdetection's Cascade Mask R-CNN makes them, on torchvision's RegionProposalNetwork.
+"""Region proposals as in mmdetection's Cascade Mask R-CNN, on torchvision's RegionProposalNetwork.
 
-Kept of torchvision, where mmdetection differs: proposals with a side below 0.001 pixels are dropped (there: with a side
-of 0), and the losses are divided by the number of sampled anchors (there an image without positives counts one more).
+Two details are torchvision's. It drops proposals with a side below 0.001 pixels; mmdetection drops a side of 0. It
+divides the losses by the number of sampled anchors; mmdetection counts one more for an image without positives.
 """
 
 import math
@@ -14,20 +14,20 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
-# what `assigned` gives boxes that have no ground truth
+# index that `assigned` gives a box without ground truth
 BACKGROUND, IGNORED = -1, -2
 
 
 def assigned(boxes: Tensor, truth: Tensor, low: float, high: float, rescue: float | None = None) -> Tensor:
-    """Index of the ground truth that each box is to find.
+    """Index of the ground truth that each box should find.
 
     Args:
         boxes: `[N,4]`, corners in pixels.
-        truth: ground truth `[T,4]`, alike; T may be 0.
-        low: boxes whose best IoU is below are background.
-        high: boxes whose best IoU is this or more belong to the ground truth that has it.
-        rescue: a ground truth whose best IoU with any box is this or more gets the boxes that have it, too, whatever
-            they had before; of several such the last. None for no such rule.
+        truth: boxes of the ground truth `[T,4]`, corners in pixels; T may be 0.
+        low: a box is background if its best IoU is below `low`.
+        high: a box belongs to the ground truth with the best IoU if that IoU is at least `high`.
+        rescue: a ground truth also gets the boxes that overlap it most, if their IoU is at least `rescue`. This rule
+            overrides the others; if two ground truths claim a box, the last one gets it. None: no such rule.
 
     Returns:
         `[N]` int64: the index, BACKGROUND or IGNORED.
@@ -36,7 +36,7 @@ def assigned(boxes: Tensor, truth: Tensor, low: float, high: float, rescue: floa
         return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
     iou = box_iou(truth, boxes)
     best, index = iou.max(0)
-    # two boxes without an area have 0 / 0
+    # the IoU of two boxes without an area is 0 / 0
     best = best.nan_to_num(0.0)
     index[best < high] = IGNORED
     index[best < low] = BACKGROUND
@@ -49,31 +49,32 @@ def assigned(boxes: Tensor, truth: Tensor, low: float, high: float, rescue: floa
 
 
 class BoxCoder(_utils.BoxCoder):
-    """torchvision's coder of boxes as differences, decoding in float32 and with shrinking limited like growth.
+    """torchvision's coder of boxes as differences. It decodes in float32, and limits shrinking as it limits growth.
 
     Args:
-        deviations: by which the differences of x, y, log width and log height are divided.
+        deviations: divisors of the differences of x, y, log width and log height.
     """
 
     def __init__(self, deviations: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)) -> None:
         super().__init__(weights=tuple(1 / deviation for deviation in deviations))
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes `[N,4*K]` of differences `[N,4*K]` to boxes `[N,4]`."""
+        """Boxes `[N,4*K]` from differences `[N,4*K]` to boxes `[N,4]`."""
         limit = torch.tensor([math.inf, math.inf, self.bbox_xform_clip, self.bbox_xform_clip], device=boxes.device)
         limit = (limit * limit.new_tensor(self.weights)).repeat(rel_codes.shape[1] // 4)
         return super().decode_single(torch.maximum(rel_codes.float(), -limit), boxes)
 
 
 class Anchors(nn.Module):
-    """Three boxes round every multiple of each level's stride, with torchvision's interface of anchor generators.
+    """Anchors: three boxes round every multiple of each level's stride, with the interface of torchvision's generator.
 
-    torchvision rounds their corners and divides the image by the grid, which is not the stride where a grid is odd.
+    torchvision's own generator rounds the corners. It takes image side / grid side as the stride, which can differ from
+    the level's stride.
 
     Args:
-        strides: of the levels, pixels.
-        scale: of an anchor's side to the stride.
-        ratios: height to width; the area is that of the square.
+        strides: strides of the levels, pixels.
+        scale: side of a square anchor divided by the stride.
+        ratios: height divided by width of each anchor; all anchors of a level have equal areas.
     """
 
     def __init__(self, strides: Sequence[int], scale: float = 8.0, ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> None:
@@ -102,7 +103,7 @@ class Anchors(nn.Module):
 
 
 class _Head(RPNHead):
-    """torchvision's head, its results in float32."""
+    """torchvision's head with results in float32."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, differences = super().forward(x)
@@ -110,16 +111,19 @@ class _Head(RPNHead):
 
 
 class RegionProposals(RegionProposalNetwork):
-    """Boxes that may hold an object, and the two losses of finding them.
+    """Boxes that may hold an object, and two losses that train them.
 
-    Trained on 256 anchors an image, half of them positive at most: IoU of 0.7 and more, or the best of a ground truth
-    if that is 0.3 and more, against IoU below 0.3. Anchors that reach over the border of their image are not trained
-    on. Proposals are the best 2000 of each level (1000 in eval mode), clipped, and of these, after suppression at IoU
-    0.7 within the level, the best 2000 (1000) of all. An image that has none left gets one as large as itself.
+    Training takes 256 anchors an image, at most half of them positive. An anchor is positive if its IoU is at least
+    0.7, or if no other anchor has a larger IoU with some ground truth and that IoU is at least 0.3. It is negative if
+    its IoU is below 0.3. Anchors that cross the border of their image are not trained.
+
+    Each level proposes its best 2000 anchors (1000 in eval mode), moved and clipped. Suppression at an IoU of 0.7
+    within each level follows, then the best 2000 (1000) of all levels remain. If none remains, the whole image is the
+    only proposal.
 
     Args:
-        strides: of the levels, pixels.
-        channels: of the levels.
+        strides: strides of the levels, pixels.
+        channels: channels of the levels.
 
     Source: Ren et al. 2015, "Faster R-CNN", arXiv:1506.01497, with the settings of the paper's detectors.
     """
@@ -143,15 +147,15 @@ class RegionProposals(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals `[N,4]` of each image, best first, without gradient; in training mode with the losses.
+        """Proposals `[N,4]` of each image, best first and without gradient, and in training mode the losses.
 
         Args:
-            images: the batch with the size of each image in it.
+            images: the batch, and the size of each image in it.
             features: the levels, `[N,C,h,w]`.
-            targets: of each image its `boxes` `[n,4]`.
+            targets: for each image its `boxes` `[n,4]`.
         """
         if targets is not None:
-            # the sizes reach `assign_targets_to_anchors` so
+            # `assign_targets_to_anchors` sees only anchors and targets, so the targets carry the sizes
             targets = [
                 {"boxes": target["boxes"].float(), "size": torch.tensor(size)}
                 for target, size in zip(targets, images.image_sizes, strict=True)
@@ -168,7 +172,7 @@ class RegionProposals(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each anchor 1 (positive), 0 (negative) or -1 (ignored), and its ground truth `[N,4]`."""
+        """For each anchor 1 (positive), 0 (negative) or -1 (ignored), and its ground truth `[N,4]`."""
         labels, matched = [], []
         for boxes, target in zip(anchors, targets, strict=True):
             height, width = target["size"].tolist()
@@ -178,7 +182,7 @@ class RegionProposals(RegionProposalNetwork):
             label = boxes.new_full((len(boxes),), -1.0)
             label[inside] = (index >= 0).float() - (index == IGNORED).float()
             labels.append(label)
-            # an anchor without ground truth gets itself, which has a finite difference
+            # an anchor without ground truth gets itself, so that all differences are finite
             wanted = boxes.clone()
             positive = index >= 0
             wanted[inside[positive]] = truth[index[positive]]
@@ -188,7 +192,7 @@ class RegionProposals(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Both losses; 0 where no anchor of the batch lies inside its image."""
+        """Both losses; 0 if no anchor of the batch lies inside its image."""
         if not any((label >= 0).any() for label in labels):
             return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
         return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)

@@ -1,4 +1,4 @@
-"""How a detector is asked: options of `replknet predict` and `eval`. No torch is needed for them."""
+"""The options of detection for `replknet predict` and `eval`; they need no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """Which objects of an image are told.
+    """Settings of the prediction.
 
     Args:
-        min_score: of an object, from 0 to 1.
+        min_score: smallest score of an object to report, from 0 to 1.
     """
 
     min_score: float = 0.3
@@ -17,11 +17,11 @@ class PredictionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """On what a detector is scored; the data is in COCO's layout.
+    """Settings of the evaluation. The data is in COCO's layout.
 
     Args:
-        split: of the images and annotations.
-        malformed: annotations that cannot be used are an "error", or left out ("skip").
+        split: split of the data to score.
+        malformed: what to do with unusable annotations: "error" stops, "skip" leaves them out.
     """
 
     split: Literal["train", "val", "test"] = "val"

@@ -1,4 +1,4 @@
-"""torchvision's FCOS and Mask R-CNN over any backbone with features, called like this package's detectors."""
+"""torchvision's FCOS and Mask R-CNN on any backbone with features, with the interface of our own detectors."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,19 +16,20 @@ from replknet.tasks.detection.pyramid import Pyramid
 def torchvision_fcos(backbone: nn.Module, num_classes: int, channels: int = 256) -> nn.Module:
     """torchvision's FCOS on a feature pyramid of strides 8 to 128: a newer recipe, which official weights do not fit.
 
-    It differs from our FCOS in what a point learns (only those near the middle of a box, by GIoU, centerness from the
-    tower of the boxes, no learned scales) and in its thresholds: score sqrt(class * centerness) > 0.2, NMS at 0.6.
+    It differs from our FCOS in training and in thresholds. Only points near the middle of a box learn it, with the GIoU
+    loss. Centerness comes from the tower of the boxes, and there are no learned scales. The score is
+    sqrt(class * centerness) and must exceed 0.2; NMS is at 0.6.
 
     Args:
-        backbone: a timm model with `features_only=True`; its features from stride 8 on have 8, 16 and 32.
-        num_classes: classes of an object.
-        channels: of the pyramid and the head, a multiple of 32.
+        backbone: a timm model with `features_only=True`; its features from stride 8 on have strides 8, 16 and 32.
+        num_classes: number of classes.
+        channels: channels of the pyramid and the head, a multiple of 32.
 
     Returns:
-        A network that is called as `replknet.tasks.detection.fcos.FCOS` is and gives the same.
+        A network with the interface of `replknet.tasks.detection.fcos.FCOS`.
 
     Raises:
-        ValueError: no features of strides 8, 16 and 32, or channels that 32 does not divide.
+        ValueError: the backbone lacks features of strides 8, 16 and 32, or 32 does not divide the channels.
     """
     if channels % 32:
         raise ValueError(f"torchvision's head has 32 groups of channels: expected a multiple of 32, got {channels}")
@@ -40,24 +41,24 @@ def mask_rcnn(backbone: nn.Module, num_classes: int, channels: int = 256) -> nn.
     """torchvision's Mask R-CNN with its own heads and settings on a feature pyramid of strides 4 to 64.
 
     Args:
-        backbone: a timm model with `features_only=True`; its features from stride 4 on have 4, 8, 16 and 32.
-        num_classes: classes of an object.
-        channels: of the pyramid.
+        backbone: a timm model with `features_only=True`; its features from stride 4 on have strides 4, 8, 16 and 32.
+        num_classes: number of classes.
+        channels: channels of the pyramid.
 
     Returns:
-        A network that is called like our CascadeRCNN; the names of its losses are torchvision's.
+        A network with the interface of our CascadeRCNN; its losses have torchvision's names.
 
     Raises:
-        ValueError: no features of strides 4, 8, 16 and 32.
+        ValueError: the backbone lacks features of strides 4, 8, 16 and 32.
 
-    Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, in the form of torchvision.
+    Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, as torchvision implements it.
     """
     levels = _levels(Pyramid(backbone, channels=channels), (4, 8, 16, 32, 64))
     return _prepared(_MaskRCNN(levels, num_classes + 1))
 
 
 class _FCOS(FCOS):
-    """Losses with the names of this package's."""
+    """torchvision's FCOS with the names of our losses."""
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -70,7 +71,7 @@ class _FCOS(FCOS):
 
 
 class _MaskRCNN(MaskRCNN):
-    """Labels count from 0, and masks have no channel."""
+    """torchvision's Mask R-CNN, with labels that count from 0 and masks without a channel."""
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -83,7 +84,7 @@ class _MaskRCNN(MaskRCNN):
 
 
 class _Levels(nn.Module):
-    """A pyramid's levels by the names that torchvision's Mask R-CNN knows, in float32, in which it places its boxes."""
+    """A pyramid with torchvision's names of the levels, in float32, since torchvision computes boxes in their dtype."""
 
     def __init__(self, pyramid: Pyramid) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ def _levels(pyramid: Pyramid, strides: tuple[int, ...]) -> _Levels:
 
 
 class _AsGiven(GeneralizedRCNNTransform):
-    """Batches images as they are; torchvision's own resizes them in eval mode whatever it is told."""
+    """Makes a batch of images at their own sizes; torchvision's own transform always resizes them in eval mode."""
 
     def forward(
         self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -114,8 +115,8 @@ class _AsGiven(GeneralizedRCNNTransform):
 
 
 def _prepared(model: nn.Module) -> nn.Module:
-    """The detector with images as they are given, and losses and boxes in float32 under autocast, too."""
-    # the sizes and statistics are unused
+    """The detector without resizing, with losses and boxes in float32 even under autocast."""
+    # `_AsGiven` uses none of these sizes and statistics
     model.transform = _AsGiven(800, 1333, [0.0] * 3, [1.0] * 3)
     modules = dict(model.named_modules())
     for name in ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor"):

@@ -1,4 +1,4 @@
-"""A detector in training: loss and optimisation, and the job of a recipe."""
+"""Training of detectors: loss, optimisation, and the job of a recipe."""
 
 import sys
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ from replknet.train.recipe import Recipe
 
 
 class Detection(pl.LightningModule):
-    """A detector in training: its losses added up, AdamW, a learning rate that falls in steps.
+    """A detector in training: the sum of its losses, and a learning rate that falls in steps.
 
     Args:
         model: a detector.
-        classes: number of them.
+        classes: number of classes.
         masks: whether masks are scored.
-        optimizer: timm's name of it.
+        optimizer: timm's name of the optimiser.
         lr: peak learning rate.
-        warmup: "linear" from `warmup_start` of the learning rate, or "constant" there.
-        warmup_start: from 0 to 1.
-        warmup_steps: its length.
-        drops: shares of the training after which the learning rate falls to a tenth, from 0 to 1.
-        weight_decay: decay of weights; biases and norms are exempt.
-        backbone_lr: learning rate of the backbone relative to the heads'.
+        warmup: "linear" raises the learning rate from `warmup_start`; "constant" keeps it there during the warm-up.
+        warmup_start: learning rate at the start of the warm-up divided by the peak learning rate, from 0 to 1.
+        warmup_steps: steps of warm-up.
+        drops: shares of the training, from 0 to 1; after each of them the learning rate falls to a tenth.
+        weight_decay: weight decay; biases and norms are exempt.
+        backbone_lr: learning rate of the backbone divided by the learning rate of the heads.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Detection(pl.LightningModule):
 
     @property
     def weights(self) -> nn.Module:
-        """The network to be scored and kept."""
+        """The network that is scored and kept."""
         return self.model
 
     def training_step(self, batch: tuple[list[Tensor], list[Targets]], index: int) -> Tensor:
@@ -88,7 +88,7 @@ class Detection(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         found = self.precision.compute()
-        # an average over no objects is None
+        # None if the data has no objects
         self.log("val_map", found.boxes.map or 0.0, prog_bar=True)
         self.log("val_map50", found.boxes.map50 or 0.0)
         if found.masks is not None:
@@ -112,26 +112,24 @@ class Detection(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-# ---- the task's record
-
-
 def _options(recipe: Recipe) -> DetectionOptions:
     assert isinstance(recipe.options, DetectionOptions)
     return recipe.options
 
 
 def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
-    """Network, data and task of a recipe.
+    """The job of a recipe: network, data and optimisation.
 
     Raises:
-        ValueError: no data is named, the backbone cannot be built so, or the checkpoint to start from does not fit.
-        ImageError: the data is not as it should be.
+        ValueError: `data` is missing, the hardware settings do not suit a detector, the backbone cannot be built, or
+            the checkpoint to start from does not fit.
+        ImageError: the data cannot be read, or has another layout.
     """
     data = own_images(data)
     if hardware.compile:
         raise ValueError("torch.compile takes no network whose shapes depend on what it finds; leave out --compile")
     if hardware.shard:
-        raise ValueError("shard was never tried with a detector; leave it out")
+        raise ValueError("shard was never tried with a detector; leave out --shard")
     check_unit(recipe, "samples")
     assert recipe.samples is not None
     options = _options(recipe)
@@ -199,6 +197,6 @@ TRAIN = Train(
     job=job,
     step=None,
     refusal=lambda recipe, hardware, images: None,
-    # only estimates ask
+    # only estimates need these numbers, and detectors have no estimate
     training_set=lambda name, recipe: (None, None),
 )

@@ -1,8 +1,8 @@
-"""Segmentation networks as files for other runtimes, with everything in them that is needed to use them.
+"""Files of segmentation networks for other runtimes. A card in each file says how to use it.
 
-A file is the merged network in float32, without the auxiliary head, for any batch and any height and width from its
-last stride on. It gives logits of the image's size: windows, scales and the class of a pixel are the caller's, and the
-card says which. No file is kept that does not compute what torch does.
+A file holds the merged network in float32, without the auxiliary head, for any batch size, height and width above its
+last stride. It returns logits in the size of the image. Windows, scales and the choice of a pixel's class are left to
+the caller; the card has their values. A file is kept only if it computes what torch computes.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,15 @@ from replknet.tasks.task import Export, Network
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationCard:
-    """What stands in an exported file beside the network; the fields of the description stand beside the others.
+    """What an exported file says about its network. In the file, the description's fields are fields of the card.
 
     Args:
-        description: of the network: classes, their colours, mean and std, scale of an image, windows.
-        sides: smallest and largest side of an image, or of a window, that the file takes, pixels.
+        description: classes, their colours, mean and std, scale of an image, windows.
+        sides: smallest and largest side of an image or window that the file takes, pixels.
         task: what the network does.
         input: what the network takes, in words.
-        output: what it gives, in words.
-        licence: of the weights, or "unknown".
+        output: what the network returns, in words.
+        licence: licence of the weights, or "unknown".
         made_by: this package and its version.
     """
 
@@ -58,30 +58,31 @@ class SegmentationCard:
 
 
 def segmentation_card(description: SegmentationDescription, licence: str = "unknown") -> SegmentationCard:
-    """The card of a network, from its description."""
+    """The card of the network with this description."""
     return SegmentationCard(description=description, licence=licence, made_by=f"replknet {version('replknet')}")
 
 
 def export_segmenter(
     model: UperNet, card: SegmentationCard, path: str | Path, to: Format, examples: Sequence[Tensor] = ()
 ) -> Difference:
-    """Write a segmentation network, merged, in float32, and keep the file if it computes what torch does.
+    """Write a segmentation network, merged, in float32. The file is kept if it computes what torch computes.
 
     Args:
-        model: in any form, of any dtype and on any device; it stays as it was.
-        card: what else the file holds.
-        path: ends as `replknet.deploy.files.ENDINGS` says. An existing file is replaced only by one that was checked.
+        model: a UperNet in any form, any dtype and on any device; it stays unchanged.
+        card: the card for the file.
+        path: ends as `replknet.deploy.files.ENDINGS` says. A checked file replaces an existing one.
         to: the format: ONNX (opset 20), OpenVINO (an .xml with a .bin beside it), torch.export, or AOTInductor, which
             is compiled for this machine.
-        examples: prepared images `[N,3,H,W]` on which it is checked, beside random ones of two other sizes.
+        examples: prepared images `[N,3,H,W]` for the check. Random images of two other sizes are checked, too.
 
     Returns:
-        The largest difference from torch's logits in the file's runtime on the CPU; `replknet.deploy.files.BOUND` is
-        allowed.
+        The largest difference of the logits from torch's, in the file's runtime on the CPU; at most
+        `replknet.deploy.files.BOUND`.
 
     Raises:
-        ValueError: another ending, examples of another shape or dtype, or a card of another number of classes.
-        RuntimeError: the file differs more; none is left.
+        ValueError: the path has another ending, an example another shape or dtype, or the card another number of
+            classes.
+        RuntimeError: the file differs more; it is removed.
     """
     named = len(card.description.classes)
     if named != model.num_classes:
@@ -93,15 +94,12 @@ def export_segmenter(
 
 
 def example_of(image: Image.Image, description: SegmentationDescription) -> Tensor:
-    """An image in RGB as the network is given it: fitted into the scale, and the first of its windows `[1,3,H,W]`."""
+    """The network's input `[1,3,H,W]` for an image in RGB: normalised, fitted into the scale, its first window."""
     x = description.normalize(pixels(image))[None]
     if description.scale is not None:
         size = fitted(image.height, image.width, *description.scale)
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return x[:, :, : description.window, : description.window]
-
-
-# ---- the task's record
 
 
 def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:

@@ -1,4 +1,4 @@
-"""Segmentation networks in files: ours say what they are of, the official ones are understood from their keys."""
+"""Files of segmentation networks. Ours have a description; the official ones are recognised by their keys."""
 
 import json
 from collections.abc import Mapping
@@ -24,21 +24,21 @@ FIELD = "replknet_segmentation"
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationDescription:
-    """What a file of weights is of, and how its network is fed.
+    """Which network a file of weights belongs to, and which images the network expects.
 
     Args:
         backbone: timm's name of the backbone.
-        network: its options, such as kernels, as timm.create_model takes them.
+        network: options of the backbone, such as kernels, as timm.create_model takes them.
         classes: names of the classes.
-        palette: their colours, RGB.
-        channels: of UperNet's head.
-        auxiliary_channels: of the auxiliary head; None where there is none.
-        align_corners: of every interpolation.
-        scale: longer and shorter side into which an image is fitted, pixels; None for its own size.
-        window: side of the windows of a large image, pixels; None for the whole image at once.
-        stride: of the windows, pixels.
-        mean: per channel, for values from 0 to 1 in RGB.
-        std: per channel.
+        palette: colours of the classes, RGB.
+        channels: channels of UperNet's head.
+        auxiliary_channels: channels of the auxiliary head; None: no such head.
+        align_corners: whether every interpolation aligns corners.
+        scale: longer and shorter side that an image is fitted into, pixels; None: the image's own size.
+        window: side of the sliding windows, pixels; None: the whole image at once.
+        stride: distance from one window to the next, pixels.
+        mean: mean of each channel in RGB, for values from 0 to 1.
+        std: standard deviation of each channel in RGB, for values from 0 to 1.
     """
 
     backbone: str
@@ -59,7 +59,7 @@ class SegmentationDescription:
         return Classes(self.classes, self.palette)
 
     def build(self, **options: Any) -> UperNet:
-        """The network, untrained; options are the backbone's beside its own."""
+        """The network, untrained; `options` are further options of the backbone."""
         backbone = timm.create_model(self.backbone, features_only=True, **self.network, **options)
         return UperNet(backbone, len(self.classes), self.channels, self.auxiliary_channels, self.align_corners)
 
@@ -70,17 +70,17 @@ class SegmentationDescription:
 
     @property
     def normalize(self) -> Normalize:
-        """What an image goes through before the network."""
+        """The last step of an image before the network."""
         return Normalize(self.mean, self.std)
 
 
 def save_segmentation(model: nn.Module, path: str | Path, description: SegmentationDescription) -> None:
-    """Write a network to a safetensors file; an existing file is replaced only when all is written.
+    """Write a network to a safetensors file. An existing file is replaced only after the new one is complete.
 
     Args:
-        model: a UperNet in any form: training, merged or folded, with its auxiliary head or without.
-        path: the file; its folder is made.
-        description: what is needed to build and feed it, written into the file's header.
+        model: a UperNet in any form: training, merged or folded, with or without its auxiliary head.
+        path: the file; a missing folder is created.
+        description: how to build the network again and how to feed it; it goes into the file's header.
     """
     write(model, path, {FIELD: json.dumps(asdict(description))})
 
@@ -89,16 +89,16 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
     """The network of a checkpoint file, in the file's form, without the auxiliary head and in eval mode.
 
     Args:
-        path: a file of `save_segmentation`, or one of mmsegmentation 0.x with a RepLKNet and 150 or 19 classes, as the
-            official ones are; what the latter is of and how it is fed is understood from keys and shapes (`described`).
-        dtype: of the network; None for that of the file.
+        path: a file of `save_segmentation`, or a file of mmsegmentation 0.x with a RepLKNet and 150 or 19 classes, such
+            as the official ones. `described` recognises the latter by keys and shapes.
+        dtype: dtype of the network; None: the file's.
 
     Returns:
         The network on the CPU and its description.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it holds no such network.
+        CheckpointError: the file holds no such network.
     """
     return network_of(read(path), dtype)
 
@@ -113,22 +113,23 @@ def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[UperNe
     return filled(model, state, source.path, "UperNet").to(dtype), description
 
 
-# classes of a pixel -> data set, the scale of its images, and whether corners are aligned, in the official networks
+# the official networks: number of classes -> data set, scale of its images, align_corners
 _OFFICIAL = {150: ("ade20k", (2048, 512), False), 19: ("cityscapes", (2049, 1025), True)}
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> SegmentationDescription:
     """The description of an official network, from keys and shapes.
 
-    The data set is the one with as many classes: ADE20K with 150, Cityscapes with 19. Windows of 640 are those of 31L
-    and XL; the two networks of 31B on ADE20K cannot be told apart, and the one of ImageNet-22K wants them, too.
+    The number of classes tells the data set: 150 for ADE20K, 19 for Cityscapes. On ADE20K, 31L and XL get windows of
+    640. Of the two 31B networks on ADE20K, the one from ImageNet-22K needs windows of 640, too. But the file does not
+    say which one it is, so the description has no windows.
 
     Args:
-        state: under our keys, as `read_state_dict` gives it.
-        where: what the error calls it.
+        state: tensors under our keys, as `read_state_dict` returns them.
+        where: what the error calls the state.
 
     Raises:
-        CheckpointError: the keys are not those of UperNet over a RepLKNet, or the classes those of another data set.
+        CheckpointError: the keys do not belong to a UperNet on a RepLKNet, or the number of classes is another.
     """
     head = "decode_head.classifier.weight"
     backbone = official_backbone(state, "backbone.model.", where) if head in state else None

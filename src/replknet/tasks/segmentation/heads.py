@@ -1,7 +1,7 @@
-"""UperNet over any backbone with features: the segmentation networks of the paper.
+"""UperNet on any backbone with features: the segmentation networks of the paper.
 
-The heads are transformers', which are mmsegmentation's. What they lack is added: dropout before the classifiers,
-the corners of Cityscapes' configuration, and mmsegmentation's initial values.
+The heads come from the package transformers, which copies mmsegmentation's. We add what they lack: dropout before the
+classifiers, `align_corners` as in Cityscapes' configuration, and mmsegmentation's initial values.
 """
 
 import torch
@@ -17,7 +17,7 @@ _DROPOUT = 0.1
 
 
 class _Classifier(nn.Conv2d):
-    """A 1x1 convolution that whole channels are dropped before, in training."""
+    """A 1x1 convolution, after dropout of whole channels in training."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 1)
@@ -27,9 +27,9 @@ class _Classifier(nn.Conv2d):
 
 
 class _AdaptivePool(nn.AdaptiveAvgPool2d):
-    """torch's adaptive average pooling, in exported files as products with matrices of averages.
+    """torch's adaptive average pooling, exported as products with matrices of averages.
 
-    torch's own exports the windows of the size that was traced, and files with dynamic sizes then fail or are wrong.
+    torch's own export fixes the windows to the traced size. A file for dynamic sizes then fails or is wrong.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -38,16 +38,16 @@ class _AdaptivePool(nn.AdaptiveAvgPool2d):
         side = self.output_size
         assert isinstance(side, int)
         rows, columns = (_averages(side, input.shape[axis], input) for axis in (2, 3))
-        # a product with fixed ranks, which a matrix product of dynamic sizes is not
+        # not as a matrix product: with dynamic sizes its rank is not fixed
         across = (input[:, :, :, None] * columns).sum(-1)
         return (across[:, :, None] * rows[:, :, None]).sum(3)
 
 
 def _averages(windows: int, pixels: int, like: Tensor) -> Tensor:
-    """The weight of each pixel of a line in each of the windows: `[windows,pixels]`."""
+    """The weight of each pixel of a line in each window: `[windows,pixels]`."""
     window = torch.arange(windows, device=like.device)[:, None]
     pixel = torch.arange(pixels, device=like.device)
-    # from the rounded down to the rounded up share of the line
+    # a window starts at its share of the line rounded down, and ends at its share rounded up
     inside = (pixel >= window * pixels // windows) & (pixel < ((window + 1) * pixels + windows - 1) // windows)
     weights = inside.to(like.dtype)
     return weights / weights.sum(1, keepdim=True)
@@ -57,15 +57,17 @@ class UperNet(nn.Module):
     """A backbone, UperNet's head on its features, and an auxiliary head for training.
 
     Args:
-        backbone: a timm model with `features_only=True`; its features are four, at strides 4, 8, 16 and 32 as the
-            paper has them, or any number from two on.
-        num_classes: classes of a pixel.
-        channels: of the head: 512 in the paper.
-        auxiliary_channels: of the auxiliary head, on the last feature but one: 256 in the paper; None for no such head.
-        align_corners: of every interpolation, as the paper's configuration for Cityscapes has it.
+        backbone: a timm model with `features_only=True` and at least two features. The paper has four, at strides 4,
+            8, 16 and 32.
+        num_classes: number of classes.
+        channels: channels of the head; 512 in the paper.
+        auxiliary_channels: channels of the auxiliary head on the last feature but one; 256 in the paper. None: no such
+            head.
+        align_corners: whether every interpolation aligns corners, as in the paper's configuration for Cityscapes.
 
     Input: images `[N,3,H,W]`, any size.
-    Output: logits `[N,num_classes,H,W]`; with `auxiliary=True` a tuple of those of both heads.
+    Output: logits `[N,num_classes,H,W]`; with `auxiliary=True` a tuple: the logits of the head and of the auxiliary
+    head.
 
     Source: Xiao et al. 2018, "Unified Perceptual Parsing for Scene Understanding", arXiv:1807.10221; Ding et al. 2022,
     arXiv:2203.06717, section 4.3.
@@ -82,7 +84,7 @@ class UperNet(nn.Module):
         super().__init__()
         widths: list[int] = backbone.feature_info.channels()  # type: ignore[operator,union-attr]  # of every such model
         config = UperNetConfig(
-            # no backbone is built from it
+            # a required field; no backbone is built from it
             backbone_config={"model_type": "resnet"},
             hidden_size=channels,
             auxiliary_channels=auxiliary_channels or channels,
@@ -106,7 +108,7 @@ class UperNet(nn.Module):
                 elif isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for scale, block in zip(config.pool_scales, self.decode_head.psp_modules.blocks, strict=True):
-            # transformers keeps its layers twice, as a list and by name
+            # transformers keeps each layer twice, in a list and by name
             pool = _AdaptivePool(scale)
             block.layers[0] = pool
             block.add_module("0", pool)
@@ -126,7 +128,7 @@ class UperNet(nn.Module):
 
 
 def without_auxiliary(model: UperNet) -> UperNet:
-    """The same network as it is used: the head that only training has is dropped, in place."""
+    """The network itself, after its auxiliary head, which only training uses, was removed in place."""
     model.auxiliary_head = None
     return model
 

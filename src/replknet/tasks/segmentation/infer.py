@@ -1,4 +1,4 @@
-"""Semantic segmentation: prediction whole and by windows, and scores."""
+"""Semantic segmentation: prediction on whole images or by windows, and scores."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -30,23 +30,21 @@ from replknet.tasks.task import (
     random_images,
 )
 
-# ---- prediction
-
 
 @dataclass(frozen=True)
 class Inference:
-    """How a network is run on an image.
+    """How a network segments an image.
 
     Args:
-        window: side of the windows, pixels; None for the whole image at once. An image that is smaller is one window.
-        stride: from one window to the next, pixels; the last one of a row ends at the image's edge.
-        ratios: sizes of the image relative to its own, or to `scale`, whose probabilities are averaged.
-        flip: average with the mirrored image, too.
-        scale: longer and shorter side, pixels, into which an image is fitted; None for its own size.
-        align_corners: how logits of another size than the result's are resized, as the network's own are.
+        window: side of the sliding windows, pixels; None: the whole image at once. A smaller image is one window.
+        stride: distance from one window to the next, pixels; the last window of a row ends at the image's edge.
+        ratios: factors on the image's size, or on `scale`. The probabilities of several factors are averaged.
+        flip: whether to average with the mirrored image, too.
+        scale: longer and shorter side that an image is fitted into, pixels; None: the image's own size.
+        align_corners: whether logits are resized to the result with aligned corners, as the network does inside.
 
     Raises:
-        ValueError: a window without a stride, or values that are not positive.
+        ValueError: a window has no stride, or a value is not positive.
     """
 
     window: int | None = None
@@ -64,10 +62,10 @@ class Inference:
 
     @torch.inference_mode()
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Class of each pixel: `[N,*size]`, uint8.
+        """The class of each pixel: `[N,*size]`, uint8.
 
         Args:
-            model: images to logits of the same size.
+            model: maps images to logits of their size.
             x: `[N,3,H,W]`, normalised.
             size: (height, width) of the result.
         """
@@ -97,13 +95,13 @@ class Inference:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Logits of the whole image, the mean of those of its windows: `[N,classes,H,W]`."""
+        """Logits of the whole image `[N,classes,H,W]`; where windows overlap, a mean over the windows."""
         if self.window is None or self.stride is None:
             return model(x)
         sides = [min(self.window, side) for side in x.shape[-2:]]
         from monai.inferers.utils import sliding_window_inference  # optional, and slow to import
 
-        # monai takes the whole part of side * (1 - overlap) for its step; half a pixel more leaves no doubt
+        # monai's step is side * (1 - overlap), rounded down; half a pixel more keeps it from falling below the stride
         overlap = [max(0.0, 1 - (self.stride + 0.5) / side) for side in sides]
         return sliding_window_inference(x, sides, 1, model, overlap=overlap)  # type: ignore[return-value]  # a tensor
 
@@ -115,10 +113,10 @@ def inference_of(
     ratios: tuple[float, ...] = (1.0,),
     flip: bool = False,
 ) -> Inference:
-    """The inference that a network was trained for, or another window."""
+    """The inference with the window of a network's description, or with another one."""
     if window is None:
         window, stride = description.window, stride or description.stride
-    # two thirds, as the paper has it
+    # the paper's stride is two thirds of the window
     stride = stride or (None if window is None else 2 * window // 3)
     return Inference(window, stride, ratios, flip, description.scale, description.align_corners)
 
@@ -131,24 +129,21 @@ def predict(model: nn.Module, image: Image.Image, description: SegmentationDescr
     ]
 
 
-# ---- scores
-
-
 @dataclass(frozen=True)
 class SegmentationScores:
-    """How well a network segments a data set, as mmsegmentation counts it; shares are from 0 to 1."""
+    """How well a network segments a data set, counted as in mmsegmentation; shares are from 0 to 1."""
 
     images: int
-    miou: float  # mean of the classes that occur in masks or predictions
+    miou: float  # mean over the classes that occur in masks or predictions
     accuracy: float  # share of the labelled pixels that are right
-    mean_accuracy: float  # mean of the classes that occur in masks
-    iou: list[float | None]  # per class; None where it occurs nowhere
-    class_accuracy: list[float | None]  # per class; None where it occurs in no mask
-    confusion: list[list[int]]  # pixels of the row's class that were taken for the column's
+    mean_accuracy: float  # mean over the classes that occur in masks
+    iou: list[float | None]  # of each class; None if it occurs in no mask and no prediction
+    class_accuracy: list[float | None]  # of each class; None if it occurs in no mask
+    confusion: list[list[int]]  # number of pixels; row: class in the mask, column: predicted class
 
 
 def scores(confusion: Tensor, images: int) -> SegmentationScores:
-    """Scores of a data set from its confusion matrix `[classes,classes]`, int64, rows for the masks."""
+    """The scores of a confusion matrix `[classes,classes]`, int64; a row is a class in the masks."""
     right, in_masks, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     union = in_masks + predicted - right
     iou = [r / u if u else None for r, u in zip(right.tolist(), union.tolist(), strict=True)]
@@ -170,7 +165,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def confusion_of(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
-    """Confusion matrix `[classes,classes]`, int64, of predictions and masks `[N,H,W]`; IGNORE counts nowhere."""
+    """Confusion matrix `[classes,classes]`, int64, of predictions and masks `[N,H,W]`, without pixels of IGNORE."""
     labelled = mask != IGNORE
     places = mask[labelled].long() * classes + predicted[labelled].long()
     return torch.bincount(places, minlength=classes**2).view(classes, classes)
@@ -179,7 +174,9 @@ def confusion_of(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, inference: Inference
 ) -> SegmentationScores:
-    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and masks `[N,H',W']`; memory does not grow.
+    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and masks `[N,H',W']`.
+
+    Memory does not grow with the number of batches.
 
     Raises:
         ValueError: there is no image.
@@ -193,9 +190,6 @@ def evaluate(
     if images == 0:
         raise ValueError("no images to evaluate")
     return scores(total, images)
-
-
-# ---- the task's record
 
 
 def _predictor(network: Network, settings: PredictionSettings) -> Callable[[Image.Image], Prediction]:

@@ -1,6 +1,6 @@
 """UperNet in its inference form: norms are folded, and levels are added and joined in place.
 
-Importing this module registers the rules, so `heads.py`, which defines the network, imports it.
+Importing this module registers its rules. `heads.py` defines the network and imports it.
 
 Source: Xiao et al. 2018, "Unified Perceptual Parsing for Scene Understanding", arXiv:1807.10221.
 """
@@ -21,13 +21,13 @@ from replknet.nn.conv_bn import affine, set_weight_and_bias, weight_and_bias
 
 
 class PyramidHead(nn.Module):
-    """transformers' UperNetHead on the same layers, with less memory: a level is freed after its last use.
+    """transformers' UperNetHead with less memory: a level is freed after its last use.
 
     Args:
-        head: gives the layers, and the function for the last level.
+        head: the UperNetHead. Its layers and its `psp_forward` are used.
 
     Input: features, the largest first.
-    Output: logits `[N,classes,H,W]` of the size of the first.
+    Output: logits `[N,classes,H,W]` in the size of the first feature.
     """
 
     def __init__(self, head: UperNetHead) -> None:
@@ -80,7 +80,7 @@ def _conv_module(module: UperNetConvModule, rewriter: Rewriter) -> nn.Module:
 @rewritten.register
 def _pooling_block(block: UperNetPyramidPoolingBlock, rewriter: Rewriter) -> nn.Module:
     rewriter.with_new_children(block)
-    # transformers runs the layers from a plain list, which does not see what replaced them
+    # transformers runs the layers from a plain list, which still holds the old ones
     block.layers = list(block.children())
     return block
 

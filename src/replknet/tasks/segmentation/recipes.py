@@ -1,8 +1,8 @@
-"""Trainings of segmentation networks: the paper's with UperNet, and ours on CamVid.
+"""Recipes for segmentation: the paper's with UperNet, and ours on CamVid.
 
-The paper's configurations count steps of a fixed number of GPUs; here they are samples, so that fewer GPUs do the same
-work. Each ADE20K training sees 5.12 million crops: 160,000 steps of 32. The 160,000 steps that others report for
-Swin or ConvNeXt are of 16 as a rule, half as many; their scores compare with that in mind.
+The paper's configurations count steps on a fixed number of GPUs. Here the length is in samples, so that any number of
+GPUs does equal work. Each ADE20K training sees 5.12 million crops: 160,000 steps of 32. Others usually report 160,000
+steps of 16 for Swin or ConvNeXt, which is half as many crops; keep that in mind when you compare scores.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from replknet.train.recipe import Recipe, check_not_negative, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions:
-    """What the training of a UperNet adds to a recipe.
+    """The fields that segmentation adds to a recipe.
 
     Args:
-        dataset: "ade20k" (ADEChallengeData2016), "cityscapes" (leftImg8bit and gtFine), or "masks" for
-            images/{train,val}/, annotations/{train,val}/ and classes.json, as a folder or a zip.
-        scale: longer and shorter side into which an image is fitted, pixels; None for its own size.
-        ratio: smallest and largest random factor of that size in training.
-        crop: height and width of what the network is trained on, pixels.
-        largest_share: a crop in which one class has more of the pixels is drawn again; 1 takes any.
-        channels: of UperNet's head.
-        auxiliary_channels: of the auxiliary head; None for no such head.
-        align_corners: of every interpolation.
-        window: side of the windows of evaluation, pixels; None for the whole image at once.
-        stride: of the windows, pixels.
-        backbone_lr: learning rate of the backbone relative to the heads'.
+        dataset: data set, as a folder or a zip: "ade20k" (ADEChallengeData2016), "cityscapes" (leftImg8bit and
+            gtFine), or "masks" (images/{train,val}/, annotations/{train,val}/ and classes.json).
+        scale: longer and shorter side that an image is fitted into, pixels; None: the image's own size.
+        ratio: smallest and largest random factor on the size of a training image.
+        crop: height and width of a training crop, pixels.
+        largest_share: share of a crop's labelled pixels that no single class may reach; other crops are drawn again,
+            up to ten times. 1 takes any crop.
+        channels: channels of UperNet's head.
+        auxiliary_channels: channels of the auxiliary head, which only training uses; None: no such head.
+        align_corners: whether every interpolation aligns corners.
+        window: side of the sliding windows in evaluation, pixels; None: the whole image at once.
+        stride: distance from one window to the next, pixels.
+        backbone_lr: learning rate of the backbone divided by the learning rate of the heads.
 
     Raises:
         ValueError: a value is out of its range.
@@ -60,7 +61,7 @@ class SegmentationOptions:
 
 
 def ade20k_31b_512() -> Recipe:
-    """RepLKNet-31B of ImageNet-1K with UperNet on ADE20K, crops of 512.
+    """RepLKNet-31B from ImageNet-1K with UperNet on ADE20K, crops of 512.
 
     Command: `replknet train ade20k_31b_512 --weights FILE --data ADEChallengeData2016 --nodes 8 --devices 8`. Hardware
     of the paper: 64 GPUs with 2 crops each. The paper's mIoU: 49.9 %, with several scales 50.6 %.
@@ -74,7 +75,7 @@ def ade20k_31b_512() -> Recipe:
         batch_size=128,
         lr=2e-4,
         drop_path=0.5,
-        # batch norms see two crops a GPU otherwise
+        # else a batch norm sees only the two crops of its GPU
         sync_bn=True,
         workers=4,
         options=SegmentationOptions(
@@ -86,7 +87,7 @@ def ade20k_31b_512() -> Recipe:
 
 
 def ade20k_31b_640() -> Recipe:
-    """RepLKNet-31B of ImageNet-22K with UperNet on ADE20K, crops and windows of 640.
+    """RepLKNet-31B from ImageNet-22K with UperNet on ADE20K, crops and windows of 640.
 
     Command: `replknet train ade20k_31b_640 --weights FILE --data ADEChallengeData2016 --nodes 8 --devices 8`. Hardware
     of the paper: 64 GPUs with 2 crops each. The paper's mIoU: 51.5 %, with several scales 52.3 %.
@@ -95,7 +96,7 @@ def ade20k_31b_640() -> Recipe:
 
 
 def ade20k_31l_640() -> Recipe:
-    """RepLKNet-31L of ImageNet-22K with UperNet on ADE20K, like `ade20k_31b_640`.
+    """RepLKNet-31L from ImageNet-22K with UperNet on ADE20K, like `ade20k_31b_640`.
 
     Command: `replknet train ade20k_31l_640 --weights FILE --data ADEChallengeData2016 --nodes 8 --devices 8`. Hardware
     of the paper: 64 GPUs with 1 crop each. The paper's mIoU: 52.4 %, with several scales 52.7 %.
@@ -107,8 +108,8 @@ def ade20k_xl_640() -> Recipe:
     """RepLKNet-XL with UperNet on ADE20K, with norms on its features and its own mean and std.
 
     Command: `replknet train ade20k_xl_640 --weights FILE --data ADEChallengeData2016 --nodes 2 --devices 8`. Hardware
-    of the paper: 16 A100s with 2 crops each. Its official configuration trains with the pipeline of the test by
-    mistake; this one does not. The paper's mIoU: 55.2 %, with several scales 56.0 %.
+    of the paper: 16 A100s with 2 crops each. The official configuration trains with the test's transforms by mistake;
+    this recipe trains with the usual ones. The paper's mIoU: 55.2 %, with several scales 56.0 %.
     """
     return ade20k_31b_640().changed(
         model="replknet_xl",
@@ -121,7 +122,7 @@ def ade20k_xl_640() -> Recipe:
 
 
 def cityscapes_31b_769() -> Recipe:
-    """RepLKNet-31B of ImageNet-1K with UperNet on Cityscapes, crops of 769.
+    """RepLKNet-31B from ImageNet-1K with UperNet on Cityscapes, crops of 769.
 
     Command: `replknet train cityscapes_31b_769 --weights FILE --data DIR --nodes 4 --devices 8`. Hardware of the paper:
     32 GPUs with 2 crops each, 1.28 million crops. The paper's mIoU: 83.1 %, with several scales 83.5 %.
@@ -139,15 +140,15 @@ def cityscapes_31b_769() -> Recipe:
 
 
 def camvid() -> Recipe:
-    """replknet_cifar_l with a narrow UperNet on CamVid, from our CIFAR-10 weights, in 35 minutes of two CPU cores.
+    """replknet_cifar_l with a narrow UperNet on CamVid, from our CIFAR-10 weights, 35 minutes on two CPU cores.
 
-    Command: `replknet train camvid --data camvid.zip`. Ours, not the paper's. Measured here: mIoU
-    51.23 % on the test frames, seed 0; docs/segmentation.md.
+    Command: `replknet train camvid --data camvid.zip`. Our recipe, not the paper's. Measured here with seed 0: mIoU
+    51.23 % on the test frames; see docs/segmentation.md.
     """
     return Recipe(
         model="replknet_cifar_l",
         weights="replknet_cifar_l",
-        # the weights do not depend on it, and the network is four times faster
+        # the weights fit any stride of the stem, and with 4 the network is four times faster
         network={"stem_stride": 4},
         normalization="cifar10",
         samples=7340,

@@ -1,4 +1,4 @@
-"""How a segmentation network is asked: options of `replknet predict` and `eval`. No torch is needed for them."""
+"""The options of segmentation for `replknet predict` and `eval`; they need no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """How a network is run on an image.
+    """Settings of the prediction.
 
     Args:
-        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
-        stride: from one window to the next, pixels.
+        window: side of the sliding windows, pixels; the network's own by default.
+        stride: distance from one window to the next, pixels; the network's own, or two thirds of --window, by default.
     """
 
     window: int | None = None
@@ -19,15 +19,16 @@ class PredictionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """On what a network is scored, and how it is run.
+    """Settings of the evaluation.
 
     Args:
-        dataset: "ade20k", "cityscapes", or "masks" for images/, annotations/ and classes.json.
-        split: of the masks.
-        window: side of the windows that are taken of an image, pixels; the network's own if none is given.
-        stride: from one window to the next, pixels.
-        ratios: sizes of the image to average, such as '[1, 1.5]'.
-        flip: average with the mirrored image.
+        dataset: data set of a segmentation network: "ade20k", "cityscapes", or "masks" for images/, annotations/ and
+            classes.json.
+        split: split of the data to score.
+        window: side of the sliding windows, pixels; the network's own by default.
+        stride: distance from one window to the next, pixels; the network's own, or two thirds of --window, by default.
+        ratios: factors on the image's size, such as '[1, 1.5]'; their predictions are averaged.
+        flip: average with the prediction on the mirrored image.
     """
 
     dataset: Literal["ade20k", "cityscapes", "masks"] = "masks"

@@ -1,4 +1,4 @@
-"""A segmentation network in training: loss and optimisation, and the job of a recipe."""
+"""Training of segmentation networks: loss, optimisation, and the job of a recipe."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,22 +28,22 @@ from replknet.train.optimisers import by_depth
 from replknet.train.recipe import Recipe
 from replknet.train.sharding import gather, shard
 
-# the loss of the auxiliary head counts so much beside the other's
+# weight of the auxiliary head's loss; the other head's loss has weight 1
 _AUXILIARY_WEIGHT = 0.4
 
 
 class Segmentation(pl.LightningModule):
-    """A segmentation network in training: cross entropy of both heads, AdamW, a learning rate that falls linearly.
+    """A segmentation network in training: cross entropy of both heads, and a learning rate that falls linearly.
 
     Args:
-        model: with an auxiliary head, or without.
-        optimizer: timm's name of it.
+        model: a UperNet with or without an auxiliary head.
+        optimizer: timm's name of the optimiser.
         lr: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        weight_decay: decay of weights; biases and norms are exempt.
-        backbone_lr: learning rate of the backbone relative to the heads'.
+        weight_decay: weight decay; biases and norms are exempt.
+        backbone_lr: learning rate of the backbone divided by the learning rate of the heads.
         inference: how validation runs the network.
-        compile: train through torch.compile.
+        compile: whether to train through torch.compile.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Segmentation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        # in a tuple, since as a child of its own it would double the weights' names
+        # a tuple, so that state_dict() does not list the weights a second time
         self._trained = (torch.compile(self.model) if compile else self.model,)
         self.optimizer, self.lr, self.warmup_steps = optimizer, lr, warmup_steps
         self.weight_decay, self.backbone_lr, self.inference = weight_decay, backbone_lr, inference
@@ -68,11 +68,11 @@ class Segmentation(pl.LightningModule):
 
     @property
     def weights(self) -> nn.Module:
-        """The network to be scored and kept."""
+        """The network that is scored and kept."""
         return self.model
 
     def configure_model(self) -> None:
-        # Lightning calls it under each strategy; a mesh is there if the weights are to be divided
+        # Lightning calls this under each strategy; only sharding sets a mesh
         shard(self.model, getattr(self, "_device_mesh", None))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -101,7 +101,7 @@ class Segmentation(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         gather(self.model, False)
-        # each image is with one process; float64 holds these counts exactly
+        # each process scored other images; float64 holds these counts exactly
         total = self.trainer.strategy.reduce(self._confusion.double(), reduce_op="sum").long()
         found = scores(total.cpu(), 0)
         self.log("val_miou", found.miou, prog_bar=True)
@@ -120,13 +120,13 @@ class Segmentation(pl.LightningModule):
 
 
 def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary: bool) -> Tensor:
-    """Cross entropy of a UperNet, with that of its auxiliary head if it has one.
+    """Cross entropy of a UperNet, plus 0.4 times the cross entropy of its auxiliary head if it has one.
 
     Args:
         model: the network.
         x: normalised images `[N,3,H,W]`.
         mask: class of each pixel `[N,H,W]`, uint8, or IGNORE.
-        auxiliary: whether there is such a head.
+        auxiliary: whether the network has an auxiliary head.
     """
     target = mask.long()
     if not auxiliary:
@@ -136,11 +136,8 @@ def training_loss(model: Callable[..., Any], x: Tensor, mask: Tensor, auxiliary:
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy; as in mmsegmentation 0.x the mean is over all pixels, of which those without a label add 0."""
+    """Cross entropy, averaged over all pixels as in mmsegmentation 0.x; pixels without a label add 0."""
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum") / target.numel()
-
-
-# ---- the task's record
 
 
 def _options(recipe: Recipe) -> SegmentationOptions:
@@ -149,11 +146,12 @@ def _options(recipe: Recipe) -> SegmentationOptions:
 
 
 def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
-    """Network, data and task of a recipe.
+    """The job of a recipe: network, data and optimisation.
 
     Raises:
-        ValueError: no data is named, the backbone cannot be built so, or the checkpoint to start from does not fit.
-        ImageError: the data is not as it should be.
+        ValueError: `data` is missing, a process has too few crops at once, the backbone cannot be built, or the
+            checkpoint to start from does not fit.
+        ImageError: the data cannot be read, or has another layout.
     """
     data = own_images(data)
     refused = _refusal(recipe, hardware, hardware.at_once(recipe.batch_size))
@@ -187,7 +185,7 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
             ),
             compile=hardware.compile,
         ),
-        # sizes differ, so one image at a time is scored
+        # images differ in size, so validation takes one at a time
         sets=Splits(MaskSet(train, moved), val, train.classes.names, mean, std, 1.0, val_batch=1),
         epochs=recipe.epochs_of(len(train)),
         kept=Kept(partial(_save, description), description.build),
@@ -197,7 +195,7 @@ def job(recipe: Recipe, data: Path | None, hardware: Hardware) -> Job:
 
 
 def description_of(recipe: Recipe, classes: Classes) -> SegmentationDescription:
-    """What the network of a recipe is, for these classes."""
+    """The description of a recipe's network, for these classes."""
     options = _options(recipe)
     mean, std = NORMALIZATIONS[recipe.normalization]
     return SegmentationDescription(
@@ -220,7 +218,7 @@ def create_network(recipe: Recipe, description: SegmentationDescription, hardwar
     """The network of a recipe, untrained.
 
     Raises:
-        ValueError: the backbone is none of ours, or cannot be built so.
+        ValueError: the backbone is not replknet's, or cannot be built.
     """
     build = partial(replace(description, network={}).build, drop_path_rate=recipe.drop_path)
     model = built(build, recipe.model, description.network)
@@ -233,21 +231,24 @@ def _save(description: SegmentationDescription, model: nn.Module, path: Path) ->
 
 
 def _refusal(recipe: Recipe, hardware: Hardware, images: int) -> str | None:
-    """UperNet's pooled map of one pixel has no variance in one crop."""
+    """Why a process cannot train on so few crops at once, or None.
+
+    UperNet pools a map to one pixel. A batch norm cannot compute a variance from one such pixel.
+    """
     if images > 1 or (recipe.sync_bn and hardware.processes > 1):
         return None
     return (
-        "a process takes one crop at once, and a batch norm needs two of UperNet's pooled map of one pixel: a "
+        "a process takes one crop at once, and a batch norm needs two, since UperNet pools each to one pixel: give a "
         "larger --batch-size or --device-batch, or --sync-bn true on several GPUs"
     )
 
 
 def _step(recipe: Recipe, hardware: Hardware, images: int, classes: int) -> TrainStep:
-    # their names and colours take no memory
+    # only the number of classes matters for memory: names and colours are made up
     some = Classes(tuple(map(str, range(classes))), ((0, 0, 0),) * classes)
     model = create_network(recipe, description_of(recipe, some), hardware)
     if images == 1:
-        # their map of one pixel has no variance in one image; the memory is the same
+        # batch norms refuse a single pixel in training mode; eval mode takes equal memory
         model.decode_head.psp_modules.eval()
     x = torch.zeros(images, 3, *recipe.options.size).contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(images, *recipe.options.size, dtype=torch.uint8)
