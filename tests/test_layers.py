@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "replknet"
 
 # from the bottom up: layer -> third-party packages that it may use beside those of the earlier ones
 LAYERS = {
+    "extras": set(),
     "timing": {"torch"},
     "difference": set(),
     "kernels": set(),

@@ -5,10 +5,12 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import replknet
 from replknet.cli.main import COMMANDS
+from replknet.extras import installing
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -37,6 +39,19 @@ def test_no_name_that_its_package_has_given_up_is_used():
     # official code: it stopped running when these went
     gone = r"timm\.models\.layers|timm\.optim\.optim_factory|torch\.cuda\.amp|torch\.distributed\.launch|seaborn"
     assert [path.name for path in SOURCES if re.search(gone, path.read_text())] == []
+
+
+def test_install_hints_start_from_a_clone_and_name_extras_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *SOURCES]
+    text = "\n".join(path.read_text() for path in pages)
+    # no index has the name replknet yet
+    assert re.findall(r"pip install ['\"]?replknet\b.*|.*replknet\[[a-z]+[],].*", text) == []
+    named = re.findall(r"pip install ['\"]\.\[([\w,]+)\]", text) + re.findall(r"installing\(['\"](\w+)", text)
+    assert len(named) > 5
+    assert {extra for names in named for extra in names.split(",")} - set(extras) == set()
+    assert installing("seg,viz") == '`pip install ".[seg,viz]"` in a clone of replknet'
+    assert installing() == "`pip install .` in a clone of replknet"
 
 
 def test_readme_and_changelog_name_every_command():
