@@ -54,6 +54,16 @@ def test_install_hints_start_from_a_clone_and_name_extras_that_exist():
     assert installing() == "`pip install .` in a clone of replknet"
 
 
+def test_pre_commit_and_ci_use_the_versions_that_the_project_names():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"\bruff==([\d.]+)", hooks)) == {pins["ruff"]}
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert re.findall(r'- torch: "(.*)"', workflow) == [f"{oldest}.0", pins["torch"]]
+    assert f'torchvision: "{pins["torchvision"]}"' in workflow
+
+
 def test_readme_and_changelog_name_every_command():
     assert f"`replknet {' | '.join(COMMANDS)}`" in (ROOT / "CHANGELOG.md").read_text()
     readme = (ROOT / "README.md").read_text()
