@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import replknet
 from replknet.cli.main import COMMANDS
 from replknet.extras import installing
@@ -52,6 +54,15 @@ def test_install_hints_start_from_a_clone_and_name_extras_that_exist():
     assert {extra for names in named for extra in names.split(",")} - set(extras) == set()
     assert installing("seg,viz") == '`pip install ".[seg,viz]"` in a clone of replknet'
     assert installing() == "`pip install .` in a clone of replknet"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_names_exist(page):
+    places = [ROOT, ROOT / "src" / "replknet", ROOT / "src" / "replknet" / "analysis"]
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", (ROOT / page).read_text())
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert len(named) > 10
+    assert [name for name in missing if "NAME" not in name] == []
 
 
 def test_pre_commit_and_ci_use_the_versions_that_the_project_names():
