@@ -64,7 +64,8 @@ INLINE void dense_row(const float* x, const float* taps, int64_t taps_row, V (&s
     const V in = load(x + BLOCK * j);
     unrolled<R>([&](auto r) INLINE_LAMBDA {
       if constexpr (FIRST <= r && r <= LAST) {
-        unrolled<W>([&](auto t) INLINE_LAMBDA { sum[r][t] += in * load(taps - r * taps_row + (W - 1 + j - t) * LANES); });
+        unrolled<W>([&](auto t)
+                        INLINE_LAMBDA { sum[r][t] += in * load(taps - r * taps_row + (W - 1 + j - t) * LANES); });
       }
     });
     barrier();  // else all taps of the row are loaded ahead, and spilled
@@ -86,9 +87,8 @@ NOINLINE void dense(const TileArgs& a) {
     for (int i = second; i < a.rows; i++) dense_row<1, 1>(line(i), a.taps + i * row, row, sum);
   }
   unrolled<R>([&](auto r) INLINE_LAMBDA {
-    unrolled<W>([&](auto t) INLINE_LAMBDA {
-      store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t] + a.bias));
-    });
+    unrolled<W>([&](auto t)
+                    INLINE_LAMBDA { store(a.y + r * a.y_row + t * a.stride, at_least(a.floor, sum[r][t] + a.bias)); });
   });
 }
 

@@ -276,7 +276,7 @@ struct Length {
 };
 template <int N1, int N2>
 constexpr Length length = {
-    N1* N2,
+    N1 * N2,
     N2,
     &outer<N1>,
     multiply<N1, N2>,

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "src" / "replknet"
 LAYERS = {
     "imports": set(),
     "version": set(),
+    "extras": set(),
     "timing": {"torch"},
     "difference": set(),
     "kernels": set(),

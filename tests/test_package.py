@@ -5,11 +5,15 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 import replknet
 from replknet import version
 from replknet.cli.main import COMMANDS
+from replknet.extras import installing
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -38,6 +42,38 @@ def test_no_name_that_its_package_has_given_up_is_used():
     # official code: it stopped running when these went
     gone = r"timm\.models\.layers|timm\.optim\.optim_factory|torch\.cuda\.amp|torch\.distributed\.launch|seaborn"
     assert [path.name for path in SOURCES if re.search(gone, path.read_text())] == []
+
+
+def test_install_hints_start_from_a_clone_and_name_extras_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *SOURCES]
+    text = "\n".join(path.read_text() for path in pages)
+    # no index has the name replknet yet
+    assert re.findall(r"pip install ['\"]?replknet\b.*|.*replknet\[[a-z]+[],].*", text) == []
+    named = re.findall(r"pip install ['\"]\.\[([\w,]+)\]", text) + re.findall(r"installing\(['\"](\w+)", text)
+    assert len(named) > 5
+    assert {extra for names in named for extra in names.split(",")} - set(extras) == set()
+    assert installing("seg,viz") == '`pip install ".[seg,viz]"` in a clone of replknet'
+    assert installing() == "`pip install .` in a clone of replknet"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_names_exist(page):
+    places = [ROOT, ROOT / "src" / "replknet", ROOT / "src" / "replknet" / "analysis"]
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", (ROOT / page).read_text())
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert len(named) > 10
+    assert [name for name in missing if "NAME" not in name] == []
+
+
+def test_pre_commit_and_ci_use_the_versions_that_the_project_names():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"\bruff==([\d.]+)", hooks)) == {pins["ruff"]}
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert re.findall(r'- torch: "(.*)"', workflow) == [f"{oldest}.0", pins["torch"]]
+    assert f'torchvision: "{pins["torchvision"]}"' in workflow
 
 
 def test_readme_and_changelog_name_every_command():

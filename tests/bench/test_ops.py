@@ -315,7 +315,7 @@ def test_a_runtime_that_is_missing_is_not_measured_and_named(monkeypatch):
     assert runtimes.missing() == ["onnxruntime", "openvino"]
     assert runtimes.installed() == {}
     text = "\n".join(tables.explanation(record("torch nhwc", 1.0, peak_gflops=1.0)))
-    assert 'not installed: onnxruntime, openvino; pip install "replknet[export]"' in text
+    assert 'not installed: onnxruntime, openvino; `pip install ".[export]"` in a clone of replknet adds them' in text
 
 
 def test_the_peak_is_measured():

@@ -151,5 +151,5 @@ def test_a_plot_without_matplotlib_is_missed_before_anything_is_timed(monkeypatc
     monkeypatch.delattr("replknet.analysis.plots", raising=False)
     assert main(["bench", "ops", "--suite", "table1", "--plot", "x.png"]) == 2
     captured = capsys.readouterr()
-    assert 'pip install "replknet[viz]"' in captured.err
+    assert 'pip install ".[viz]"' in captured.err
     assert captured.out == ""

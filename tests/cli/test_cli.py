@@ -496,4 +496,4 @@ def test_an_optional_package_that_is_missing_names_its_extra(monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "replknet.analysis.plots", raising=False)
     assert main(["analyze", "erf", str(trained / "model.safetensors"), "--size", "32"]) == 2
-    assert 'pip install "replknet[viz]"' in capsys.readouterr().err
+    assert '`pip install ".[viz]"` in a clone of replknet adds it' in capsys.readouterr().err

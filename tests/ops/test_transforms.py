@@ -48,7 +48,7 @@ def test_transforms_are_right_or_raise_without_the_name(monkeypatch):
         torch.func.grad(lambda x: depthwise_conv2d(x, weight).sum())(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated")
 def test_what_is_plain():
     x, _ = SAMPLE
     seen = []

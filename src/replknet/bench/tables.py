@@ -8,6 +8,7 @@ from replknet.bench.ops import Found, Wrong
 from replknet.bench.overhead import GPU_TARGETS_US, TARGET_US
 from replknet.bench.plans import TARGET as TARGET_PLANS
 from replknet.bench.records import Record
+from replknet.extras import installing
 from replknet.timing import Timing
 
 HEADER = (
@@ -35,7 +36,7 @@ def explanation(record: Record) -> list[str]:
     ]
     missing = runtimes.missing()
     if SUITES[record.suite].runtimes and missing:
-        lines.append(f'not installed: {", ".join(missing)}; pip install "replknet[export]"')
+        lines.append(f"not installed: {', '.join(missing)}; {installing('export')} adds them")
     return lines
 
 

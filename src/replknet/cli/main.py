@@ -7,6 +7,7 @@ import sys
 
 from replknet.cli.colour import bold, red
 from replknet.data.download import DownloadError
+from replknet.extras import installing
 
 # commands by what people want to do; each is a file of this folder
 GROUPS = {
@@ -102,7 +103,7 @@ def _run(name: str, rest: list[str]) -> int:
         if (error.name or "").startswith("replknet"):
             raise
         extra = _EXTRAS.get((error.name or "").partition(".")[0], "all")
-        print(f'{prefix}: {error}; pip install "replknet[{extra}]"', file=sys.stderr)
+        print(f"{prefix}: {error}; {installing(extra)} adds it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prefix}: interrupted", file=sys.stderr)

@@ -288,6 +288,11 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
+def misses_core(call: Call) -> bool:
+    """Whether a call is the core's to take, and this installation has none."""
+    return call.device == "cpu" and call.dtype in DTYPES and native_core.library() is None
+
+
 def _declines(call: Call) -> str | None:
     taps, elements = prod(call.kernel), prod(call.shape)
     many = _ELEMENTS_A_TAP * taps < elements < _MAPPED_ELEMENTS

@@ -5,6 +5,7 @@ The core (csrc/) knows neither torch nor Python. `native` passes it pointers, me
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from replknet.extras import installing
 
 VARIABLE = "REPLKNET_ISA"
 ALGORITHMS = {"direct": 0, "fft": 1}
@@ -74,6 +77,16 @@ def core() -> ctypes.CDLL:
     if found is None:
         raise RuntimeError("the native kernel was not built with this installation")
     return found
+
+
+@cache
+def warn_missing() -> None:
+    """Say, once in a process, that there is no core, what runs instead and how to get one."""
+    warnings.warn(
+        "replknet's C++ core is missing, so torch's own convolution is used, which is slower for large kernels; on "
+        f"Linux with a C++ compiler {installing()} builds it, and REPLKNET_BACKEND=aten stops this warning",
+        stacklevel=2,
+    )
 
 
 @cache
@@ -147,7 +160,9 @@ def status() -> str:
     """How the core runs here, in one line."""
     found = instruction_sets()
     if not found:
-        return "not built: calls run on aten; `pip install -v` shows why the build failed"
+        return (
+            f"not built: calls run on aten; on Linux with a C++ compiler {installing()} builds it, or says why with -v"
+        )
     others = ", ".join(f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in found.items())
     threads = "torch's threads" if parallel_for() is not None else "one thread: only torch 2.10 and later share theirs"
     return f"{instruction_set()}, {threads}; built for {others}"

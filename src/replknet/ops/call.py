@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from replknet import kernels
-from replknet.kernels import ALGORITHMS, Algorithm, Backend, Call
+from replknet.kernels import ALGORITHMS, Algorithm, Backend, Call, native, native_core
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -156,7 +156,12 @@ def _facts(x: Tensor, weight: Tensor, algorithm: str) -> tuple[object, ...]:
 def _remembered(facts: tuple[object, ...], x: Tensor, weight: Tensor, algorithm: str) -> Accepted:
     layout = memory_format(x)
     strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
-    backend = kernels.choose(_call(x, weight, algorithm)) if x.numel() > 0 else None
+    backend = None
+    if x.numel() > 0:
+        call = _call(x, weight, algorithm)
+        backend = kernels.choose(call)
+        if kernels.forced() is None and native.misses_core(call):
+            native_core.warn_missing()
     if len(_ACCEPTED) >= _MOST_ACCEPTED:
         _ACCEPTED.clear()
     _ACCEPTED[facts] = found = Accepted(layout, strides, backend)
