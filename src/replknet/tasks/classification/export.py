@@ -61,7 +61,15 @@ class Card:
 
 
 def card_of(description: Description, licence: str = "unknown") -> Card:
-    """The card of the network with this description."""
+    """The card of the network with this description.
+
+    Args:
+        description: what the network is, and how it wants its images.
+        licence: licence of the weights.
+
+    Returns:
+        The card, with the version of this package.
+    """
     crop_mode, crop_pct = evaluation_crop(description.image_size, description.crop_pct)
     return Card(
         name=description.name,

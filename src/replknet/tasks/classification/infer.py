@@ -17,19 +17,35 @@ from replknet.tasks.task import Comparison, Infer, Network, Prediction, Scored, 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a network classifies a data set; shares are from 0 to 1."""
+    """How well a network classifies a data set; shares are from 0 to 1.
+
+    Args:
+        images: number of images.
+        top1: share of images whose likeliest class is right.
+        top5: share of images with the right class among the five likeliest; None for five classes or fewer.
+        loss: mean cross entropy, nats.
+        per_class: share of right answers in each class.
+        confusion: numbers of images; the row is the true class, the column the predicted one.
+    """
 
     images: int
     top1: float
-    top5: float | None  # None for five classes or fewer
-    loss: float  # mean cross entropy, nats
-    per_class: list[float]  # share of right answers in each class
-    confusion: list[list[int]]  # number of images; row: true class, column: predicted class
+    top5: float | None
+    loss: float
+    per_class: list[float]
+    confusion: list[list[int]]
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) -> Scores:
-    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and labels `[N]`; a batch of None is skipped.
+    """Score a network in eval mode.
+
+    Args:
+        model: images `[N,3,H,W]` to logits `[N,classes]`.
+        batches: images `[N,3,H,W]`, normalised, and labels `[N]`; a batch of None is skipped.
+
+    Returns:
+        The scores over all images.
 
     Raises:
         ValueError: there is no image, or the network has no output for a label.
@@ -59,7 +75,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) 
 
 @dataclass(frozen=True)
 class Guess:
-    """A class of an image, with its probability."""
+    """A class of an image, with its probability.
+
+    Args:
+        label: number of the class.
+        name: its name, or its number as text where names are unknown.
+        probability: from 0 to 1.
+    """
 
     label: int
     name: str
@@ -75,6 +97,9 @@ def predict(model: nn.Module, x: Tensor, classes: tuple[str, ...] = (), top: int
         x: normalised images.
         classes: names of the outputs; if empty, the names are the numbers of the outputs.
         top: number of classes to return; all classes if it is larger.
+
+    Returns:
+        A list of guesses for each image.
 
     Raises:
         ValueError: `top` is not positive.

@@ -67,6 +67,9 @@ def evaluate(
         classes: number of classes.
         masks: whether to score masks, too.
 
+    Returns:
+        The scores over all images.
+
     Raises:
         ValueError: there is no image.
     """

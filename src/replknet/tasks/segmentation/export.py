@@ -58,7 +58,15 @@ class SegmentationCard:
 
 
 def segmentation_card(description: SegmentationDescription, licence: str = "unknown") -> SegmentationCard:
-    """The card of the network with this description."""
+    """The card of the network with this description.
+
+    Args:
+        description: what the network is, and how it wants its images.
+        licence: licence of the weights.
+
+    Returns:
+        The card, with the version of this package.
+    """
     return SegmentationCard(description=description, licence=licence, made_by=f"replknet {version('replknet')}")
 
 

@@ -128,7 +128,14 @@ class UperNet(nn.Module):
 
 
 def without_auxiliary(model: UperNet) -> UperNet:
-    """The network itself, after its auxiliary head, which only training uses, was removed in place."""
+    """Remove the auxiliary head, which only training uses, in place.
+
+    Args:
+        model: the network.
+
+    Returns:
+        The same network.
+    """
     model.auxiliary_head = None
     return model
 

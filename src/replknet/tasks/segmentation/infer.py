@@ -113,7 +113,18 @@ def inference_of(
     ratios: tuple[float, ...] = (1.0,),
     flip: bool = False,
 ) -> Inference:
-    """The inference with the window of a network's description, or with another one."""
+    """The inference with the window of a network's description, or with another one.
+
+    Args:
+        description: description of the network.
+        window: side of the windows, pixels; None: the description's.
+        stride: distance from one window to the next, pixels; None: the description's, or two thirds of the window.
+        ratios: factors on the image's size, whose probabilities are averaged.
+        flip: whether to average with the mirrored image, too.
+
+    Returns:
+        A function from a network, images and a size to classes.
+    """
     if window is None:
         window, stride = description.window, stride or description.stride
     # the paper's stride is two thirds of the window
@@ -122,24 +133,43 @@ def inference_of(
 
 
 def predict(model: nn.Module, image: Image.Image, description: SegmentationDescription, inference: Inference) -> Tensor:
-    """The class of each pixel of an image in RGB: `[H,W]`, uint8."""
+    """The class of each pixel of an image in RGB.
+
+    Args:
+        model: images to logits; it is put into eval mode.
+        image: an image of any size.
+        description: description of the network.
+        inference: how the network is run on the image.
+
+    Returns:
+        `[H,W]`, uint8.
+    """
     x = description.normalize(pixels(image))
-    return inference(model.eval(), x[None].contiguous(memory_format=torch.channels_last), (image.height, image.width))[
-        0
-    ]
+    x = x[None].contiguous(memory_format=torch.channels_last)
+    return inference(model.eval(), x, (image.height, image.width))[0]
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """How well a network segments a data set, counted as in mmsegmentation; shares are from 0 to 1."""
+    """How well a network segments a data set, counted as in mmsegmentation; shares are from 0 to 1.
+
+    Args:
+        images: number of images.
+        miou: mean intersection over union of the classes that occur in masks or predictions.
+        accuracy: share of the labelled pixels that are right.
+        mean_accuracy: mean accuracy of the classes that occur in masks.
+        iou: intersection over union of each class; None if it occurs in no mask and no prediction.
+        class_accuracy: accuracy of each class; None if it occurs in no mask.
+        confusion: numbers of pixels; the row is the class in the mask, the column the predicted one.
+    """
 
     images: int
-    miou: float  # mean over the classes that occur in masks or predictions
-    accuracy: float  # share of the labelled pixels that are right
-    mean_accuracy: float  # mean over the classes that occur in masks
-    iou: list[float | None]  # of each class; None if it occurs in no mask and no prediction
-    class_accuracy: list[float | None]  # of each class; None if it occurs in no mask
-    confusion: list[list[int]]  # number of pixels; row: class in the mask, column: predicted class
+    miou: float
+    accuracy: float
+    mean_accuracy: float
+    iou: list[float | None]
+    class_accuracy: list[float | None]
+    confusion: list[list[int]]
 
 
 def scores(confusion: Tensor, images: int) -> SegmentationScores:
@@ -174,9 +204,16 @@ def confusion_of(predicted: Tensor, mask: Tensor, classes: int) -> Tensor:
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, inference: Inference
 ) -> SegmentationScores:
-    """Score a network, in eval mode, on batches of images `[N,3,H,W]` and masks `[N,H',W']`.
+    """Score a network in eval mode. Memory does not grow with the number of batches.
 
-    Memory does not grow with the number of batches.
+    Args:
+        model: images to logits.
+        batches: images `[N,3,H,W]`, normalised, and masks `[N,H',W']`, uint8.
+        classes: number of classes.
+        inference: how the network is run on an image.
+
+    Returns:
+        The scores over all images.
 
     Raises:
         ValueError: there is no image.
