@@ -16,13 +16,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--full", action="store_true", help="run the tests marked full as well, as `make test-all` does")
 
 
 def pytest_collection_modifyitems(config, items):
     reasons = {}
-    if not config.getoption("--slow"):
-        reasons["slow"] = "longer than ten seconds; --slow runs it"
+    if not config.getoption("--full"):
+        # `slow`: the earlier name, until all directories use the new one
+        reasons["full"] = reasons["slow"] = "of the full matrix, which `make test-all` runs"
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     for item in items:

@@ -135,7 +135,7 @@ def test_the_tiles_of_layers_that_change_in_size_fit_their_devices(device, dtype
     assert compiled_faults(device, (2, 256, 100, 152, 29, 29), dtype, tf32, any_size=True) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("device", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_the_autotuner_tries_fits_its_device(device, shape):

@@ -68,7 +68,7 @@ def test_the_first_tile_fits_its_device(device, shape):
     assert faults(device, shape, tiles=slice(1)) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("device", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("images", [20, 128])
