@@ -22,8 +22,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     reasons = {}
     if not config.getoption("--full"):
-        # `slow`: the earlier name, until all directories use the new one
-        reasons["full"] = reasons["slow"] = "of the full matrix, which `make test-all` runs"
+        reasons["full"] = "of the full matrix, which `make test-all` runs"
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     for item in items:
