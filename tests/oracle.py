@@ -6,7 +6,8 @@ an element is relative to the norms of the two signals of its channel instead, a
 of the transform's length.
 """
 
-from functools import lru_cache
+from collections import OrderedDict
+from hashlib import sha256
 from math import log2
 
 import torch
@@ -70,16 +71,31 @@ def excess_of(
     return found
 
 
-@lru_cache(256)  # tensors are compared by identity
-def _truth_and_terms(
-    x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor | None, relu: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results in float64, and those of the absolute values; several backends are compared with the same."""
-    wide = [t.double() for t in (x, weight, dy)]
-    wide_bias = None if bias is None else bias.double()
-    truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
-    terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
-    return truth, terms
+Results = dict[str, Tensor]
+_KEPT = 128
+_known: OrderedDict[object, tuple[Results, Results]] = OrderedDict()
+
+
+def _truth_and_terms(x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor | None, relu: bool) -> tuple[Results, Results]:
+    """The results in float64, and those of the absolute values; all backends and layouts of a case share them."""
+    key = (*map(_content, (x, weight, dy, bias)), relu)
+    if key not in _known:
+        wide = [t.double() for t in (x, weight, dy)]
+        wide_bias = None if bias is None else bias.double()
+        truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
+        terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
+        _known[key] = truth, terms
+        if len(_known) > _KEPT:
+            _known.popitem(last=False)
+    return _known[key]
+
+
+def _content(t: Tensor | None) -> object:
+    """What two tensors of the same values share, whatever their layout."""
+    if t is None:
+        return None
+    flat = t.detach().cpu().resolve_neg().contiguous().flatten()
+    return t.dtype, t.device, t.shape, sha256(flat.view(torch.uint8).numpy()).digest()
 
 
 def _norms(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
