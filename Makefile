@@ -11,16 +11,21 @@ EXPECTED = import sys; from replknet.kernels.native_core import library_path; \
 # for `make gpu`: the machine's own, whose torch fits its driver
 PYTHON  ?= python3
 
-.PHONY: help demo test check soak sanitize aarch64 bench gpu docs format clean
+.PHONY: help demo test test-all check soak sanitize aarch64 bench gpu docs format clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: .venv/installed-demo  ## the main job: train, merge, evaluate and picture a RepLKNet on CIFAR-10
 	$(BIN)/replknet demo $(RUN)
 
-test: check  ## everything CI runs: `make check`, then the test suite
-	$(BIN)/python -m pytest -q -n2 --dist worksteal $(RUN)
+# a file stays in one process, which makes its fixtures once
+test: check  ## `make check`, then one case of each contract (four minutes on two cores)
+	$(BIN)/python -m pytest -q -n2 --dist loadfile $(RUN)
+
+test-all: check  ## `make check`, the full matrix and 2,000 random cases of each campaign; CI adds the sanitizers
+	$(BIN)/python -m pytest -q --full --hypothesis-profile=repeatable -n2 --dist loadfile $(RUN)
+	PYTHONPATH=tests $(BIN)/python -m soak
 
 check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff format --check .

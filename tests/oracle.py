@@ -6,7 +6,8 @@ an element is relative to the norms of the two signals of its channel instead, a
 of the transform's length.
 """
 
-from functools import lru_cache
+from collections import OrderedDict
+from hashlib import sha256
 from math import log2
 
 import torch
@@ -48,38 +49,64 @@ def excess_of(
 ) -> dict[str, float]:
     """The same for results that are already there; "auto" may have gone either way."""
     truth, terms = _truth_and_terms(x, weight, dy, bias, relu)
-    eps = torch.finfo(x.dtype).eps
-    # a float64 call sums in float64
-    eps_sum = min(eps, EPS_SUM)
-    # and so does the reference, whose error comes on top then
-    both_round = 2 if x.dtype == torch.float64 else 1
-    bounds = {name: both_round * 4 * eps_sum * term for name, term in terms.items()}
-    if algorithm != "direct":
-        norms = _norms(*(t.double() for t in (x, weight, dy)))
-        if bias is not None:
-            norms["y"] = norms["y"] + bias.double().abs()[:, None, None]
-        both = 1 if algorithm == "auto" else 0
-        bounds |= {name: both * bounds[name] + eps_sum * norm for name, norm in norms.items()}
-    # results below this are subnormal in the dtype, spaced by tiny * eps
-    step = torch.finfo(x.dtype).smallest_normal * eps
+    norms = {} if algorithm == "direct" else _norms(*(t.double() for t in (x, weight, dy)))
+    if bias is not None and norms:
+        norms["y"] = norms["y"] + bias.double().abs()[:, None, None]
     found = {}
     for name, t in truth.items():
-        error = (got[name].double() - t).abs() / (eps * t.abs() + bounds[name] + step)
+        error = (got[name].double() - t).abs() / _allowed(x.dtype, t, terms[name], norms.get(name), algorithm)
         assert not error.isnan().any(), f"{name} has NaN where the reference has none"
         found[name] = error.max().item()
     return found
 
 
-@lru_cache(256)  # tensors are compared by identity
-def _truth_and_terms(
-    x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor | None, relu: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results in float64, and those of the absolute values; several backends are compared with the same."""
-    wide = [t.double() for t in (x, weight, dy)]
-    wide_bias = None if bias is None else bias.double()
-    truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
-    terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
-    return truth, terms
+def rounding(x: Tensor, weight: Tensor, algorithm: str = "direct") -> Tensor:
+    """How far each value of y may be from the definition in float64."""
+    wide = x.double(), weight.double()
+    truth, terms = (reference.forward(*pair, None, False) for pair in (wide, [t.abs() for t in wide]))
+    norms = None if algorithm == "direct" else _norms(*wide, wide[0])["y"]
+    return _allowed(x.dtype, truth, terms, norms, algorithm)
+
+
+def _allowed(dtype: torch.dtype, truth: Tensor, terms: Tensor, norms: Tensor | None, algorithm: str) -> Tensor:
+    """The largest error of each value, from the sum of its |products| and, through transforms, from the norms."""
+    eps = torch.finfo(dtype).eps
+    # a float64 call sums in float64
+    eps_sum = min(eps, EPS_SUM)
+    # and so does the reference, whose error comes on top then
+    both_round = 2 if dtype == torch.float64 else 1
+    bound = both_round * 4 * eps_sum * terms
+    if norms is not None:
+        bound = (bound if algorithm == "auto" else 0) + eps_sum * norms
+    # results below this are subnormal in the dtype, spaced by tiny * eps
+    return eps * truth.abs() + bound + torch.finfo(dtype).smallest_normal * eps
+
+
+Results = dict[str, Tensor]
+_KEPT = 128
+_known: OrderedDict[object, tuple[Results, Results]] = OrderedDict()
+
+
+def _truth_and_terms(x: Tensor, weight: Tensor, dy: Tensor, bias: Tensor | None, relu: bool) -> tuple[Results, Results]:
+    """The results in float64, and those of the absolute values; all backends and layouts of a case share them."""
+    key = (*map(_content, (x, weight, dy, bias)), relu)
+    if key not in _known:
+        wide = [t.double() for t in (x, weight, dy)]
+        wide_bias = None if bias is None else bias.double()
+        truth = everything(reference.BACKEND, *wide, bias=wide_bias, relu=relu)
+        terms = everything(reference.BACKEND, *(t.abs() for t in wide), bias=None if bias is None else wide_bias.abs())
+        _known[key] = truth, terms
+        if len(_known) > _KEPT:
+            _known.popitem(last=False)
+    return _known[key]
+
+
+def _content(t: Tensor | None) -> object:
+    """What two tensors of the same values share, whatever their layout."""
+    if t is None:
+        return None
+    flat = t.detach().cpu().resolve_neg().contiguous().flatten()
+    return t.dtype, t.device, t.shape, sha256(flat.view(torch.uint8).numpy()).digest()
 
 
 def _norms(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:

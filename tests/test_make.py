@@ -44,6 +44,19 @@ def test_the_second_time_nothing_is_installed(tmp_path):
     assert "pip install" in make("-n", "test", folder=tmp_path).stdout
 
 
+def test_ci_runs_the_full_matrix_the_campaigns_and_the_sanitizers():
+    ci = (ROOT / ".ci" / "run").read_text()
+    targets = re.findall(r"^(?:exec )?make (\S+)$", ci, re.MULTILINE)
+    assert targets == ["test-all", "sanitize"]
+    commands = make("-n", "test-all").stdout
+    for command in ("ruff check", "mypy", "pytest -q --full --hypothesis-profile=repeatable", "-m soak"):
+        assert command in commands
+    # what is not full runs in both
+    for target in ("test", "test-all"):
+        assert "-n2 --dist loadfile" in make("-n", target).stdout
+    assert "--full" not in make("-n", "test").stdout
+
+
 def test_a_missing_native_kernel_stops_the_installation(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)

@@ -235,7 +235,7 @@ def photographs(tmp_path_factory):
     return images, [int(re.search(r"_(\d+)\.jpg", name)[1]) for name in names]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_real_weights_recognise_real_photographs(lite0, photographs):
     model, transform = lite0
     images, labels = photographs
@@ -245,7 +245,7 @@ def test_real_weights_recognise_real_photographs(lite0, photographs):
     assert (found == torch.tensor(labels)).sum() >= 18
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_real_weights_decide_for_the_category_of_real_photographs(lite0, photographs):
     model, transform = lite0
     category = {index: NAMES.index(name) for name, classes in CATEGORIES.items() for index in classes}

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from matrix import FULL, matrix
 from replknet.analysis.cost import cost
 from replknet.bench import against
 from replknet.bench.against import OURS, compare, parts
@@ -47,6 +48,12 @@ def test_memory_is_of_a_process_of_its_own():
     # what a layer of 128x128 pixels and 8 channels takes, twice
     assert memory.peak - memory.held >= 2 * 4 * 8 * 128**2
     assert memory.held > sum(p.nbytes for p in merged.parameters())
+
+
+@FULL
+@pytest.mark.skipif(platform.system() != "Linux", reason="no other system tells")
+def test_a_process_that_fails_is_an_error_with_its_last_words():
+    merged, x = merge(network()), torch.randn(1, 3, 64, 64)
     with pytest.raises(RuntimeError, match="ended with 1, not 0: KeyError"):
         against.peak(merged, x, "nobody's way", torch.float32, None)
 
@@ -93,12 +100,15 @@ def test_command_prints_a_table_and_keeps_the_record(tmp_path, capsys):
     assert json.loads(lines[0])["rows"][0]["way"] == OURS
 
 
-def test_command_takes_names_and_tasks(capsys):
+@pytest.mark.parametrize("task", matrix([("classification",), ("features",), ("segmentation",)], [("features",)]))
+def test_command_takes_tasks(task, capsys):
     words = ["bench", "model", "replknet_test", "--against", "merged", "--runs", "2", "--size", "64", "96", "--json"]
-    for task in ("classification", "features", "segmentation"):
-        assert main([*words, "--task", task]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert (found["task"], found["shape"]) == (task, [1, 3, 64, 96])
+    assert main([*words, "--task", task]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["task"], found["shape"]) == (task, [1, 3, 64, 96])
+
+
+def test_command_names_what_it_does_not_know(capsys):
     assert main(["bench", "model", "replknet_tset"]) == 2
     assert "replknet_test" in capsys.readouterr().err
     assert main(["bench", "model", "replknet_cifar_l", "--task", "features"]) == 2

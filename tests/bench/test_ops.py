@@ -3,13 +3,12 @@
 import json
 import math
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from replknet import kernels, timing
+from replknet import kernels
 from replknet.bench import networks, ops, overhead, records, runtimes, tables
 from replknet.bench.cases import SUITES, Case, Stack, Suite, Target, chosen, grid
 from replknet.bench.gate import excess, truths
@@ -17,7 +16,7 @@ from replknet.bench.networks import Network
 from replknet.bench.records import Record, append
 from replknet.kernels import BACKENDS, reference
 from replknet.ops import depthwise_conv2d
-from replknet.timing import Load, Timing, interleaved
+from replknet.timing import Timing
 
 SETTINGS = ops.Settings(runs=2, limit_s=1.0, peak_gflops=100.0, peak_from="as stated")
 TINY = Case(
@@ -160,35 +159,6 @@ def test_cases_are_chosen_by_suite_and_pattern():
         list(chosen("layers", ["31b.stage9"]))
 
 
-def test_short_calls_are_settled_and_slow_ones_sit_out(monkeypatch):
-    counts = {"fast": 0, "slow": 0}
-
-    def call(name):
-        counts[name] += 1
-
-    durations = {"fast": 1.0, "slow": 500.0}
-    monkeypatch.setattr(timing, "milliseconds", lambda f: (f(), durations[f.args[0]])[1])
-    clock = iter(range(10_000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    calls = {name: partial(call, name) for name in counts}
-    times = interleaved(calls, runs=5, limit_s=2.5)
-    assert (times["fast"].runs, times["slow"].runs) == (3, 3)
-    # the clock jumps a second a look, so a turn is one call; each fast one twice, the slow one warmed up once
-    assert counts == {"fast": 6, "slow": 4}
-    assert times["slow"].p50_ms == 500
-
-
-def test_calls_with_threads_of_their_own_come_first_with_pauses_around(monkeypatch):
-    log = []
-    monkeypatch.setattr(timing.time, "sleep", lambda s: log.append(s))
-    calls = {name: partial(log.append, name) for name in ("a", "other", "b")}
-    monkeypatch.setattr(timing, "_TURN_S", 0)
-    times = interleaved(calls, runs=2, apart=["other"])
-    turns = [key for i, key in enumerate(log) if i == 0 or log[i - 1] != key]
-    assert turns == [0.02, "other", 0.02, "a", "b"] * 2
-    assert list(times) == ["a", "other", "b"]
-
-
 def test_a_record_says_where_and_when_and_what_else_ran(tmp_path, monkeypatch):
     monkeypatch.setenv("REPLKNET_ISA", "avx2")
     (found,) = measured()
@@ -204,13 +174,6 @@ def test_a_record_says_where_and_when_and_what_else_ran(tmp_path, monkeypatch):
     assert first["threads"] == torch.get_num_threads()
     assert first["load"].keys() == {"load_before", "load_after", "others"}
     assert all(first[name] for name in ("commit", "device", "date"))
-
-
-def test_the_load_of_others_is_not_ours():
-    load = Load()
-    torch.randn(300, 300) @ torch.randn(300, 300)
-    found = load.end()
-    assert found["others"] is None or found["others"] >= 0
 
 
 def record(way, ms, **changes):

@@ -66,7 +66,7 @@ def test_a_network_is_merged_for_the_operator_alone():
     assert [level.shape[-1] for level in levels] == [16, 8, 4, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_peak_of_memory_is_of_a_process_of_its_own():
     found = rivals.peak(rivals.network(NETWORKS[0], TINY), 512, "nhwc", None)
     assert 0 < found.program_bytes <= found.loaded_bytes <= found.loaded_peak_bytes <= found.peak_bytes

@@ -269,7 +269,7 @@ def test_it_is_for_inference_alone():
     assert optimized(torch.randn(1, 3, 64, 64)).is_inference()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @torch.no_grad()
 def test_torch_compile_is_measured_and_kept_if_faster(monkeypatch):
     model, x = classifier(), torch.randn(1, 3, 64, 64)

@@ -290,7 +290,7 @@ def test_segmentation_starts_from_the_classifier_of_the_same_seed(cifar, scenes,
     assert (site.folder(arm, 0) / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trainings_in_two_processes_are_kept_by_the_first(cifar, tmp_path):
     only = ["--only", "shortcut/3x3", "kernel_sizes/RepLKNet-3", "fields/RepLKNet-3", "--seeds", "1"]
     command = [sys.executable, "-m", "replknet.cli.main", "explore", *only, "--devices", "2", "--data", str(cifar)]

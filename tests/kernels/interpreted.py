@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, against the float64 definition: run by test_triton.py in a process.
 
-python interpreted.py GROUP prints a line of JSON for each case: its name and the largest error as a multiple of the
-bound.
+All groups run one after the other in this process. Each case prints a line of JSON: its group, its name and the
+largest errors as multiples of the bound. `--full` adds the rest of the matrix.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreted_plane
 import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
@@ -41,27 +42,15 @@ Case = tuple[tuple[int, int, int, int, int, int], torch.dtype, bool, Tile, Tile]
 ROWS_BEYOND, COLUMNS_BEYOND = 6, 22
 
 PATCH: list[Case] = [
-    # the shapes of RepLKNet: images as samples, with row blocks beside them
-    ((17, 1, 14, 14, 27, 27), HALF, False, PatchTile(samples=32, heights=2), PatchTile(samples=16)),
+    # images as samples, with row blocks beside them
     ((18, 2, 7, 7, 13, 13), BRAIN, True, PatchTile(samples=64, heights=2), PatchTile(samples=16, splits=2)),
-    ((3, 1, 28, 28, 29, 29), HALF, True, PatchTile(samples=16), PatchTile(samples=16, rows=2)),
     # few images: pairs of an image and a row block
     ((1, 2, 9, 11, 7, 7), BRAIN, False, PatchTile(samples=16, by_image=False), PatchTile(samples=16, by_image=False)),
-    (
-        (2, 1, 13, 35, 9, 31),
-        HALF,
-        False,
-        PatchTile(samples=16, by_image=False, patches=2, near=False),
-        PatchTile(samples=16, by_image=False, patches=2, splits=3),
-    ),
-    # several tiles along a row, and kernels of more column blocks than are held at once
-    ((2, 1, 5, 70, 31, 17), HALF, False, PatchTile(samples=16, patches=2), PatchTile(samples=16, patches=2)),
+    # a kernel of more column blocks than are held at once
     ((1, 1, 3, 90, 1, 127), HALF, False, PatchTile(samples=16), PatchTile(samples=16, by_image=False)),
-    ((2, 1, 40, 5, 51, 3), BRAIN, True, PatchTile(samples=16), PatchTile(samples=16, splits=2)),
     # a width that is padded
     ((2, 1, 6, 19, 5, 9), HALF, True, PatchTile(samples=16, patches=2), PatchTile(samples=16)),
     # patches of two rows, as for TF32: the interpreter multiplies in float32
-    ((2, 2, 10, 20, 9, 9), FLOAT, False, PatchTile(samples=16, rows=2), PatchTile(samples=16, rows=2)),
     ((5, 1, 6, 7, 11, 13), FLOAT, True, PatchTile(samples=16, rows=2, by_image=False), PatchTile(samples=16, rows=2)),
     ((1, 1, 1, 1, 1, 1), HALF, False, PatchTile(samples=16), PatchTile(samples=16)),
     # the same kernels for maps of all sizes
@@ -72,6 +61,22 @@ PATCH: list[Case] = [
         PatchTile(samples=16, by_image=False, patches=2, any_size=True),
         PatchTile(samples=16, by_image=False, patches=2, any_size=True),
     ),
+]
+MORE_PATCH: list[Case] = [
+    # the shapes of RepLKNet
+    ((17, 1, 14, 14, 27, 27), HALF, False, PatchTile(samples=32, heights=2), PatchTile(samples=16)),
+    ((3, 1, 28, 28, 29, 29), HALF, True, PatchTile(samples=16), PatchTile(samples=16, rows=2)),
+    (
+        (2, 1, 13, 35, 9, 31),
+        HALF,
+        False,
+        PatchTile(samples=16, by_image=False, patches=2, near=False),
+        PatchTile(samples=16, by_image=False, patches=2, splits=3),
+    ),
+    # several tiles along a row
+    ((2, 1, 5, 70, 31, 17), HALF, False, PatchTile(samples=16, patches=2), PatchTile(samples=16, patches=2)),
+    ((2, 1, 40, 5, 51, 3), BRAIN, True, PatchTile(samples=16), PatchTile(samples=16, splits=2)),
+    ((2, 2, 10, 20, 9, 9), FLOAT, False, PatchTile(samples=16, rows=2), PatchTile(samples=16, rows=2)),
     (
         (3, 2, 9, 9, 7, 7),
         BRAIN,
@@ -81,13 +86,15 @@ PATCH: list[Case] = [
     ),
 ]
 DIRECT: list[Case] = [
-    ((2, 2, 9, 11, 5, 5), FLOAT, False, DirectTile(samples=64, rows=4), DirectTile()),
     ((2, 5, 6, 5, 3, 7), FLOAT, True, DirectTile(samples=16, rows=2, channels=4), DirectTile(splits=2)),
     ((3, 3, 4, 5, 3, 3), BRAIN, True, DirectTile(samples=64, rows=4, channels=4), DirectTile(splits=3)),
+    ((1, 1, 1, 1, 1, 1), FLOAT, False, DirectTile(samples=16, rows=2), DirectTile()),
+]
+MORE_DIRECT: list[Case] = [
+    ((2, 2, 9, 11, 5, 5), FLOAT, False, DirectTile(samples=64, rows=4), DirectTile()),
     ((1, 2, 7, 7, 13, 13), HALF, False, DirectTile(samples=8, rows=8), DirectTile()),
     ((1, 1, 3, 80, 1, 41), FLOAT, False, DirectTile(samples=128, rows=4), DirectTile(splits=2)),
     ((2, 1, 20, 3, 35, 5), FLOAT, False, DirectTile(samples=8, rows=8), DirectTile()),
-    ((1, 1, 1, 1, 1, 1), FLOAT, False, DirectTile(samples=16, rows=2), DirectTile()),
     (
         (2, 3, 5, 6, 3, 3),
         BRAIN,
@@ -98,12 +105,17 @@ DIRECT: list[Case] = [
 ]
 
 
-LAYOUTS = [(n, c, h, w) for n, c in ((1, 1), (2, 3), (3, 70)) for h, w in ((1, 1), (5, 7), (9, 40))]
+LAYOUTS = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 70, 5, 7)]
+MORE_LAYOUTS = [(1, 1, 5, 7), (2, 3, 1, 1), (3, 70, 1, 1), (1, 1, 9, 40), (2, 3, 9, 40), (3, 70, 9, 40)]
 
 
-def layouts() -> None:
+def say(group: str, name: object, found: dict[str, float] | None = None) -> None:
+    print(json.dumps([group, str(name), found or {}]), flush=True)
+
+
+def layouts(full: bool) -> None:
     """Copies between layouts and widths are exact, and fill with zeros."""
-    for shape in LAYOUTS:
+    for shape in LAYOUTS + (MORE_LAYOUTS if full else []):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape).to(HALF).contiguous(memory_format=layout)
             w = x.shape[3]
@@ -116,14 +128,13 @@ def layouts() -> None:
                 expected = torch.channels_last if last else torch.contiguous_format
                 assert back.stride() == torch.empty(shape, memory_format=expected).stride(), (shape, width)
                 assert torch.equal(back, x), (shape, width)
-        print(json.dumps([str(shape), {}]))
+        say("layouts", shape)
 
 
-def roads() -> None:
+def roads(full: bool) -> None:
     """The operator with these kernels under everything that PyTorch puts around an operator; float32 to rounding."""
-    use_backend("triton")
-    module = DepthwiseConv2d(3, 7)
-    x = torch.randn(2, 3, 8, 9, requires_grad=True)
+    module = DepthwiseConv2d(2, 5)
+    x = torch.randn(2, 2, 6, 7, requires_grad=True)
     expected = reference.forward(x.double(), module.weight.double(), module.bias.double(), False).float()
     expected.square().sum().backward()
     gradients = [x.grad, *(p.grad for p in module.parameters())]
@@ -137,7 +148,7 @@ def roads() -> None:
             y.float().square().sum().backward()
             for found, wanted in zip((x.grad, *(p.grad for p in module.parameters())), gradients, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=10 * bound, atol=10 * bound * wanted.abs().max().item())
-        print(json.dumps([name, {}]), flush=True)
+        say("roads", name)
 
     def autocast(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=HALF):
@@ -147,19 +158,22 @@ def roads() -> None:
         with torch.inference_mode():
             return module(x)
 
-    check("eager", module)
-    check("compile", torch.compile(module, fullgraph=True, backend="aot_eager"))
-    check("autocast", autocast, 1e-2)
-    check("inference mode", inference)
-    check("checkpointing", lambda x: checkpoint(module, x, use_reentrant=False))
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
-        check("DDP", torch.nn.parallel.DistributedDataParallel(module))
-        torch.distributed.destroy_process_group()
-    check("channels_last", lambda x: module(x.contiguous(memory_format=torch.channels_last)))
+    with use_backend("triton"):
+        check("eager", module)
+        check("autocast", autocast, 1e-2)
+        check("inference mode", inference)
+        check("channels_last", lambda x: module(x.contiguous(memory_format=torch.channels_last)))
+        if full:
+            check("compile", torch.compile(module, fullgraph=True, backend="aot_eager"))
+            check("checkpointing", lambda x: checkpoint(module, x, use_reentrant=False))
+            with tempfile.TemporaryDirectory() as folder:
+                meeting = f"file://{folder}/meeting"
+                torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+                check("DDP", torch.nn.parallel.DistributedDataParallel(module))
+                torch.distributed.destroy_process_group()
 
 
-def strips() -> None:
+def strips(full: bool) -> None:
     """Strips that are kept with a weight follow it, however it is changed; a weight that learns has none."""
     tile = PatchTile(samples=16)
     x = torch.randn(2, 2, 9, 11).to(HALF)
@@ -169,7 +183,7 @@ def strips() -> None:
         y = triton_run.run(tile, x, weight, None, False)
         expected = reference.forward(x, weight.detach(), None, False)
         torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
-        print(json.dumps([name, {}]), flush=True)
+        say("strips", name)
 
     here = threading.get_ident()
     assert triton_strips.apart(threading.get_ident, weight, 0) != here
@@ -205,10 +219,10 @@ def strips() -> None:
         assert prepared.held_bytes() > 0
 
 
-def compared() -> None:
+def compared(full: bool) -> None:
     """The comparison with the definition that the default makes before it trusts a kernel."""
     calls = [
-        ("forward", PATCH[1][3], triton_run.work_of(torch.empty(18, 2, 7, 7, dtype=BRAIN), (13, 13), True, True)),
+        ("forward", PATCH[0][3], triton_run.work_of(torch.empty(18, 2, 7, 7, dtype=BRAIN), (13, 13), True, True)),
         (
             "forward",
             PatchTile(samples=16, by_image=False),
@@ -217,6 +231,8 @@ def compared() -> None:
         ("dx", PatchTile(samples=16), triton_run.work_of(torch.empty(1, 2, 6, 6, dtype=HALF), (5, 5), rotated=True)),
         ("dw", PatchTile(samples=16), triton_run.work_of(torch.empty(1, 2, 6, 9, dtype=BRAIN), (5, 7))),
         ("dw", DirectTile(), triton_run.work_of(torch.empty(1, 2, 6, 9), (5, 7))),
+    ]
+    more = [
         ("forward", PatchTile(samples=16, rows=2), triton_run.work_of(torch.empty(1, 2, 9, 9), (7, 7))),
         (
             "forward",
@@ -227,7 +243,7 @@ def compared() -> None:
         ),
     ]
     run_of, gradient_of = triton_check.run_of, triton_check.gradient_of
-    for direction, tile, work in calls:
+    for direction, tile, work in calls + (more if full else []):
         assert triton_check.excess(direction, tile, work, torch.device("cpu")) <= 1, (direction, tile)
         # wrong in one place, by two roundings
         eps = torch.finfo(work.dtype).eps
@@ -235,7 +251,7 @@ def compared() -> None:
         triton_check.gradient_of = lambda *a, e=eps: lambda *b: slightly_wrong(gradient_of(*a)(*b), e)
         assert triton_check.excess(direction, tile, work, torch.device("cpu")) > 1, (direction, tile)
         triton_check.run_of, triton_check.gradient_of = run_of, gradient_of
-        print(json.dumps([f"{direction} {tile}", {}]), flush=True)
+        say("compared", f"{direction} {tile}")
 
 
 def slightly_wrong(y: torch.Tensor, eps: float) -> torch.Tensor:
@@ -244,16 +260,16 @@ def slightly_wrong(y: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
-def infinity() -> None:
+def infinity(full: bool) -> None:
     """An infinity in one pixel stays in its image, its channel and its neighbourhood; in dw, in its channel."""
     k = 7
-    for dtype, tile in (
+    tiles: list[tuple[torch.dtype, Tile]] = [
         (HALF, PatchTile(samples=16)),
         (HALF, PatchTile(samples=16, by_image=False)),
         (BRAIN, PatchTile(samples=16, patches=2, any_size=True)),
-        (FLOAT, PatchTile(samples=16, rows=2)),
-        (FLOAT, DirectTile(samples=64, rows=4)),
-    ):
+    ]
+    more = [(FLOAT, PatchTile(samples=16, rows=2)), (FLOAT, DirectTile(samples=64, rows=4))]
+    for dtype, tile in tiles + (more if full else []):
         for where in ((0, 0), (8, 17)):
             x, dy = (torch.randn(2, 2, 10, 40).to(dtype) for _ in range(2))
             x[1, 1, *where] = float("inf")
@@ -266,7 +282,7 @@ def infinity() -> None:
             assert (away <= torch.tensor([k // 2 + ROWS_BEYOND, k // 2 + COLUMNS_BEYOND])).all()
             dw = triton_run.run_gradient(tile, dy, x, k, k)
             assert dw[0].isfinite().all()
-            print(json.dumps([f"{dtype} {tile} {where}", {}]), flush=True)
+            say("infinity", f"{dtype} {tile} {where}")
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -276,15 +292,10 @@ def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, (torch.randn(c, 1, kh, kw) / max(kh, kw)).to(dtype), dy
 
 
-def main(group: str) -> None:
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    groups = {"layouts": layouts, "roads": roads, "strips": strips, "compared": compared, "infinity": infinity}
-    if group in groups:
-        return groups[group]()
-    for case in {"patch": PATCH, "direct": DIRECT}[group]:
+def kernels(group: str, cases: list[Case]) -> None:
+    """y, dx, dw and db keep the bound, and y with bias and ReLU."""
+    tiles = triton_choice.forward_tiles, triton_choice.gradient_tiles
+    for case in cases:
         x, weight, dy = tensors(case)
         # as the plan would give them, but small
         triton_choice.forward_tiles = lambda *_, tile=case[3]: (tile,)
@@ -296,8 +307,31 @@ def main(group: str) -> None:
         eps = torch.finfo(x.dtype).eps
         scale = 1e-5 * expected.abs().max() + eps * expected.abs()
         found["bias and relu"] = ((y.double() - expected).abs() / (scale + 1e-9)).max().item()
-        print(json.dumps([str(case), found]), flush=True)
+        say(group, case, found)
+    triton_choice.forward_tiles, triton_choice.gradient_tiles = tiles
+
+
+def plane(full: bool) -> None:
+    for name, found in interpreted_plane.errors_of(full):
+        say("plane", name, found)
+
+
+def main(full: bool) -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    # first, while nothing is kept with any weight
+    strips(full)
+    layouts(full)
+    compared(full)
+    infinity(full)
+    kernels("patch", PATCH + (MORE_PATCH if full else []))
+    kernels("direct", DIRECT + (MORE_DIRECT if full else []))
+    roads(full)
+    # last: what reads beyond its memory ends the process
+    plane(full)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main("--full" in sys.argv)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from matrix import matrix
 from replknet.kernels import triton_choice
 from replknet.kernels.triton_plan import forward_tile, gradient_tile
 from replknet.kernels.triton_run import run, run_gradient
@@ -49,7 +50,7 @@ def compilations(monkeypatch):
         yield found
 
 
-@pytest.mark.parametrize("images", [1, 2, 16])
+@pytest.mark.parametrize("images", matrix([(1,), (2,), (16,)], [(2,)]))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("channels", "stride", "k"), STAGES)
 def test_a_layer_of_a_detector_compiles_a_handful_of_kernels_in_two_epochs(
@@ -122,7 +123,7 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize(("n", "side", "k"), BEFORE)
+@pytest.mark.parametrize(("n", "side", "k"), matrix(BEFORE, [(64, 14, 27)]))
 def test_the_machine_code_is_about_that_of_kernels_for_one_size(n, side, k):
     import triton_compile
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ class Clock:
         return timed(tiles, self.run, torch_run, compile_tile, self, budget_s)
 
 
+def waited_for(condition):
+    """Another thread makes it true; one that never does is an error."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "another thread did nothing"
+        time.sleep(0.01)
+
+
 def test_the_shipped_tile_comes_first_and_then_torch():
     clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 2.5, TORCH: 2.1})
     entry = clock.ask()
@@ -75,11 +84,19 @@ def test_tiles_beyond_the_first_are_bounded_in_time():
     assert clock.ask(budget_s=-1.0) == Entry(SHIPPED, 3.0, 9.0, left=2)
 
 
-def test_a_tile_that_is_not_compiled_in_time_is_left_for_the_next_process(tmp_path):
+def test_a_tile_that_is_not_compiled_in_time_is_left_for_the_next_process(tmp_path, monkeypatch):
     done = threading.Event()
+    given_s = []
+
+    def time_is_up_after_the_first(jobs, timeout):
+        given_s.append(timeout)
+        return wait(jobs, return_when=FIRST_COMPLETED)
+
+    monkeypatch.setattr(triton_tune, "wait", time_is_up_after_the_first)
     clock = Clock({SHIPPED: 3.0, OTHER: 2.0, SUMS: 1.0, TORCH: 9.0})
-    entry = clock.ask(budget_s=0.3, compile_tile=lambda tile: done.wait(5) if tile == SUMS else None)
+    entry = clock.ask(budget_s=60.0, compile_tile=lambda tile: done.wait(60) if tile == SUMS else None)
     done.set()
+    assert 0 < given_s[0] < 60
     assert entry == Entry(OTHER, 2.0, 9.0, left=1)
     table = Table(tmp_path / "ways.json")
     table.put(KIND, entry)
@@ -90,7 +107,7 @@ def test_a_tile_that_is_not_compiled_in_time_is_left_for_the_next_process(tmp_pa
 
 
 def test_tiles_are_compiled_at_the_same_time():
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
     monkey = pytest.MonkeyPatch()
     monkey.setattr(triton_tune.os, "cpu_count", lambda: 2)
     try:
@@ -101,16 +118,19 @@ def test_tiles_are_compiled_at_the_same_time():
 
 
 def test_a_long_first_step_is_explained_once_on_stderr(monkeypatch, capfd):
-    monkeypatch.setattr(triton_tune, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(triton_tune, "_PATIENCE_S", 3600.0)
     patience = triton_tune._Patience()
     with patience.spending():
         pass
     assert capfd.readouterr().err == ""
-    for _ in range(2):
-        with patience.spending():
-            time.sleep(0.1)
+    monkeypatch.setattr(triton_tune, "_PATIENCE_S", 0.0)
+    said = []
+    with patience.spending():
+        waited_for(lambda: said.append(capfd.readouterr().err) or said[-1])
+    with patience.spending():
+        pass
     out, err = capfd.readouterr()
-    assert err.splitlines() == [
+    assert ("".join(said) + err).splitlines() == [
         "replknet: compiling and timing kernels, once for this GPU; replknet.warm(model, example) does it ahead"
     ]
     assert out == ""

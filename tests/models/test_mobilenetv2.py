@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import replknet
+from matrix import FULL
 from replknet.difference import largest_difference
 from replknet.models import CheckpointError, Description, MobileNetV2Config, load_model, save_model
 from replknet.tasks.classification.recipes import cifar10
@@ -22,6 +23,14 @@ VARIANTS = {
     "dilated": {"dilation": 4, "stem_stride": 1, "strides": (1, 1, 2, 2, 1, 2, 1)},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+# one with all that a variant can have, and in the full matrix the others
+large_and_small = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name == "9x9 with 3x3" else [FULL])
+        for name, options in VARIANTS.items()
+    ],
+)
 
 
 def small(**options):
@@ -72,7 +81,7 @@ def test_merged_it_gives_the_same(options):
     assert exact < 1e-10
 
 
-@variants
+@large_and_small
 def test_saved_it_comes_back_in_its_form(options, tmp_path):
     model = small(**options)
     config = MobileNetV2Config(**{"width": 0.25, **options})
@@ -143,7 +152,7 @@ def test_features_leave_out_what_they_do_not_need():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
-@variants
+@large_and_small
 def test_it_scripts(options):
     model = small(**options)
     x = torch.randn(1, 3, 32, 32)

@@ -11,6 +11,8 @@ from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sharded
+from matrix import FULL
 from replknet.nn import DepthwiseConv2d
 from replknet.ops import depthwise_conv2d
 
@@ -256,57 +258,16 @@ def test_a_program_saved_with_the_first_version_runs_and_learns():
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-4)
 
 
-SHARDED = """
-import sys
-import torch
-from torch import distributed
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.nn.functional import conv2d
-from torch.nn.parallel import DistributedDataParallel
-from replknet.nn import DepthwiseConv2d
-from replknet.ops import depthwise_conv2d
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-mesh = torch.distributed.init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-x, dy = torch.randn(4, 6, 9, 8), torch.randn(4, 6, 9, 8)
-weight, bias = torch.randn(6, 1, 5, 7), torch.randn(6)
+def test_sharded_tensors_and_ddp_in_one_process(tmp_path):
+    sharded.check(0, 1, tmp_path / "store")
 
 
-def gradients(run, *leaves):
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    y = run(*leaves)
-    given = distribute_tensor(dy, mesh, y.placements) if isinstance(y, DTensor) else dy
-    return y, torch.autograd.grad(y, leaves, given)
-
-
-truth, wanted = gradients(lambda x, w, b: conv2d(x, w, b, padding=(2, 3), groups=6).relu(), x, weight, bias)
-images, channels, whole = Shard(0), Shard(1), Replicate()
-for where, kernels, result in ((images, whole, images), (channels, Shard(0), channels), (whole, whole, whole)):
-    given = (distribute_tensor(x, mesh, [where]), *(distribute_tensor(t, mesh, [kernels]) for t in (weight, bias)))
-    y, found = gradients(lambda x, w, b: depthwise_conv2d(x, w, b, relu=True), *given)
-    assert y.placements == (result,), y.placements
-    torch.testing.assert_close(y.full_tensor(), truth)
-    for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got.full_tensor(), want, rtol=1e-4, atol=1e-4)
-    without = depthwise_conv2d(given[0], given[1])
-    torch.testing.assert_close(without.full_tensor(), conv2d(x, weight, padding=(2, 3), groups=6))
-
-module = DepthwiseConv2d(6, (5, 7))
-module.load_state_dict({"weight": weight, "bias": bias})
-parallel = DistributedDataParallel(module)
-parallel(x.chunk(2)[rank]).relu().backward(dy.chunk(2)[rank])
-torch.testing.assert_close(2 * module.weight.grad, wanted[1], rtol=1e-4, atol=1e-4)
-distributed.destroy_process_group()
-"""
-
-
+@FULL
 def test_sharded_tensors_and_ddp_in_two_processes(tmp_path):
     """Over images, over channels and replicated: placements and values of y, dx, dw and db."""
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED]
+    command = [sys.executable, "-W", "ignore", sharded.__file__]
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     for process in processes:

@@ -11,6 +11,7 @@ import pytest
 
 from replknet.kernels import native
 from soak import CAMPAIGNS, depthwise
+from soak import __main__ as command
 from soak.campaign import failures
 
 CASES, AT_ONCE = 50, 10
@@ -47,25 +48,25 @@ def test_cases_are_of_many_kinds():
     assert len({c % 16 for _, c, *_ in shapes}) == 16
 
 
-def run(*words):
+def test_the_command_counts_cases():
     tests = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "soak", *words]
-    return subprocess.run(
-        command, cwd=tests, env={**os.environ, "PYTHONPATH": str(tests)}, capture_output=True, text=True, check=False
+    words = [sys.executable, "-m", "soak", "depthwise", "--cases", "3", "--first", "7", "--json"]
+    result = subprocess.run(
+        words, cwd=tests, env={**os.environ, "PYTHONPATH": str(tests)}, capture_output=True, text=True, check=False
     )
-
-
-def test_the_command_counts_cases_and_names_the_campaigns():
-    result = run("depthwise", "--cases", "3", "--first", "7", "--json")
     assert result.returncode == 0, result.stderr
     (found,) = json.loads(result.stdout)
     assert (found["cases"], found["first"], found["failures"]) == (3, 7, [])
-    result = run("files")
-    assert result.returncode == 2
-    assert "no campaign is called files; there are depthwise" in result.stderr
 
 
-def test_minutes_end_it():
-    result = run("--minutes", "0.02")
-    assert result.returncode == 0, result.stderr
-    assert "depthwise: " in result.stdout
+def test_an_unknown_campaign_is_an_error_that_names_the_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["soak", "files"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "no campaign is called files; there are depthwise" in capsys.readouterr().err
+
+
+def test_minutes_end_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["soak", "--minutes", "0.01"])
+    assert command.main() == 0
+    assert "depthwise: " in capsys.readouterr().out

@@ -27,7 +27,7 @@ DESCRIPTION = Description(
     mean=(0.4,) * 3,
     std=(0.2,) * 3,
 )
-FORMATS = ["onnx", "openvino", "pt2", pytest.param("aoti", marks=pytest.mark.slow)]
+FORMATS = ["onnx", "openvino", "pt2", pytest.param("aoti", marks=pytest.mark.full)]
 
 
 def network():

@@ -130,7 +130,7 @@ def test_a_delicate_layer_is_found_and_stays_in_float32(network, images, scored,
     assert worst.ranges.zeros == pytest.approx(1 - 1 / 23**2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_delicate_layer_is_found_for_openvino_as_well(network, images, scored, tmp_path):
     path = tmp_path / "net.int8.xml"
     found = quantize_classifier(

@@ -382,7 +382,7 @@ def least_centerness_loss(targets):
     return F.binary_cross_entropy(aims, aims).item()
 
 
-@pytest.mark.parametrize("kind", [FCOS, pytest.param(torchvision_fcos, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [FCOS, pytest.param(torchvision_fcos, marks=pytest.mark.full)])
 def test_four_images_are_learned_by_heart(kind):
     images, targets = four()
     model = build(kind=kind)

@@ -34,7 +34,7 @@ DESCRIPTION = SegmentationDescription(
     mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.25, 0.3),
 )
-FORMATS = ["onnx", "openvino", "pt2", pytest.param("aoti", marks=pytest.mark.slow)]
+FORMATS = ["onnx", "openvino", "pt2", pytest.param("aoti", marks=pytest.mark.full)]
 PHOTOS = [str(photo) for photo in images.PHOTOS]
 
 
