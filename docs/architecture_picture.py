@@ -30,7 +30,7 @@ PURPOSE = {
     "kernels": "its implementations, and the choice",
 }
 # layers that are one file
-GROUND = "the ground: files on which all may stand"
+GROUND = "the ground"
 # the road of an image: in which layer each stop lies
 ROAD = {
     "data": "image, transforms",
@@ -86,10 +86,8 @@ def picture() -> str:
         out.append(text(LEFT + 110, middle[name] + 5, PURPOSE[name], 'fill="#333"'))
     y = top + len(rows) * ROW
     out.append(f'<rect x="{LEFT}" y="{y}" width="{BOX}" height="{ROW - 4}" rx="4" fill="#e6e6e6" stroke="#8aa"/>')
-    out.append(
-        text(LEFT + 12, y + ROW / 2 + 3, ", ".join(f"{name}.py" for name in ground), 'font-weight="bold" fill="#111"')
-    )
-    out.append(text(LEFT + BOX - 12, y + ROW / 2 + 3, GROUND, 'fill="#333" text-anchor="end"'))
+    out.append(text(LEFT + 12, y + ROW / 2 + 3, GROUND, 'font-weight="bold" fill="#111"'))
+    out.append(text(LEFT + 110, y + ROW / 2 + 3, f"single files: {', '.join(ground)}", 'fill="#333"'))
     out += _road([(middle[name], words) for name, words in ROAD.items()])
     return "\n".join([*out, "</svg>", ""])
 
