@@ -12,8 +12,8 @@ class ClassificationOptions:
 
     Args:
         dataset: data set: "cifar10", or "folder". A folder has images in {train,val}/<class>/, archives
-            {train,val}.tar with such paths, or webdataset shards {train,val}/*.tar. The folder hfds/NAME is a data set
-            of the Hugging Face hub.
+            {train,val}.tar with such paths, or webdataset shards, which end in .tar, in {train,val}/. The folder
+            hfds/NAME is a data set of the Hugging Face hub.
         image_size: side of the images, pixels.
         momentum: momentum of the optimisers that have one, such as sgd and nmuon.
         min_lr: learning rate at the end of the training.
