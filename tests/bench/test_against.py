@@ -112,4 +112,4 @@ def test_command_names_what_it_does_not_know(capsys):
     assert main(["bench", "model", "replknet_tset"]) == 2
     assert "replknet_test" in capsys.readouterr().err
     assert main(["bench", "model", "replknet_cifar_l", "--task", "features"]) == 2
-    assert "features are of a model of timm's" in capsys.readouterr().err
+    assert "--task features takes a model's name" in capsys.readouterr().err

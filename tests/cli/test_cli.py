@@ -344,7 +344,7 @@ def test_configuration_is_printed_and_read_back(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"learning_rate": 3}', "c.json has learning_rate, which no recipe knows; there are model, weights"),
+        ('{"learning_rate": 3}', "c.json has learning_rate, which this recipe lacks; there are model, weights"),
         ("lr: 3", "c.json is no JSON, as --print-config writes it: Expecting value"),
         ("[1, 2]", "c.json must hold one JSON object, as --print-config writes it, got [1, 2]"),
         ('{"lr": -1}', "lr must be positive, got -1"),

@@ -125,7 +125,7 @@ def test_a_layout_that_is_both_is_read_by_its_strides_as_in_the_operator():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shape", "1,8,14,14"], "--shape N,C,H,W and --kernel KH[,KW] explain a call together"),
+        (["--shape", "1,8,14,14"], "--shape N,C,H,W and --kernel KH[,KW] describe a call together"),
         (["--kernel", "3"], "only one of them was given"),
         (["--shape", "1,8,14", "--kernel", "3"], "--shape must be N,C,H,W, such as 1,128,56,56, got 1,8,14"),
         (["--shape", "1,8,0,14", "--kernel", "3"], "--shape must be N,C,H,W, such as 1,128,56,56, got 1,8,0,14"),

@@ -106,7 +106,7 @@ def test_random_weights_are_shown_only_where_they_are_asked_for(tmp_path, capsys
     command = ["analyze", "kernels", "test_convnext", "-o", str(tmp_path / "k.png")]
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        "replknet analyze: test_convnext is a timm model and no file of weights: --pretrained downloads its trained "
+        "replknet analyze: test_convnext is a timm model, not a file of weights: --pretrained downloads its trained "
         "weights, --untrained shows random ones\n"
     )
     found = []

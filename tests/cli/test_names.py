@@ -57,7 +57,7 @@ def test_an_older_name_runs_and_says_what_it_is_now(words, now, capsys, tmp_path
     words = [str(tmp_path / "k.png") if word == "OUT" else word for word in words]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert err == f"replknet {words[0]}: this is now `{now}`; the old name goes with version 1.0\n"
+    assert err == f"replknet {words[0]}: this is now `{now}`; version 1.0 removes the old name\n"
     assert out
 
 
@@ -90,7 +90,7 @@ def test_a_wrong_value_gets_what_was_expected(words, message, capsys):
             "no network is called 'replknet_31'; did you mean",
         ),
         (["analyze", "kernel"], "no part is called 'kernel'; did you mean kernels?"),
-        (["train", "shapes", "--plan"], "no estimate is made for a detector"),
+        (["train", "shapes", "--plan"], "there is no estimate for a detector"),
         (["train"], "name a recipe; replknet train --list shows them"),
         (["export", "replknet_cifar_l", "--to", "onnx", "--loss", "3"], "without --int8: leave out --loss"),
         (["export", "replknet_cifar_l", "--to", "pt2", "--int8"], "int8 is written for onnx, openvino, got --to pt2"),

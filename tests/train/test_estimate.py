@@ -136,7 +136,7 @@ def test_the_papers_sets_have_their_sizes():
 
 def test_the_command(capsys):
     assert main(["train", "camvid", "--plan", "--images", "367"]) == 2
-    assert "say how many with --classes N" in capsys.readouterr().err
+    assert "give --classes N" in capsys.readouterr().err
     tiny = ["camvid", "--model", "replknet_test", "--network", "null", "--crop", "[64, 96]", "--images", "367"]
     assert main(["train", *tiny, "--plan", "--classes", "11", "--device-batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -150,7 +150,7 @@ def test_the_command(capsys):
     assert (found["device_batch"], found["processes"], list(found["by_device_batch"])) == (1, 8, ["1"])
     short = ["--model", "replknet_test", "--image-size", "64", "--batch-size", "32"]
     assert main(["train", "folder", "--plan", *short]) == 2
-    assert "say how many with --images N" in capsys.readouterr().err
+    assert "give --images N" in capsys.readouterr().err
     assert (
         main(["train", "folder", "--plan", *short, "--images", "320", "--gpus", "2", "--gpu-memory", "8", "--json"])
         == 0

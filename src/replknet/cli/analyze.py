@@ -6,13 +6,13 @@ from replknet.cli.options import Parser, nearest, parser
 
 PARTS = {
     "erf": "compute and draw the effective receptive field of networks",
-    "kernels": "draw the learned kernels, and say where their weight lies and what the small branch added",
-    "shape-bias": "measure whether classifiers go by shape or by texture, and draw it",
+    "kernels": "draw the learned kernels; show where their weight lies and what the small branch added",
+    "shape-bias": "measure and draw whether classifiers decide by shape or by texture",
 }
 
 
 def arguments() -> Parser:
-    """The parts of the command; each has a parser of its own."""
+    """The parts of the command; each part has its own parser."""
     p = parser("analyze", "replknet analyze erf replknet_31b --images DIR; replknet analyze kernels --help")
     told = "; ".join(f"{name}: {text}" for name, text in PARTS.items())
     p.add_argument("part", choices=list(PARTS), metavar="PART", help=told)

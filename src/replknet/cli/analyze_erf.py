@@ -26,8 +26,8 @@ from replknet.tasks.files import load_network
 from replknet.tasks.task import Description
 
 NETWORK = (
-    "weights, in any format that load_checkpoint reads, or the name of some that come with the package; else the name "
-    "of a model of timm's, ours among them, with random weights"
+    "file of weights, in any format that load_checkpoint reads, or name of weights in the package; otherwise the name "
+    "of one of timm's or replknet's models, with random weights"
 )
 
 
@@ -36,18 +36,20 @@ def arguments() -> Parser:
     p = parser("analyze", "replknet analyze erf replknet_31b resnet101 --images DIR -o erf.png", "erf")
     p.add_argument("network", nargs="+", help=NETWORK)
     p.add_argument("--task", choices=list(TASKS), help=TASK)
-    p.add_argument("--pretrained", action="store_true", help="models of timm's with the weights that timm has of them")
+    p.add_argument("--pretrained", action="store_true", help="load timm's trained weights into timm's models")
     p.add_argument(
         "--untrained",
         action="store_true",
-        help=f"beside each trained network the same with random weights, seed {SEED}",
+        help=f"also measure each trained network with random weights, seed {SEED}",
     )
-    p.add_argument("--images", type=Path, nargs="+", default=[], help="images or folders; the two shipped by default")
-    p.add_argument("--count", type=PositiveInt, default=50, help="take the first images; the paper's number is 50")
+    p.add_argument(
+        "--images", type=Path, nargs="+", default=[], help="images or folders; two built-in images by default"
+    )
+    p.add_argument("--count", type=PositiveInt, default=50, help="largest number of images; the paper's is 50")
     p.add_argument(
         "--size", type=PositiveInt, default=1024, help="side in pixels to which images are warped; the paper's is 1024"
     )
-    p.add_argument("--scale", type=Scale, default="log", help="of the map that is measured; the paper's is log")
+    p.add_argument("--scale", type=Scale, default="log", help="scale of the map that is measured; the paper's is log")
     p.add_argument("-o", "--output", type=Path, default=Path("erf.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
@@ -75,9 +77,9 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Network:
-    """A network to measure, and how it wants its pixels."""
+    """A network to measure, and mean and std of its pixels."""
 
-    word: str  # what the command line calls it
+    word: str  # its word on the command line
     name: str
     trained: bool
     parameters: int  # before merging
@@ -87,12 +89,12 @@ class _Network:
 
 
 def _networks(word: str, args: Any) -> list[_Network]:
-    """The network of a file or name, and its untrained twin if that is wanted."""
+    """The network of a file or name, and with --untrained its copy with random weights."""
     build: Callable[[], nn.Module]
     if is_checkpoint(word):
         loaded = load_network(word, args.task)
         d: Description = loaded.description
-        # of a segmentation network or a detector its backbone is looked at
+        # a segmentation network or detector is measured by its backbone
         model, build = _backbone(loaded.model), lambda: _backbone(d.build())
         name, trained, mean, std = d.name, True, d.mean, d.std
     else:
@@ -114,12 +116,12 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """Networks of ours with fewer layers: the same function, and fewer maps to keep."""
+    """The network, merged if it is replknet's: it computes the same outputs and keeps fewer maps."""
     return merge(model.eval()) if isinstance(model, StagedNet) else model
 
 
 def _labels(networks: Sequence[_Network]) -> list[str]:
-    """A name for each, and what the command line called it where names are alike."""
+    """A label for each network: its name, or its word on the command line if two names are equal."""
     counts = Counter((network.name, network.trained) for network in networks)
     names = [n.name if counts[n.name, n.trained] == 1 else n.word for n in networks]
     return [name if n.trained else f"{name}, untrained" for name, n in zip(names, networks, strict=True)]
@@ -131,7 +133,7 @@ def _measured(label: str, network: _Network, files: Sequence[Path], args: Any) -
     try:
         return effective_receptive_field(network.model, batches, scale=args.scale)
     except (RuntimeError, AssertionError) as error:
-        # each of timm's models has its own way to refuse a size
+        # timm's models refuse a size with different errors
         raise ValueError(
             f"{label} does not run on images of {args.size}x{args.size}: {error}; try it with another --size"
         ) from error
@@ -154,7 +156,7 @@ def _record(label: str, network: _Network, field: ERF) -> dict[str, Any]:
 
 
 def _print_table(measured: Sequence[tuple[str, _Network, ERF]]) -> None:
-    """Side and area of the squares that hold each share, a line a network."""
+    """Print side and area of the square that holds each share, one line a network."""
     width = max(len("network"), *(len(label) for label, _, _ in measured))
     thresholds = measured[0][2].sides
     print(f"{'network':<{width}} {'params M':>9}" + "".join(f" {f'{100 * t:.0f} %':>15}" for t in thresholds))
@@ -163,7 +165,7 @@ def _print_table(measured: Sequence[tuple[str, _Network, ERF]]) -> None:
         print(f"{label:<{width}} {network.parameters / 1e6:>9.2f}" + "".join(f" {cell:>15}" for cell in cells))
     for label, _, field in measured:
         if field.skipped:
-            print(f"{label}: {field.skipped} images left out, whose gradients are not finite")
+            print(f"{label}: {field.skipped} images left out, since their gradients are not finite")
 
 
 def _cell(side: int | None, area: float | None) -> str:
@@ -171,5 +173,5 @@ def _cell(side: int | None, area: float | None) -> str:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """The network of ours that another one stands on; a classifier is one itself."""
+    """The network of replknet's inside a segmentation network or detector, or a classifier itself."""
     return next(module for module in model.modules() if isinstance(module, StagedNet))

@@ -32,7 +32,7 @@ def arguments() -> Parser:
     p.add_argument(
         "--layers", type=str, nargs="+", default=["*"], metavar="NAME", help="only these; * and ? are wildcards"
     )
-    p.add_argument("--min-side", type=PositiveInt, default=5, help="of the smallest kernels to look at, pixels")
+    p.add_argument("--min-side", type=PositiveInt, default=5, help="side of the smallest kernels to show, pixels")
     p.add_argument("-o", "--output", type=Path, default=Path("kernels.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output, with the magnitudes by distance")
     return p
@@ -41,7 +41,7 @@ def arguments() -> Parser:
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.pretrained and args.untrained:
-        raise ValueError("--pretrained and --untrained were both given; a network has trained weights or random ones")
+        raise ValueError("--pretrained and --untrained were both given; give one of them")
     from replknet.analysis import plots  # matplotlib is optional
 
     network = _network(args)
@@ -65,7 +65,7 @@ def _network(args: Any) -> nn.Module:
         if args.network not in timm_names(args.network):
             raise ValueError(unknown(args.network))
         raise ValueError(
-            f"{args.network} is a timm model and no file of weights: --pretrained downloads its trained weights, "
+            f"{args.network} is a timm model, not a file of weights: --pretrained downloads its trained weights, "
             "--untrained shows random ones"
         )
     return load_network(args.network, args.task).model
@@ -121,9 +121,9 @@ def _table(found: list[dict[str, Any]]) -> list[str]:
     lines.append("centre, half side: share of the squared norm in the central window named, mean over channels")
     if with_small:
         lines += [
-            "large alone: the same in the centre of the large branch",
-            "small, inside: norm of the small branch relative to the merged kernel, all of it and the centre",
-            "agreement: cosine between the branches in the centre; these three are medians over channels",
+            "large alone: share in the centre of the large branch",
+            "small, inside: norm of the small branch divided by the norm of the merged kernel, and of its centre",
+            "agreement: cosine between the branches in the centre; small, inside, agreement: medians over channels",
         ]
     if any(row["form"] == "merged" for row in found):
         lines.append("already merged: what the small branch added is no longer known")
@@ -134,7 +134,7 @@ def _table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _share(energy: dict[int, float] | None, limit: float) -> str:
-    """The share in the largest window of at most this side, and that side."""
+    """The share in the largest window whose side is at most `limit`, and the side of that window."""
     if energy is None:
         return "-"
     side = max((side for side in energy if side <= limit), default=min(energy))

@@ -20,7 +20,7 @@ from replknet.data.cue_conflict import CueConflicts, cue_conflicts
 from replknet.data.download import quiet
 from replknet.models import load_model
 
-# what was measured: which images, and whose they are
+# name of the measure: which images, and who made them
 _PUBLISHED = "cue conflict by the rule of Geirhos et al. 2019 (16 categories of ImageNet)"
 _OURS = "replknet's own texture-shape conflict of CIFAR-10 test images (not the stimuli of Geirhos et al.)"
 
@@ -41,16 +41,16 @@ def arguments() -> Parser:
         "networks",
         nargs="+",
         type=str,
-        help="weights, in any format that load_checkpoint reads, or the name of some that come with the package; with "
-        "--images also timm's names of networks, whose ImageNet weights timm fetches",
+        help="file of weights, in any format that load_checkpoint reads, or name of weights in the package; with "
+        "--images also a name of one of timm's models, whose ImageNet weights timm downloads",
     )
-    p.add_argument("--images", type=Path | None, help="folder of images named as cat7-elephant1.png: shape, texture")
-    p.add_argument("--cifar10", action="store_true", help="our own conflicts of CIFAR-10's test images instead")
-    p.add_argument("--data", type=Path | None, help="where CIFAR-10 is kept")
-    p.add_argument("--each", type=int, default=100, help="CIFAR-10 images for each of the 90 pairs of classes")
-    p.add_argument("--seed", type=int, default=0, help="of the CIFAR-10 images")
-    p.add_argument("--untrained", action="store_true", help="take timm's networks without weights, as a baseline")
-    p.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    p.add_argument("--images", type=Path | None, help="folder of images named like cat7-elephant1.png: shape, texture")
+    p.add_argument("--cifar10", action="store_true", help="use our own conflicts of CIFAR-10's test images instead")
+    p.add_argument("--data", type=Path | None, help="with --cifar10: folder that keeps CIFAR-10")
+    p.add_argument("--each", type=int, default=100, help="with --cifar10: images for each of the 90 pairs of classes")
+    p.add_argument("--seed", type=int, default=0, help="with --cifar10: seed of the images")
+    p.add_argument("--untrained", action="store_true", help="use timm's models with random weights, as a baseline")
+    p.add_argument("--batch-size", type=int, default=64, help="number of images that a network computes at once")
     p.add_argument("-o", "--output", type=Path, default=Path("shape-bias.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
@@ -105,7 +105,7 @@ def _imagenet_network(name: str, untrained: bool) -> _Network:
 
 def _of_timm(name: str, untrained: bool) -> _Network:
     if name in timm_names(name):
-        # before anything is fetched
+        # before timm downloads weights
         facts = timm.get_pretrained_cfg(name)
         _check_outputs(name, 1000 if facts is None else facts.num_classes)
     model = of_timm(name, not untrained, "name a file of weights, or --untrained takes it as it is initialised")
@@ -178,7 +178,7 @@ def _plain(
 
 
 def _print_table(found: dict[str, ShapeBias], alone: dict[str, dict[str, float]]) -> None:
-    """A column a network: the shares of all its decisions, and its bias in each category of the shape."""
+    """Print one column a network: the shares of all its decisions, and its bias in each category of the shape."""
     widths = [max(len(name), 8) for name in found]
 
     def row(label: str, values: list[float | None]) -> None:

@@ -21,7 +21,7 @@ _QUESTIONS = {
     "networks": "what does a whole network gain",
     "plans": "how far are the chosen plans from the best ones",
 }
-# suites that are not of layers: their cases, and how they look
+# suites that do not time layers: name -> cases, header, rows
 _OTHERS = {
     "overhead": overhead.CASES,
     "networks": [network.name for network in networks.NETWORKS],
@@ -43,9 +43,9 @@ def arguments() -> Parser:
         nargs="?",
         choices=["ops", "model"],
         default="ops",
-        help="what to time: the operator, or whole networks, whose options `replknet bench model --help` shows",
+        help="what to time: the operator, or a whole network; `replknet bench model --help` shows its options",
     )
-    p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; else layers")
+    p.add_argument("--suite", choices=list(_QUESTIONS), help="workloads that answer one question; layers by default")
     p.add_argument("--case", type=str, nargs="+", default=[], metavar="NAME", help="only these; * and ? are wildcards")
     p.add_argument(
         "--way",
@@ -58,12 +58,12 @@ def arguments() -> Parser:
     p.add_argument("--list", action="store_true", help="show the suites and their cases, time nothing")
     p.add_argument("--backward", action="store_true", help="time the two gradients as well")
     p.add_argument(
-        "--threads", type=PositiveInt | None, help="of every implementation; torch's own number if not given"
+        "--threads", type=PositiveInt | None, help="threads of every implementation; torch's number by default"
     )
-    p.add_argument("--runs", type=PositiveInt, default=20, help="rounds")
+    p.add_argument("--runs", type=PositiveInt, default=20, help="number of rounds")
     p.add_argument("--limit", type=PositiveFloat, default=20.0, help="seconds after which a slow way stops at 3 rounds")
-    p.add_argument("--peak", type=PositiveFloat | None, help="FMA peak in GFLOP/s; measured with torch.mm if not given")
-    p.add_argument("--output", type=Path | None, help="file to which the records are appended as JSON lines")
+    p.add_argument("--peak", type=PositiveFloat | None, help="FMA peak, GFLOP/s; measured with torch.mm by default")
+    p.add_argument("--output", type=Path | None, help="file that gets the records appended as JSON lines")
     p.add_argument("--plot", type=Path | None, help="picture of time against kernel size, for the suite table1")
     p.add_argument("--json", action="store_true", help="print the records as JSON lines instead of tables")
     return p
@@ -92,7 +92,7 @@ def _run(args: Namespace) -> int:
     if args.plot is not None:
         if "table1" not in todo:
             raise ValueError(f"--plot draws time against kernel size: it needs --suite table1, got {', '.join(todo)}")
-        from replknet.analysis import plots  # matplotlib is optional, and should be missed before the timing
+        from replknet.analysis import plots  # matplotlib is optional: fail before the timing, not after it
     records: list[Record] = []
     wrong = False
     for suite, measurements in todo.items():
@@ -123,7 +123,7 @@ def _say(args: Namespace, *lines: str) -> None:
 
 
 def _measurements(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Found]]]]:
-    """The suites, and for each a generator that measures a workload a step."""
+    """The suites, each with a generator that measures one workload a step."""
     if args.suite in _OTHERS:
         names = _OTHERS[args.suite]
         wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in args.case or ["*"])]

@@ -18,38 +18,38 @@ from replknet.tasks.files import load_network
 
 _EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# of a UperNet with random weights, as ADE20K has
+# classes of a UperNet with random weights, as in ADE20K
 _UPERNET_CLASSES = 150
 
 
 def main(argv: list[str]) -> int:
     p = Parser(
         prog="replknet bench model",
-        description="time a network in its inference form beside itself in torch and in other runtimes",
+        description="time a network in our inference form, in torch and in other runtimes",
         epilog=f"example: {_EXAMPLE}",
     )
-    p.add_argument("network", type=str, help=f"{CHECKPOINT}, or a model of timm's with random weights")
+    p.add_argument("network", type=str, help=f"{CHECKPOINT}; or one of timm's models, with random weights")
     p.add_argument(
         "--against",
         type=str,
         default=",".join(AGAINST),
-        help=f"with what to compare, of {','.join(AGAINST)}: merged is the network that `merge` gives, on our operator",
+        help=f"what to compare with, of {','.join(AGAINST)}; merged is the result of `merge` on our operator",
     )
     p.add_argument(
         "--task",
         choices=["classification", "features", "segmentation"],
-        help="what a model of timm's becomes: a classifier by default, its backbone, or a UperNet on it",
+        help="what to build from one of timm's models: a classifier (default), its features, or a UperNet on it",
     )
     p.add_argument("--size", type=PositiveInt, nargs="+", default=[224], help="height and width, pixels; one for both")
-    p.add_argument("--batch", type=PositiveInt, default=1, help="images")
-    p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="in which all compute")
-    p.add_argument("--threads", type=PositiveInt | None, help="of every way; torch's own number if not given")
-    p.add_argument("--runs", type=PositiveInt, default=10, help="rounds")
+    p.add_argument("--batch", type=PositiveInt, default=1, help="number of images")
+    p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="dtype of all ways")
+    p.add_argument("--threads", type=PositiveInt | None, help="threads of every way; torch's number by default")
+    p.add_argument("--runs", type=PositiveInt, default=10, help="number of rounds")
     p.add_argument("--limit", type=PositiveFloat, default=60.0, help="seconds after which a slow way stops at 3 rounds")
-    p.add_argument("--memory", action="store_true", help="also the peak of memory, of a process of its own for each")
-    p.add_argument("--keep-memory", action="store_true", help="have the process keep what it frees: faster, and more")
-    p.add_argument("--parts", action="store_true", help="also what each kind of layer of our form takes")
-    p.add_argument("--output", type=Path | None, help="file to which the record is appended as a JSON line")
+    p.add_argument("--memory", action="store_true", help="also measure the peak memory of each way, in its own process")
+    p.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process: faster, more memory")
+    p.add_argument("--parts", action="store_true", help="also time each kind of layer of our form")
+    p.add_argument("--output", type=Path | None, help="file that gets the record appended as a JSON line")
     p.add_argument("--json", action="store_true", help="print the record instead of tables")
     args = p.parse_args(argv)
     if args.runs < 2:
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
 def _network(word: str, task: str | None) -> nn.Module:
     if is_checkpoint(word):
         if task == "features":
-            raise ValueError(f"{word} is a whole network: features are of a model of timm's, such as replknet_31b")
+            raise ValueError(f"{word} is a whole network: --task features takes a model's name, such as replknet_31b")
         return load_network(word, task).model
     if not timm_names(word):
         raise ValueError(unknown(word))
@@ -112,7 +112,7 @@ def _network(word: str, task: str | None) -> nn.Module:
 
 
 def _table(found: Comparison) -> list[str]:
-    """A line a way."""
+    """One line a way."""
     facts = found.provenance
     n, _, h, w = found.shape
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

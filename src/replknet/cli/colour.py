@@ -1,4 +1,4 @@
-"""Colour in texts for people: only in a terminal, and never where NO_COLOR is set (https://no-color.org)."""
+"""Colour in texts for people: only in a terminal, and never if NO_COLOR is set (https://no-color.org)."""
 
 import os
 import sys

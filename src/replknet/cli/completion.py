@@ -1,4 +1,4 @@
-"""Completions of the command line for shells, as shtab writes them."""
+"""Shell completions for the command line, written by shtab."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ def script(shell: str) -> str:
 
 
 def _add(sub: ArgumentParser, action: Action) -> None:
-    """The same option for argparse alone: a name, choices and files are all that a shell knows."""
+    """Add an option in argparse's plain form: a shell completes only names, choices and files."""
     flag = action.nargs == 0
     if not action.option_strings:
         added = sub.add_argument(action.dest, nargs="*", choices=action.choices)

@@ -9,7 +9,7 @@ def arguments() -> Parser:
     """The options of the command."""
     p = parser("demo", "replknet demo --output runs/demo")
     p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report")
-    p.add_argument("--data", type=Path | None, help="where CIFAR-10 is kept; the cache by default")
+    p.add_argument("--data", type=Path | None, help="folder that keeps CIFAR-10; the cache by default")
     p.add_argument("--epochs", type=int, default=5, help="passes over the training images, for each network")
     return p
 

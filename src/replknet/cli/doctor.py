@@ -25,8 +25,8 @@ def arguments() -> Parser:
     )
     p.add_argument("--kernel", type=str, metavar="KH[,KW]", help="with --shape: sides of the kernel in pixels, odd")
     p.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="with --shape: dtype of the call")
-    p.add_argument("--channels-last", action="store_true", help="with --shape: layout of the images")
-    p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: cpu, cuda or cuda:1 and so on")
+    p.add_argument("--channels-last", action="store_true", help="with --shape: the images are in channels_last")
+    p.add_argument("--device", default="cpu", metavar="NAME", help="with --shape: device, such as cpu, cuda or cuda:1")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
 
@@ -34,7 +34,7 @@ def arguments() -> Parser:
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if (args.shape is None) != (args.kernel is None):
-        raise ValueError("--shape N,C,H,W and --kernel KH[,KW] explain a call together; only one of them was given")
+        raise ValueError("--shape N,C,H,W and --kernel KH[,KW] describe a call together; only one of them was given")
     if args.shape is None:
         report: Diagnosis | Explanation = doctor()
     else:

@@ -11,24 +11,24 @@ from replknet.train.recipe import Recipe
 
 
 def tell(name: str, recipe: Recipe, hardware: Hardware, args: Any) -> int:
-    """Print memory of a device and steps of a training; 1 where it does not fit.
+    """Print the memory of a device and the steps of a training. Returns 1 if the training does not fit.
 
     Args:
-        name: of the preset.
+        name: name of the preset.
         recipe: the training.
-        hardware: its devices.
-        args: `images`, `classes`, `gpu_memory` and `json`.
+        hardware: hardware settings.
+        args: has `images`, `classes`, `gpu_memory` and `json`.
     """
     task = TASKS[recipe.task]
     train = task.train
     if train.step is None:
-        raise ValueError(f"no estimate is made for {task.noun}: the memory that it needs depends on what it finds")
+        raise ValueError(f"there is no estimate for {task.noun}: its memory depends on what it finds")
     known_images, known_classes = train.training_set(name, recipe)
     images, classes = args.images or known_images, args.classes or known_classes
     if images is None:
-        raise ValueError("the training images are yours: say how many with --images N")
+        raise ValueError("the number of training images is not known: give --images N")
     if classes is None:
-        raise ValueError("the classes are yours: say how many with --classes N")
+        raise ValueError("the number of classes is not known: give --classes N")
     found = estimate(recipe, train, hardware, images, classes, args.gpu_memory)
     if args.json:
         fields = {**dataclasses.asdict(found), "processes": hardware.processes, "images": images, "classes": classes}
@@ -49,5 +49,5 @@ def tell(name: str, recipe: Recipe, hardware: Hardware, args: Any) -> int:
     print(", ".join(f"{n}: {size / 1e9:.1f}" for n, size in found.by_device_batch.items()))
     if args.gpu_memory is not None:
         fits = "fits" if found.fits else "does not fit"
-        print(f"{fits} {args.gpu_memory:g} GB, of which tensors may take {USABLE:.0%}")
+        print(f"{fits} {args.gpu_memory:g} GB; tensors may take {USABLE:.0%} of them")
     return 0 if found.fits else 1

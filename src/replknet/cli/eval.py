@@ -18,14 +18,14 @@ def _kinds() -> dict[str, type[Any]]:
 
 
 def arguments() -> Parser:
-    """The options of the command; those of each task are its settings."""
+    """The options of the command; each task adds its settings."""
     p = parser("eval", "replknet eval runs/cifar10/model.safetensors --dataset cifar10")
     p.add_argument("checkpoint", type=Path, help=EXPORTED)
     p.add_argument("--task", choices=list(TASKS), help=TASK)
     p.add_argument(
-        "--data", type=Path | None, help="folder with val/<class>/, of masks or of objects, or where CIFAR-10 is kept"
+        "--data", type=Path | None, help="folder or archive of the data set, or the folder that keeps CIFAR-10"
     )
-    p.add_argument("--json", action="store_true", help="machine-readable output, with the confusion matrix")
+    p.add_argument("--json", action="store_true", help="machine-readable output with all scores")
     add_settings(p, _kinds())
     return p
 

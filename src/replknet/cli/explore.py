@@ -19,21 +19,23 @@ def arguments() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="experiments, or EXPERIMENT/ARM; * and ? are wildcards; else all",
+        help="only these: EXPERIMENT or EXPERIMENT/ARM; * and ? are wildcards; all by default",
     )
-    p.add_argument("--scale", choices=["small", "full"], default="small", help="for this machine, or the paper's")
-    p.add_argument("--seeds", type=PositiveInt | None, help="runs of each arm at most")
+    p.add_argument(
+        "--scale", choices=["small", "full"], default="small", help="for this machine (small), or the paper's (full)"
+    )
+    p.add_argument("--seeds", type=PositiveInt | None, help="largest number of runs of each arm")
     p.add_argument(
         "--output", type=Path, default=Path("runs/explore"), help="folder of records, networks and the report"
     )
-    p.add_argument("--data", type=Path | None, help="where CIFAR-10 is kept; at full scale the folder of ImageNet")
-    p.add_argument("--masks", type=Path | None, help="CamVid's folder or zip; at full scale ADE20K's")
-    p.add_argument("--cue-conflict", type=Path | None, help="cue-conflict images, at full scale")
-    p.add_argument("--devices", type=PositiveInt | None, help="processes of a training, one a GPU")
-    p.add_argument("--device-batch", type=PositiveInt | None, help="images that a device takes at once")
-    p.add_argument("--list", action="store_true", help="show experiments and arms and what is done, run nothing")
-    p.add_argument("--estimate", action="store_true", help="estimate the time of what is left, run nothing")
-    p.add_argument("--report", action="store_true", help="write the report from the records in OUTPUT, run nothing")
+    p.add_argument("--data", type=Path | None, help="folder that keeps CIFAR-10; at full scale the folder of ImageNet")
+    p.add_argument("--masks", type=Path | None, help="folder or zip of CamVid; at full scale of ADE20K")
+    p.add_argument("--cue-conflict", type=Path | None, help="folder of cue-conflict images, only at full scale")
+    p.add_argument("--devices", type=PositiveInt | None, help="number of processes of a training, one a GPU")
+    p.add_argument("--device-batch", type=PositiveInt | None, help="number of images that a device computes at once")
+    p.add_argument("--list", action="store_true", help="show experiments, arms and which runs are done; run nothing")
+    p.add_argument("--estimate", action="store_true", help="estimate the time of the runs to do; run nothing")
+    p.add_argument("--report", action="store_true", help="write the report from the records in OUTPUT; run nothing")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
 
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> int:
 
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # Lightning sets it
         return 0
-    # those whose runs were there already, or another process's
+    # `run` recorded only experiments with a run in this process
     for experiment in {one.experiment.name: one.experiment for one in todo}.values():
         program.record(experiment, site)
     page = report.write(experiments, site.output)

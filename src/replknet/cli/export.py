@@ -20,21 +20,23 @@ from replknet.tasks.task import Network
 
 
 def _settings() -> dict[str, type[Any]]:
-    """The settings of int8 of each task that has it."""
+    """Name for the help -> settings of int8, for each task that has int8."""
     return {f"{name} with --int8": task.int8 for name, task in TASKS.items() if task.int8 is not None}
 
 
 def arguments() -> Parser:
-    """The options of the command; those of int8 are the settings of each task that has it."""
+    """The options of the command; each task with int8 adds its settings."""
     p = parser("export", "replknet export replknet_cifar_l --to onnx -o cifar.onnx")
     p.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    p.add_argument("--to", choices=get_args(Format), required=True, help="format of the file; aoti is for this machine")
+    p.add_argument(
+        "--to", choices=get_args(Format), required=True, help="format of the file; aoti runs only on this machine"
+    )
     p.add_argument("--task", choices=list(TASKS), help=TASK)
     p.add_argument("-o", "--output", type=Path | None, help="file to write; named after the checkpoint by default")
-    p.add_argument("--images", type=Path, nargs="+", default=[], help="images to check on, beside the two shipped")
-    p.add_argument("--licence", type=str, default="unknown", help="of the weights, to stand in the file")
+    p.add_argument("--images", type=Path, nargs="+", default=[], help="more images for the check; two are built in")
+    p.add_argument("--licence", type=str, default="unknown", help="licence of the weights, written into the file")
     p.add_argument("--json", action="store_true", help="machine-readable output")
-    p.add_argument("--int8", action="store_true", help="a classifier in int8, scored and timed before and after")
+    p.add_argument("--int8", action="store_true", help="write a classifier in int8; score and time it before and after")
     add_settings(p, _settings())
     return p
 

@@ -13,13 +13,13 @@ from replknet.nn import merge
 
 
 def rows() -> list[dict[str, Any]]:
-    """For each network: its kernels, parameters in training and merged, and multiply-adds for one image."""
+    """For each network its kernels, its parameters in training and merged, and its multiply-adds for one image."""
     found = []
     for name, config in NETWORKS.items():
         with torch.device("meta"):
             model = timm.create_model(name)
         facts = timm.get_pretrained_cfg(name)
-        assert facts is not None  # every network of ours has some
+        assert facts is not None  # every registered network has a config
         size = facts.input_size[-1]
         merged = cost(merge(model, fold_bn=False), size)
         found.append(

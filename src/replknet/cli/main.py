@@ -1,4 +1,4 @@
-"""The `replknet` command: one file a command, found by name and imported when it is called."""
+"""The `replknet` command. It finds the file of each command by name, and imports it when the command is called."""
 
 import difflib
 import importlib
@@ -9,32 +9,32 @@ from replknet.cli.colour import bold, red
 from replknet.data.download import DownloadError
 from replknet.extras import installing
 
-# commands by what people want to do; each is a file of this folder
+# purpose -> commands; each command is a file of this folder
 GROUPS = {
     "learn": {
         "demo": "train, merge, evaluate and picture a small RepLKNet on CIFAR-10",
         "info": "list the models with their parameters and multiply-adds",
-        "explore": "run the experiments of the paper and write what they say",
+        "explore": "run the paper's experiments and write a report",
     },
     "train": {
         "train": "train a classifier, a segmentation network or a detector from a recipe; --list shows the recipes",
         "eval": "score a trained network on a data set",
     },
     "deploy": {
-        "predict": "name the classes of images or of their pixels, or the objects in them",
+        "predict": "name the class of an image, the classes of its pixels, or the objects in it",
         "merge": "turn a checkpoint into the inference form",
-        "export": "write a network for other runtimes, checked there against torch; in int8 with --int8",
+        "export": "write a network for other runtimes and check it there against torch; in int8 with --int8",
     },
     "analyse": {
         "analyze": "effective receptive fields (erf), learned kernels (kernels), shape or texture (shape-bias)",
     },
     "machine": {
         "bench": "time the depthwise operator, or a network, against torch and other runtimes",
-        "doctor": "show what this machine can do and which backend takes which call",
+        "doctor": "show what this machine can do, and which backend takes which call",
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
-# names of before version 0.2, each with the words that it stands for; they go with 1.0
+# names from before version 0.2 -> (words before the arguments, words after them); removed in 1.0
 OLD = {
     "recipes": (["train", "--list"], []),
     "plan": (["train"], ["--plan"]),
@@ -44,7 +44,7 @@ OLD = {
     "shape-bias": (["analyze", "shape-bias"], []),
 }
 SHELLS = ("bash", "zsh", "tcsh")
-# extra that brings a package
+# package -> extra that installs it
 _EXTRAS = {
     "matplotlib": "viz",
     "pytorch_lightning": "train",
@@ -63,7 +63,7 @@ _EXTRAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 for a check that failed, 2 for a wrong call or file."""
+    """Run one command. Returns its exit code: 0, 1 for a check that failed, 2 for a wrong call or file."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         before, after = OLD[name]
         name, *rest = [*before, *rest, *after]
         told = " ".join(["replknet", *before, *after])
-        print(f"replknet {words[0]}: this is now `{told}`; the old name goes with version 1.0", file=sys.stderr)
+        print(f"replknet {words[0]}: this is now `{told}`; version 1.0 removes the old name", file=sys.stderr)
     if name not in COMMANDS:
         print(f"{red('replknet')}: no command is called {name!r}{_hint(name, list(COMMANDS))}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from replknet.tasks import TASKS
 from replknet.tasks.files import load_network
 from replknet.tasks.task import Network
 
-# relative L2 difference of the outputs that `merge` promises in float32
+# largest relative L2 difference of the outputs in float32; `merge` promises it
 BOUND = 2e-5
 
 
@@ -30,9 +30,9 @@ def arguments() -> Parser:
     p.add_argument(
         "--verify",
         action="store_true",
-        help="compare logits, or a detector's pyramid, before and after; exit 1 above the bound",
+        help="compare logits, or a detector's feature pyramid, before and after; exit with 1 above the bound",
     )
-    p.add_argument("--images", type=Path, nargs="+", default=[], help="images to verify on, beside the two shipped")
+    p.add_argument("--images", type=Path, nargs="+", default=[], help="more images for --verify; two are built in")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
 
@@ -65,11 +65,11 @@ def main(argv: list[str]) -> int:
 
 
 def _differences(network: Network, output: Path, more: list[Path]) -> dict[str, dict[str, float]]:
-    """How far the file that was written, read back, is from the network: on noise and on images."""
+    """The differences between the network and its merged file, read back, on noise and on images."""
     merged = load_network(output).model
     comparison = network.task.infer.comparison(network)
     inputs = {"random": list(comparison.random.split(1))}
-    # photographs are in RGB
+    # photographs have three channels
     if comparison.random.shape[1] == 3:
         inputs["images"] = [comparison.image(images.read(file)) for file in images.files([*images.PHOTOS, *more])]
     differences = {}

@@ -1,4 +1,4 @@
-"""Options of commands: from dataclasses, with help in plain words, and errors that say what was expected."""
+"""Options of commands: made from dataclasses, with help in plain words and errors that say what was expected."""
 
 import dataclasses
 import difflib
@@ -15,19 +15,19 @@ from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
 from replknet.cli.colour import red
 from replknet.cli.main import COMMANDS
 
-# help of the argument of every command that reads a network
-CHECKPOINT = "weights, in any format that load_checkpoint reads, or the name of some that come with the package"
+# help of the arguments of every command that reads a network
+CHECKPOINT = "file of weights, in any format that load_checkpoint reads, or name of weights in the package"
 EXPORTED = f"{CHECKPOINT}; or a file that `export` wrote"
-TASK = "what the network does, if you want to be sure; the file says it"
+TASK = "task that the network must have; by default the file's own task"
 
-# the arguments in a docstring, and what it says of them
+# an argument in a docstring, and its text
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
-# choices that are listed in an option's name; with more of them they are in its help
+# largest number of choices that stand in the name of an option; more of them stand in its help
 _LISTED = 5
 
 
 class Parser(ArgumentParser):
-    """Options are never abbreviated; a wrong option or value gets what was expected and its nearest match."""
+    """A parser without abbreviations. Its errors say what was expected and name the nearest match."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
@@ -37,7 +37,7 @@ class Parser(ArgumentParser):
         self.exit(2, f"{red(self.prog)}: {text}\n{self.prog} --help shows every option\n")
 
     def _value_error(self, message: str) -> str | None:
-        """What a wrong value should have been, or None if the message is about something else."""
+        """What values the option takes, or None if the message is not about a wrong value."""
         found = re.match(r'Parser key "([^"]+)"|argument ([^:]+): invalid choice', message)
         if found is None:
             return None
@@ -63,16 +63,16 @@ def parser(name: str, example: str, part: str = "") -> Parser:
     """The parser of a command, with an example below its help.
 
     Args:
-        name: of the command.
-        example: one call of it.
-        part: of a command that has several, such as erf of analyze.
+        name: name of the command.
+        example: example of a call.
+        part: part of the command, such as erf of analyze; empty: the whole command.
     """
     prog = f"replknet {name} {part}".strip()
     return Parser(prog=prog, description=COMMANDS[name], epilog=f"example: {example}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for an error: the known word that is most like another one, or all of them where there are few."""
+    """A hint for an error: the known word nearest to `word`; without one, all known words if there are few."""
     listed = list(known)
     return _nearest(word, listed) or (f"; there are {', '.join(listed)}" if len(listed) <= 30 else "")
 
@@ -82,23 +82,20 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-# ---- options from dataclasses
-
-
 def texts(kind: type[Any]) -> dict[str, str]:
-    """What the docstring of a dataclass says of each field."""
+    """Field -> its text in the docstring of a dataclass."""
     found: dict[str, str] = dict(re.findall(_FIELDS, kind.__doc__ or "", re.MULTILINE))
     return {name: " ".join(text.split()) for name, text in found.items()}
 
 
 def add_fields(p: Parser, defaults: Any, without: Collection[str] = (), hidden: Collection[str] = ()) -> None:
-    """Every field of a dataclass as an option, with the record's value as its default.
+    """Add every field of a record as an option; the record's value is the default.
 
     Args:
         p: the parser.
-        defaults: the record.
+        defaults: the record, a dataclass.
         without: fields that become no option.
-        hidden: fields whose option works, and is not in the help.
+        hidden: fields whose options work but are not in the help.
     """
     kind = type(defaults)
     told, hints = texts(kind), typing.get_type_hints(kind)
@@ -109,17 +106,17 @@ def add_fields(p: Parser, defaults: Any, without: Collection[str] = (), hidden: 
             option_of(field.name),
             type=hints[field.name],
             default=getattr(defaults, field.name),
-            # commands write None as JSON does
+            # None is null on the command line, as in JSON
             help=SUPPRESS if field.name in hidden else re.sub(r"\bNone\b", "null", told[field.name]),
         )
 
 
 def add_settings(p: Parser, kinds: Mapping[str, type[Any]]) -> None:
-    """The fields of several dataclasses as options that have no value unless they are given.
+    """Add the fields of several dataclasses as options. An option that is not given has no value.
 
     Args:
         p: the parser.
-        kinds: a name for the help -> a dataclass. Fields of one name are one option.
+        kinds: name for the help -> dataclass. Fields with equal names become one option.
     """
     fields: dict[str, dict[str, type[Any]]] = {}
     for name, kind in kinds.items():
@@ -139,13 +136,13 @@ def add_settings(p: Parser, kinds: Mapping[str, type[Any]]) -> None:
 
 
 def settings_of(args: Any, kind: type[Any], kinds: Mapping[str, type[Any]], what: str) -> Any:
-    """The record of a dataclass with the options that were given.
+    """A record of a dataclass, made from the options that were given.
 
     Args:
-        args: as they were parsed.
+        args: the parsed arguments.
         kind: the dataclass.
-        kinds: all whose fields are options.
-        what: the error's words for what the options are not for.
+        kinds: all dataclasses whose fields are options.
+        what: start of the error, such as "FILE is a detector".
 
     Raises:
         ValueError: an option of another dataclass was given.
@@ -156,7 +153,7 @@ def settings_of(args: Any, kind: type[Any], kinds: Mapping[str, type[Any]], what
 
 
 def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: Collection[str] = ()) -> None:
-    """Raise a ValueError where an option was given that stands for a field of these dataclasses."""
+    """Raise a ValueError if an option was given for a field of these dataclasses, except for the fields in `but`."""
     theirs = {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}.difference(but)
     wrong = sorted(option_of(name) for name in theirs if name in args)
     if wrong:
@@ -164,7 +161,7 @@ def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: C
 
 
 def option_of(field: str) -> str:
-    """The option of a field."""
+    """The option for a field."""
     return "--" + field.replace("_", "-")
 
 
@@ -174,9 +171,6 @@ def _default_of(kinds: Iterable[type[Any]], name: str) -> str:
     ]
     told = " or ".join(dict.fromkeys(_shown(value) for value in values if value is not dataclasses.MISSING))
     return f" (default: {told})" if told else ""
-
-
-# ---- words for types
 
 
 def _hint(action: Action) -> Any:
@@ -190,7 +184,7 @@ def _choices(action: Action) -> list[str]:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of another type itself."""
+    """The members of a union; for any other type the type itself."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return tuple(part for member in typing.get_args(hint) for part in _parts(member))
     return (hint,)
@@ -224,7 +218,7 @@ def _words(hint: Any) -> str:
 
 
 def _form(hint: Any) -> str:
-    """JSON of the form of a type."""
+    """An example of a type's JSON."""
     if typing.get_origin(hint) is tuple:
         members = typing.get_args(hint)
         shown = [_form(members[0])] * 2 if members[-1] is Ellipsis else [_form(member) for member in members]

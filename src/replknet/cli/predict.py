@@ -16,7 +16,7 @@ def _kinds() -> dict[str, type[Any]]:
 
 
 def arguments() -> Parser:
-    """The options of the command; those of each task are its settings."""
+    """The options of the command; each task adds its settings."""
     p = parser("predict", "replknet predict replknet_cifar_l photo.jpg folder --top 3")
     p.add_argument("checkpoint", type=Path, help=EXPORTED)
     p.add_argument("images", type=Path, nargs="+", help="image files, and folders to search")
@@ -25,9 +25,9 @@ def arguments() -> Parser:
         "-o",
         "--output",
         type=Path | None,
-        help="the picture of segmentation and detection: a .png, or a folder where there are many images",
+        help="picture of the result of segmentation or detection: a .png, or a folder for several images",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object a line, an image each")
+    p.add_argument("--json", action="store_true", help="machine-readable output, one JSON object a line for each image")
     add_settings(p, _kinds())
     return p
 
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> int:
 
 
 def _pictures(paths: Sequence[Path], output: Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """The image files, each with the picture that is to be written of it.
+    """The image files, each with the path of its picture or None.
 
     Raises:
-        ValueError: two pictures would have one name.
+        ValueError: several images have one picture, or two pictures have one name.
     """
     files = images.files(paths)
     single = output is not None and output.suffix.lower() == ".png"
@@ -69,7 +69,7 @@ def _pictures(paths: Sequence[Path], output: Path | None) -> Iterator[tuple[Path
     if output is not None and not single and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"two of the images are called {twice}, and their pictures would have one name; give one of them"
+            f"two of the images are called {twice}, so that their pictures would have one name; give only one of them"
         )
     for file in files:
         if output is None:

@@ -16,7 +16,7 @@ from replknet.tasks import RECIPES, TASKS
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
 
-# fields that few people change: --help-all shows them
+# fields that few people change: only --help-all shows them
 _RARE = (
     *("finetune", "normalization", "evaluate", "sync_bn", "evaluate_every", "clip_grad"),
     *("momentum", "min_lr", "mixup_prob", "mixup_off_epoch", "crop_padding", "color_jitter", "precise_bn"),
@@ -27,30 +27,30 @@ _RARE = (
 
 
 def arguments(recipe: Recipe | None = None, everything: bool = False) -> Parser:
-    """The options: every field of a recipe, with the recipe's value as its default, and those of the hardware.
+    """The options: the fields of the recipe, of its task and of the hardware, with their values as defaults.
 
     Args:
-        recipe: whose fields; None for the first preset.
-        everything: show fields that few people change.
+        recipe: the recipe; None: the first preset.
+        everything: whether the help shows fields that few people change.
     """
     recipe = recipe or next(iter(RECIPES.values()))()
     hidden = () if everything else _RARE
     p = parser("train", "replknet train cifar10 --epochs 12 --output runs/longer")
     p.usage = "replknet train RECIPE [options]"
     p.add_argument("recipe", nargs="?", type=str, help="what to train; --list shows every recipe")
-    p.add_argument("--help-all", action="store_true", help="show the options that few people change as well")
-    p.add_argument("--list", action="store_true", help="show the recipes; with the name of one, its text")
+    p.add_argument("--help-all", action="store_true", help="show every option, also those that few people change")
+    p.add_argument("--list", action="store_true", help="show the recipes; with a RECIPE, show its description")
     p.add_argument("--output", type=Path | None, help="folder of the result; runs/RECIPE by default")
-    p.add_argument("--data", type=Path | None, help="folder or archive of the images, or where CIFAR-10 is kept")
+    p.add_argument("--data", type=Path | None, help="folder or archive of the images; for CIFAR-10 its folder")
     p.add_argument("--resume", action="store_true", help="go on from OUTPUT/last.ckpt")
-    p.add_argument("--config", type=Path | None, help="a file that --print-config wrote; options go before it")
-    p.add_argument("--print-config", action="store_true", help="print the resolved recipe as JSON and stop")
-    p.add_argument("--plan", action="store_true", help="estimate memory of a device and steps, train nothing")
-    p.add_argument("--gpu-memory", type=PositiveFloat | None, help="with --plan: of each GPU, in GB")
-    p.add_argument("--images", type=PositiveInt | None, help="with --plan: of the training set, if they are yours")
-    p.add_argument("--classes", type=PositiveInt | None, help="with --plan: of the training set, if they are yours")
+    p.add_argument("--config", type=Path | None, help="file that --print-config wrote; options override its values")
+    p.add_argument("--print-config", action="store_true", help="print the recipe with all options as JSON and stop")
+    p.add_argument("--plan", action="store_true", help="estimate the memory of a device and the steps; train nothing")
+    p.add_argument("--gpu-memory", type=PositiveFloat | None, help="with --plan: memory of each GPU, GB")
+    p.add_argument("--images", type=PositiveInt | None, help="with --plan: number of your training images")
+    p.add_argument("--classes", type=PositiveInt | None, help="with --plan: number of your classes")
     p.add_argument("--json", action="store_true", help="with --plan or --list: machine-readable output")
-    # another name of --devices
+    # another name for --devices
     p.add_argument("--gpus", type=PositiveInt | None, help=SUPPRESS)
     add_fields(p, recipe, without=_not_of(recipe), hidden=hidden)
     add_fields(p, recipe.options, hidden=hidden)
@@ -59,16 +59,16 @@ def arguments(recipe: Recipe | None = None, everything: bool = False) -> Parser:
 
 
 def _not_of(recipe: Recipe) -> tuple[str, ...]:
-    """Fields that are no options: the task's own record, and the length in the unit that the recipe does not use."""
+    """Fields that are no options: the task's record, and the length in the unit that the recipe does not use."""
     other = "samples" if recipe.samples is None else "epochs"
     return "options", other, f"warmup_{other}"
 
 
 def resolved(argv: list[str]) -> tuple[Recipe, Hardware, Any]:
-    """The recipe after its preset, a --config file and the options, the hardware, and the other arguments."""
+    """The recipe, the hardware, and all arguments. Options override a --config file, which overrides the preset."""
     if argv and not argv[0].startswith("-") and argv[0] not in RECIPES:
         raise ValueError(f"no recipe is called {argv[0]!r}{nearest(argv[0], RECIPES)}; replknet train --list")
-    # a recipe decides which options there are; any will do for --help alone
+    # the options depend on the recipe; without a recipe, --help shows the options of the first one
     named = next((word for word in argv if word in RECIPES), None)
     preset = RECIPES[named or next(iter(RECIPES))]()
     p = arguments(preset, everything="--help-all" in argv)
@@ -98,7 +98,7 @@ def _names(recipe: Recipe) -> list[str]:
 
 
 def _options(file: Path, preset: Recipe) -> list[str]:
-    """The fields in a file that --print-config wrote, as the options that they stand for."""
+    """The fields in a file that --print-config wrote, as options."""
     names = _names(preset)
     try:
         content = json.loads(file.read_text())
@@ -108,7 +108,7 @@ def _options(file: Path, preset: Recipe) -> list[str]:
         raise ValueError(f"{file} must hold one JSON object, as --print-config writes it, got {content!r:.40}")
     unknown = sorted(set(content) - set(names))
     if unknown:
-        raise ValueError(f"{file} has {', '.join(unknown)}, which no recipe knows; there are {', '.join(names)}")
+        raise ValueError(f"{file} has {', '.join(unknown)}, which this recipe lacks; there are {', '.join(names)}")
     return [
         f"{option_of(name)}={value if isinstance(value, str) else json.dumps(value)}" for name, value in content.items()
     ]
@@ -155,7 +155,7 @@ def _train(recipe: Recipe, hardware: Hardware, args: Any, argv: list[str]) -> in
 
 
 def _list(name: str | None, as_json: bool) -> int:
-    """The recipes, a line each by task; with a name the text of one."""
+    """Print one line for each recipe, task by task; with a name, print the description of that recipe."""
     chosen = {name: RECIPES[name]} if name else RECIPES
     told = {name: cleandoc(recipe.__doc__ or "") for name, recipe in chosen.items()}
     if as_json:

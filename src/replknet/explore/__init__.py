@@ -1,1 +1,1 @@
-"""Runnable experiments; `demo` is the main job."""
+"""Experiments that run: the demo, and the paper's guidelines and tables."""

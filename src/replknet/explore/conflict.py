@@ -1,4 +1,4 @@
-"""Shape bias of the networks of the kernel-size study."""
+"""Shape bias of the networks in the kernel-size study."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 
 _SIDES = (3, 7, 13, 31)
-# conflicts of each ordered pair of CIFAR-10's classes
+# number of conflicts for each ordered pair of CIFAR-10's classes
 _EACH = 50
 
 
@@ -83,12 +83,12 @@ def _measure(scale: Scale, start: Arm, seed: int, folder: Path, site: Site) -> F
     }
 
 
-# the same for all networks, and slow to make
+# cached: slow to make, and equal for all networks
 _conflicts = cache(lambda data: conflicts(cifar10.load(data), _EACH))
 
 
 def _ours(model: StagedNet, site: Site) -> tuple[ShapeBias, dict[str, float]]:
-    """The counts, and how often the network is right on either cue alone."""
+    """The counts, and the network's accuracy on each cue alone."""
     found = _conflicts(site.images)
     transform = transforms.small_image_transform(32, cifar10.MEAN, cifar10.STD)
     merged = merge(model)

@@ -1,6 +1,6 @@
-"""The main job: train a small RepLKNet on real images, merge it, score it before and after, and show what it sees.
+"""The demo: train a small RepLKNet on real images, merge it, score it before and after, and draw its receptive field.
 
-A twin with 3x3 kernels and the same recipe is trained beside it, so that the receptive fields compare.
+A second network with 3x3 kernels and an otherwise equal recipe is trained, too, to compare the receptive fields.
 """
 
 import html
@@ -29,7 +29,7 @@ from replknet.tasks.training import fit
 from replknet.timing import Timing, interleaved
 from replknet.train.recipe import Recipe
 
-# the receptive field is measured on enlarged images, as the paper does, so that it does not end at their border
+# images are enlarged for the receptive field, as in the paper, so that it does not end at their border
 _FIELD_PIXELS = 96
 _FIELD_IMAGES = 64
 _SMALL_KERNELS = (3, 3, 3, 3)
@@ -37,7 +37,7 @@ _SMALL_KERNELS = (3, 3, 3, 3)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything the report shows of one network."""
+    """Everything that the report shows about one network."""
 
     title: str
     recipe: Recipe
@@ -45,25 +45,25 @@ class Outcome:
     minutes: float
     parameters: tuple[int, int]  # in training, merged
     scores: tuple[Scores, Scores]  # before and after merging
-    difference: tuple[float, float]  # of the logits: largest, and relative L2
+    difference: tuple[float, float]  # of the logits before and after: largest, and relative L2
     times: dict[str, Timing]  # one image, before and after
     field: ERF
 
 
 def run(output: Path, data: Path | None = None, epochs: int = 5) -> Path:
-    """Train, merge, evaluate and picture; an interrupted run goes on where it stopped when called again.
+    """Train, merge, evaluate and draw. After an interruption, another call goes on where the first one stopped.
 
     Args:
         output: folder for the report and both networks.
-        data: where CIFAR-10 is kept; by default in the cache.
-        epochs: passes over the training images, for each network.
+        data: folder that keeps CIFAR-10; the cache by default.
+        epochs: number of passes over the training images, for each network.
 
     Returns:
-        The path of the report, one HTML file with everything inside.
+        The path of the report, one HTML file with all pictures inside.
 
     Raises:
-        ValueError: `epochs` is not positive, or another than that of the run to go on with.
-        DownloadError: CIFAR-10 cannot be had.
+        ValueError: `epochs` is not positive, or differs from the interrupted run.
+        DownloadError: CIFAR-10 cannot be downloaded.
     """
     started = time.perf_counter()
     load(data)

@@ -1,4 +1,4 @@
-"""What an experiment is: a question of the paper, arms that are measured, and claims that they bear out or not."""
+"""Experiments: a question of the paper, arms that are measured, and claims that the figures support or not."""
 
 import hashlib
 import json
@@ -11,20 +11,20 @@ from typing import Any, Literal
 from replknet.train.hardware import Hardware
 
 Scale = Literal["small", "full"]
-# what a run measures: numbers, and whatever else JSON takes
+# figure -> value of a run: numbers, and anything else that JSON takes
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where experiments run.
+    """The data, the hardware and the output folder of experiments.
 
     Args:
         output: folder of all results.
-        images: where CIFAR-10 is kept, or the folder of ImageNet; None for the cache.
+        images: folder that keeps CIFAR-10, or folder of ImageNet; None: the cache.
         masks: folder or zip of images with masks, for segmentation.
         conflicts: folder of cue-conflict images.
-        hardware: devices and the like, for trainings.
+        hardware: hardware settings of trainings.
     """
 
     output: Path
@@ -34,22 +34,21 @@ class Site:
     hardware: Hardware = field(default_factory=Hardware)
 
     def folder(self, arm: "Arm", seed: int) -> Path:
-        """Where a run of an arm keeps its files; arms that are alike share it."""
+        """The folder of a run; arms with equal configurations share it."""
         return self.output / "runs" / f"{arm.key}-s{seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing of an experiment that is measured, once for each seed.
+    """One case of an experiment, which is measured once for each seed.
 
     Args:
-        name: in tables.
-        configuration: everything that decides its figures but the seed, as JSON takes it.
-        run: from the seed, a folder of its own and the site to the figures; called again after an interruption, it goes
-            on in the folder.
-        seconds: of one run on this machine, estimated.
-        seeds: runs.
-        needs: arms whose run of the same seed must be there first.
+        name: name in tables.
+        configuration: everything that decides its figures, except for the seed; ready for JSON.
+        run: maps seed, folder of the run and site to the figures. Called again after an interruption, it goes on.
+        seconds: maps the site to the estimated seconds of one run on this machine.
+        seeds: number of runs.
+        needs: arms that must be run first, with the seed of this run.
     """
 
     name: str
@@ -67,14 +66,14 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of an arm, as it is kept.
+    """One run of an arm, as its file keeps it.
 
     Args:
-        arm: its name.
-        key: of its configuration.
-        seed: of all random numbers.
+        arm: name of the arm.
+        key: key of the arm's configuration.
+        seed: seed of all random numbers.
         figures: what was measured.
-        seconds: wall time, as long as the run was not interrupted.
+        seconds: wall time; after an interruption only the time since then.
         provenance: device, threads, versions, settings, commit and date.
     """
 
@@ -86,7 +85,7 @@ class Run:
     provenance: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the run as JSON: completely or not at all."""
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(asdict(self), indent=1) + "\n")
         part.replace(path)
@@ -94,7 +93,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """The runs of an experiment that are there."""
+    """The runs of an experiment that are done."""
 
     runs: tuple[Run, ...]
 
@@ -103,7 +102,7 @@ class Results:
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
     def values(self, arm: str, figure: str) -> list[float]:
-        """A figure of every run of an arm that has it."""
+        """A figure of all runs of an arm, without the runs that lack it."""
         found = (run.figures.get(figure) for run in self.of(arm))
         return [float(value) for value in found if value is not None]
 
@@ -113,7 +112,7 @@ Verdict = Literal["agrees", "does not agree", "within the spread"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What our runs say to a claim, in words, and whether its direction is the paper's; None where none is said."""
+    """Our result for a claim, in words, and whether its direction agrees with the paper's; None: no direction."""
 
     text: str
     verdict: Verdict | None
@@ -121,12 +120,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the paper says, and how our runs are asked.
+    """A claim of the paper, and how our runs test it.
 
     Args:
         text: the claim.
-        paper: its figure with the table; only what we have seen there.
-        ours: from the results to a finding; None while runs are missing.
+        paper: the paper's figure and its table; only what we have seen there.
+        ours: maps the results to a finding; None while runs are missing.
     """
 
     text: str
@@ -136,14 +135,14 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A figure in the table of an experiment.
+    """A column in the table of an experiment.
 
     Args:
-        figure: its name in the runs.
-        title: above the column, with the unit.
-        scale: by which it is multiplied for the table.
-        digits: after the point.
-        paper: the paper's figure of an arm, in the unit of the table.
+        figure: name of the figure in the runs.
+        title: title of the column, with the unit.
+        scale: factor from the figure to the unit of the table.
+        digits: digits after the point.
+        paper: arm -> the paper's figure, in the unit of the table.
     """
 
     figure: str
@@ -155,19 +154,19 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A question of the paper, as something that runs.
+    """A question of the paper that can be run.
 
     Args:
-        name: on the command line and of its files.
-        title: of its section in the report.
-        question: what it asks, in a sentence or two.
-        scale: what is run, and why it is telling.
+        name: name on the command line and of its files.
+        title: title of its section in the report.
+        question: the question, in a sentence or two.
+        scale: what is run, and why that answers the question.
         arms: what is measured.
-        columns: figures of the table.
+        columns: columns of the table.
         claims: what the paper says.
-        draw: a picture of the results, or None.
-        table: the rows of another table than that of the columns, the head first, or None.
-        wants: data of the site without which nothing runs.
+        draw: draws the results; None: no picture.
+        table: returns the rows of the table, the head first; None: the table has `columns`.
+        wants: fields of the site that the experiment needs.
     """
 
     name: str
@@ -198,18 +197,18 @@ def compared(
 ) -> Claim:
     """A claim that one arm's figure is larger than another's.
 
-    Our difference of means stands with the half-width of its 95 % interval (Student's t, pooled variance of both arms);
-    where that includes zero the difference is within the spread of the seeds.
+    The finding is the difference of our means, with the half-width of its 95 % interval (Student's t, pooled variance
+    of both arms). If the interval includes zero, the difference is within the spread of the seeds.
 
     Args:
         text: the claim.
-        figure: that is compared.
+        figure: name of the figure.
         more: arm with the larger figure, by the paper.
         less: the other arm.
-        paper: the paper's difference, or None where only its direction is known.
+        paper: the paper's difference; None if only its direction is known.
         where: table of the paper.
-        scale: by which differences are multiplied.
-        unit: of the difference after that.
+        scale: factor from figures to the unit.
+        unit: unit of the difference.
     """
 
     def ours(results: Results) -> Finding | None:
@@ -229,7 +228,7 @@ def compared(
 
 
 def half_width(a: Sequence[float], b: Sequence[float]) -> float:
-    """Half the 95 % interval of a difference of means, with the pooled variance of both; two values each at least."""
+    """Half of the 95 % interval of the difference of two means, with pooled variance; at least two values each."""
     freedom = len(a) + len(b) - 2
     variance = sum((len(v) - 1) * stdev(v) ** 2 for v in (a, b)) / freedom
     error: float = (variance * (1 / len(a) + 1 / len(b))) ** 0.5
@@ -237,6 +236,6 @@ def half_width(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Mean and standard deviation of runs as text; of one run, its value."""
+    """Mean and standard deviation of the runs as text; for one run only its value."""
     mean = f"{scale * fmean(values):,.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {scale * stdev(values):.{digits}f}"

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the paper's networks of different kernel sizes, counted exactly."""
+"""Parameters and multiply-adds of the paper's networks with different kernel sizes, counted exactly."""
 
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,16 @@ _NETWORKS = {
     "25-25-25-13": "replknet_b_k25",
     "31-29-27-13": "replknet_31b",
 }
-# of the paper, with the classifier of ImageNet and at 224 pixels: parameters in M, multiply-adds in G
+# the paper's figures with ImageNet's classifier at 224 pixels: parameters in M, multiply-adds in G
 _PARAMETERS = {"3-3-3-3": 71.8, "7-7-7-7": 72.2, "13-13-13-13": 73.7}
 _MULTIPLY_ADDS = {"3-3-3-3": 12.9, "7-7-7-7": 13.1, "13-13-13-13": 13.4}
-# and with UperNet on ADE20K, of 2048x512
+# the paper's figures with UperNet on ADE20K, 2048x512 pixels
 _UPERNET_PARAMETERS = {"3-3-3-3": 104.1, "7-7-7-7": 104.6, "13-13-13-13": 106.0}
 _UPERNET_MULTIPLY_ADDS = {"3-3-3-3": 1119.0, "7-7-7-7": 1123.0, "13-13-13-13": 1130.0}
 
 
 def family(scale: Scale) -> Experiment:
-    """The sizes in Table 5 of the paper; the same at every scale."""
+    """The sizes in Table 5 of the paper; every scale has the same arms."""
     return Experiment(
         name="family",
         title="What larger kernels cost: parameters and multiply-adds of the full-size family",

@@ -1,4 +1,4 @@
-"""Receptive fields of the networks of the kernel-size study, trained and untrained."""
+"""Receptive fields of the networks in the kernel-size study, trained and untrained."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,11 +17,11 @@ from replknet.models import Description, load_model
 from replknet.nn import merge
 
 _SIDES = (3, 7, 13, 31)
-# of the official protocol
+# number and side of the images in the official protocol
 _IMAGES, _PIXELS = 50, 1024
-# CIFAR-10's are enlarged, so that the field does not end at their border
+# CIFAR-10's images are enlarged, so that the field does not end at their border
 _SMALL_IMAGES, _SMALL_PIXELS = 64, 96
-# of the map that is kept for the picture
+# side of the map that is kept for the picture
 _KEPT_PIXELS = 48
 
 
@@ -86,13 +86,13 @@ def _measure(scale: Scale, start: Arm, untrained: bool, seed: int, folder: Path,
         **{f"area_{round(100 * t)}": area for t, area in field.areas.items()},
         "sides": {str(t): side for t, side in field.sides.items()},
         "images": field.images,
-        # in percent, a row a line
+        # percent, one text a row of the map
         "log_map": [" ".join(f"{100 * value:.0f}" for value in row) for row in log_map.tolist()],
     }
 
 
 def enlarged(data: Path | None, size: int = _SMALL_PIXELS, count: int = _SMALL_IMAGES) -> Iterator[Tensor]:
-    """The first test images of CIFAR-10, larger than they are, in batches `[16,3,size,size]`."""
+    """The first `count` test images of CIFAR-10, enlarged, in batches `[16,3,size,size]`."""
     transform = transforms.small_image_transform(size, cifar10.MEAN, cifar10.STD)
     for image in cifar10.load(data)["test_images"][:count].split(16):
         yield torch.stack([transform(x) for x in image])

@@ -1,4 +1,4 @@
-"""Guidelines 2, 3 and 5 and the comparison with dilation, on MobileNetV2 as in the paper's section 3."""
+"""Guidelines 2, 3 and 5, and the comparison with dilation, on MobileNetV2 as in the paper's section 3."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def _recipe(scale: Scale, kernels: tuple[int, ...], **network: Any) -> Recipe:
         batch_size=128,
         lr=5e-3,
         warmup_epochs=0.2,
-        # batches are made at once, faster than another process could pass them on
+        # this process makes a whole batch faster than a worker process could send it
         workers=0,
         options=ClassificationOptions(dataset="cifar10", image_size=28, min_lr=0.0),
     )
@@ -125,7 +125,7 @@ def last_stage(scale: Scale) -> Experiment:
     """Guideline 5 (section 3 and Table 4 of the paper)."""
     table = "Table 4, ImageNet top-1"
     paper = {"3x3 last": 71.76, "7x7 last": 72.00, "9x9 last": 71.83, "13x13 last": 71.97}
-    # the paper prints parameters that are those of a width of 0.75 with the larger kernel in the last block alone
+    # the paper's numbers of parameters fit a width of 0.75 with the larger kernel only in the last block
     width = {"width": 0.75} if scale == "full" else {}
     arms = tuple(_arm(scale, f"{k}x{k} last", (*(3,) * 6, k), **width) for k in (3, 7, 9, 13))
     return _experiment(

@@ -10,17 +10,17 @@ from replknet.train.recipe import Recipe
 
 SIDES = (3, 7, 13, 25, 31)
 _FULL = {3: "replknet_b_k3", 7: "replknet_b_k7", 13: "replknet_b_k13", 25: "replknet_b_k25", 31: "replknet_31b"}
-# of replknet_cifar at 32 pixels; in a map of m pixels no tap further than m - 1 from the centre meets an image
+# sides of replknet_cifar's maps at 32 pixels; on m pixels, taps more than m - 1 from the centre only meet padding
 _MAPS = (16, 8, 4, 2)
-# frames for training in CamVid
+# training frames of CamVid
 _CAMVID = 367
-# of the paper, %: top-1 on ImageNet, and mIoU on ADE20K with UperNet
+# the paper's figures, %: top-1 on ImageNet, and mIoU on ADE20K with UperNet
 _TOP1 = {3: 82.11, 7: 82.73, 13: 83.02, 25: 83.00, 31: 83.07}
 _MIOU = {3: 46.05, 7: 48.05, 13: 48.35, 25: 48.68, 31: 49.17}
 
 
 def kernels_of(side: int) -> tuple[int, ...]:
-    """The kernels of the small network that stand for one of the paper's sides: as large as the maps allow."""
+    """The small network's kernels for one of the paper's sides: this side, but at most 2 * m - 1 on m pixels."""
     return tuple(min(side, 2 * m - 1) for m in _MAPS)
 
 
@@ -33,7 +33,7 @@ def _recipe(scale: Scale, side: int) -> Recipe:
 
 
 def classifiers(scale: Scale) -> dict[int, Arm]:
-    """The arm of each side."""
+    """Side -> the arm that trains its classifier."""
     images, seeds = (IMAGES["imagenet1k"], 1) if scale == "full" else (IMAGES["cifar10"], 3)
     return {side: trained(_name(side), _recipe(scale, side), images, seeds) for side in SIDES}
 
@@ -83,7 +83,7 @@ def _by_name(paper: dict[int, float]) -> dict[str, float]:
 
 
 def segmentation(scale: Scale) -> Experiment:
-    """Guideline 4 (section 3 and Table 5 of the paper): downstream tasks gain more."""
+    """Guideline 4 (section 3 and Table 5 of the paper): downstream tasks gain more from large kernels."""
     start = classifiers(scale)
     arms = tuple(trained(_name(side), _segmentation(scale, side), *_images(scale), start=start[side]) for side in SIDES)
     return Experiment(
@@ -104,7 +104,7 @@ def segmentation(scale: Scale) -> Experiment:
 
 
 def _images(scale: Scale) -> tuple[int, int]:
-    """Images of the training set, and seeds."""
+    """Number of training images, and number of seeds."""
     return (IMAGES["ade20k"], 1) if scale == "full" else (_CAMVID, 2)
 
 
@@ -120,6 +120,6 @@ def _segmentation(scale: Scale, side: int) -> Recipe:
         crop=(160, 224),
         samples=11 * _CAMVID,
         warmup_samples=_CAMVID,
-        # the score of the last epoch, on the test frames, is what counts
+        # only the score on the test frames counts, after the last epoch
         evaluate=False,
     )

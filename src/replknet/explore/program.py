@@ -1,4 +1,4 @@
-"""The whole programme: every experiment, what of it is still to be run, and its records."""
+"""The programme: all experiments, their runs that are still to do, and their records."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from replknet.bench.records import provenance
 from replknet.explore import conflict, family, fields, guidelines, kernel_sizes, rivals, speed
 from replknet.explore.experiment import Arm, Experiment, Results, Run, Scale, Site
 
-# the most telling first
+# name -> experiment for a scale, in the order of runs and report: the most telling first
 EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {
     "family": family.family,
     "shortcut": guidelines.shortcut,
@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {
 
 @dataclass(frozen=True)
 class Todo:
-    """A run that is wanted: of this experiment's arm, with this seed."""
+    """A wanted run: an arm of an experiment, with a seed."""
 
     experiment: Experiment
     arm: Arm
@@ -41,16 +41,16 @@ class Todo:
 
 
 class NotReady(ValueError):
-    """A run that another one must come before; the text names it."""
+    """A run needs another run first. The text names both."""
 
 
 def chosen(scale: Scale, patterns: Sequence[str], seeds: int | None = None) -> list[Todo]:
-    """The runs of the experiments and arms that patterns name, first seeds first.
+    """The runs that patterns name: seed 0 of every arm, then seed 1, and so on.
 
     Args:
         scale: "small" for this machine, "full" for the paper's.
-        patterns: of EXPERIMENT or EXPERIMENT/ARM, with * and ?; none for all.
-        seeds: runs of each arm at most; None for as many as the experiment has.
+        patterns: patterns of EXPERIMENT or EXPERIMENT/ARM, with * and ?; empty: all.
+        seeds: largest number of runs of each arm; None: as many as the arm has.
 
     Raises:
         ValueError: a pattern names nothing.
@@ -79,12 +79,12 @@ def chosen(scale: Scale, patterns: Sequence[str], seeds: int | None = None) -> l
 
 
 def read(site: Site, arm: Arm, seed: int) -> Run | None:
-    """A run that is done."""
+    """The run of an arm with a seed; None if it is not done."""
     path = site.folder(arm, seed) / "run.json"
     return Run(**json.loads(path.read_text())) if path.exists() else None
 
 
-# what a site may lack, and what it is called on the command line
+# field of `Site` -> what the error says if it is missing
 _DATA = {
     "images": "the folder of ImageNet: name it with --data",
     "masks": "images with masks: name their folder or zip with --masks",
@@ -93,7 +93,7 @@ _DATA = {
 
 
 def check_data(todo: Sequence[Todo], site: Site) -> None:
-    """Refuse what would fail in the middle of the programme.
+    """Check before the first run that all data is there.
 
     Raises:
         ValueError: an experiment needs data that the site does not have.
@@ -105,7 +105,7 @@ def check_data(todo: Sequence[Todo], site: Site) -> None:
 
 
 def pending(todo: Sequence[Todo], site: Site) -> list[Todo]:
-    """Those that are not done, each once where experiments share it."""
+    """The runs that are not done. A run that experiments share is listed once."""
     first: dict[Path, Todo] = {}
     for one in todo:
         if read(site, one.arm, one.seed) is None:
@@ -114,7 +114,7 @@ def pending(todo: Sequence[Todo], site: Site) -> list[Todo]:
 
 
 def estimates(todo: Sequence[Todo], site: Site) -> list[float]:
-    """Seconds of each run: those of another seed where there is one, else what its arm expects of this machine."""
+    """Seconds of each run: the fastest run of its arm with any seed, or else the arm's estimate for this machine."""
     expected: dict[str, float] = {}
     for one in todo:
         if one.arm.key not in expected:
@@ -124,20 +124,20 @@ def estimates(todo: Sequence[Todo], site: Site) -> list[float]:
 
 
 def run(todo: Sequence[Todo], site: Site, say: Callable[[str], None] = lambda text: None) -> None:
-    """Do what is pending, one run after the other, and write each experiment's record after each.
+    """Do the pending runs one after the other. After each run, write the record of its experiment.
 
-    Another process may work in the same folder: a run that it has begun is left to it.
+    Another process may work in the folder, too. Runs that it has begun are left to it.
 
     Raises:
-        NotReady: a run needs one that is neither done nor wanted.
-        KeyboardInterrupt: a training was interrupted; it goes on when it is called again.
+        NotReady: a run needs another run that is not done.
+        KeyboardInterrupt: a training was interrupted; the next call goes on with it.
     """
     left = pending(todo, site)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it
     for number, one in enumerate(left, 1):
         folder = site.folder(one.arm, one.seed)
         if not first:
-            # another process of the same training; the first one keeps the books
+            # a further process of a distributed training; only the first one writes runs and records
             one.arm.run(one.seed, folder, site)
             continue
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,9 +175,9 @@ def _title(one: Todo) -> str:
 
 @contextmanager
 def _taken(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in the folder; the lock ends with the process, however that ends.
+    """Lock the folder; yields False if another process holds the lock. The system frees it when the process ends.
 
-    Windows has no such lock: there two processes must not work in one folder.
+    Windows has no such lock: do not let two processes work in one folder there.
     """
     if sys.platform == "win32":
         yield True
@@ -194,7 +194,7 @@ def _taken(folder: Path) -> Iterator[bool]:
 
 
 def results(experiment: Experiment, site: Site) -> Results:
-    """All runs of an experiment that are done, under the names that it gives its arms."""
+    """All runs of an experiment that are done, with the experiment's names of its arms."""
     found = [
         Run(**{**asdict(done), "arm": arm.name})
         for arm in experiment.arms
@@ -205,7 +205,7 @@ def results(experiment: Experiment, site: Site) -> Results:
 
 
 def record(experiment: Experiment, site: Site) -> Path:
-    """Write what is known of an experiment as one JSON file: configurations, seeds, figures, claims."""
+    """Write the record of an experiment, one JSON file: configurations, seeds, figures, claims."""
     found = results(experiment, site)
     findings = [(claim, claim.ours(found)) for claim in experiment.claims]
     content = {
@@ -228,10 +228,10 @@ def record(experiment: Experiment, site: Site) -> Path:
 
 
 def restored(experiment: Experiment, path: Path) -> Results:
-    """The results in a record, for a report without the folders of the runs.
+    """The results in a record; a report needs no folders of runs.
 
     Raises:
-        ValueError: the record is of another configuration than the experiment has now.
+        ValueError: the record has another configuration than the experiment has now.
     """
     content = json.loads(path.read_text())
     keys = {arm.name: arm.key for arm in experiment.arms}
@@ -239,12 +239,12 @@ def restored(experiment: Experiment, path: Path) -> Results:
     other = sorted({run.arm for run in runs if keys.get(run.arm) != run.key})
     if other:
         raise ValueError(
-            f"{path} has runs of {', '.join(other)} with another configuration than now; move it away and run them "
-            "again"
+            f"{path} has runs of {', '.join(other)} with another configuration than now; move the file away and run "
+            "them again"
         )
     return Results(tuple(runs))
 
 
 def to_stderr(text: str) -> None:
-    """What `run` says, for people."""
+    """Print a message of `run` for people."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The page of all experiments: what the paper says, what our runs say, and whether they agree."""
+"""The report of all experiments: what the paper says, what our runs say, and whether they agree."""
 
 import os
 from collections import Counter
@@ -24,14 +24,14 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
     """Write `report.md` and its pictures from the records in a folder.
 
     Args:
-        experiments: in the order of the page; those without a record are left out.
-        folder: with the records, EXPERIMENT.json.
+        experiments: the experiments, in the order of the page. Experiments without a record are left out.
+        folder: folder of the records, EXPERIMENT.json.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ValueError: there is no record, or one is of another configuration.
+        ValueError: there is no record, or a record has another configuration.
     """
     sections = []
     verdicts = []
@@ -61,7 +61,7 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
 
 
 def _summary(verdicts: list[list[str]]) -> str:
-    """How many claims were borne out."""
+    """The number of claims with each verdict."""
     counts = Counter(row[-1].strip("*") for row in verdicts)
     asked = sum(counts[verdict] for verdict in get_args(Verdict))
     told = ", ".join(f'"{verdict}" {counts[verdict]}' for verdict in get_args(Verdict))
@@ -77,7 +77,7 @@ def _section(experiment: Experiment, results: Results, claims: list[list[str]], 
 
 
 def _figures(experiment: Experiment, results: Results) -> list[list[str]]:
-    """A row an arm, the paper's figure beside ours."""
+    """One row an arm, with the paper's figures beside ours."""
     head = ["", "seeds"]
     for column in experiment.columns:
         head.append(column.title)
@@ -107,7 +107,7 @@ def _claims(experiment: Experiment, results: Results) -> list[list[str]]:
 
 
 def _where(experiment: Experiment, results: Results) -> str:
-    """How long it took and on what."""
+    """Number, mean time and devices of the runs."""
     devices = sorted({f"{run.provenance['device']}, {_threads(run.provenance['threads'])}" for run in results.runs})
     seconds = fmean(run.seconds for run in results.runs)
     return (

@@ -1,4 +1,4 @@
-"""RepLKNet-31B side by side with the networks that the paper compares it with."""
+"""RepLKNet-31B beside the networks that the paper compares it with."""
 
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +17,7 @@ _OURS = "RepLKNet-31B"
 
 
 def rivals(scale: Scale) -> Experiment:
-    """Tables 6 to 9 of the paper, as far as costs go; the same at every scale."""
+    """The costs in Tables 6 to 9 of the paper; every scale has the same arms."""
     arms = tuple(_arm(mode) for mode in MODES.values())
     return Experiment(
         name="rivals",
@@ -100,7 +100,7 @@ def _table(arms: tuple[Arm, ...], results: Results) -> list[list[str]]:
 
 
 def _published(known: Published, size: int) -> str:
-    """What the papers say of the task of these images."""
+    """The papers' accuracy on the task of images of this size."""
     top1 = {224: known.top1_224, 384: known.top1_384}.get(size)
     if top1 is not None:
         return f"{top1} % of ImageNet"

@@ -13,7 +13,7 @@ from replknet.explore.experiment import Arm, Claim, Experiment, Figures, Finding
 from replknet.timing import Load
 
 _RUNS = 10
-# seconds after which a way sits out
+# a way that has taken this many seconds sits out
 _LIMIT_S = 15.0
 
 
@@ -49,7 +49,7 @@ def _arm(scale: Scale, resolution: int) -> Arm:
         name=_name(resolution),
         configuration={"stack": LAYERS, "channels": CHANNELS, "resolution": resolution, "batch": batch, "runs": _RUNS},
         run=partial(_measure, resolution, batch),
-        # of torch's contiguous convolution most of all
+        # torch's contiguous convolution takes most of it
         seconds=lambda site: 60.0 + resolution**2 * batch / 20,
     )
 
@@ -64,7 +64,7 @@ def _measure(resolution: int, batch: int, seed: int, folder: Path, site: Site) -
 
 
 def _best(figures: Figures, who: str) -> dict[int, float]:
-    """The median of the better memory format by kernel side, ms."""
+    """Kernel side -> median time in the better memory format, ms."""
     found: dict[int, float] = {}
     for one in figures["times"]:
         if one["way"].startswith(who):

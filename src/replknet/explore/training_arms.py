@@ -1,4 +1,4 @@
-"""Arms that train a network, from a recipe."""
+"""Arms that train a network from a recipe."""
 
 import json
 import math
@@ -25,26 +25,26 @@ from replknet.train.estimate import autocast
 from replknet.train.job import TrainStep
 from replknet.train.recipe import Recipe
 
-# fields that recipes have gained since the first records were kept, with their defaults
+# task -> fields that its recipes got after the first records were kept, and their defaults
 _LATER = {"classification": {"evaluate_every": 1}, "segmentation": {}}
 
 
 def trained(name: str, recipe: Recipe, images: int, seeds: int, start: Arm | None = None) -> Arm:
     """An arm whose runs train a network and score it.
 
-    Its figures are `score` (top-1, or mIoU; from 0 to 1), `train_loss` (of the last epoch, nats), `parameters` and
-    `multiply_adds` (merged; of one image of the size that is trained on), and `epoch_seconds`.
+    Its figures are `score` (top-1 or mIoU, from 0 to 1), `train_loss` (last epoch, nats), `parameters` and
+    `multiply_adds` (merged, one image in the training size), and `epoch_seconds`.
 
     Args:
-        name: of the arm.
-        recipe: the training; its seed is replaced by the run's.
-        images: in the training set, for the estimate of its time.
-        seeds: runs.
-        start: an arm whose network this one starts from.
+        name: name of the arm.
+        recipe: the training; the seed of each run replaces its seed.
+        images: number of training images, for the estimate of the time.
+        seeds: number of runs.
+        start: arm that trains the network to start from; None: no start.
     """
     configuration = {key: value for key, value in recipe.plain.items() if key != "seed"}
     for field, default in _LATER[recipe.task].items():
-        # records of before there was such a field stay those of the same run
+        # without the default value the key stays equal, so that older records still belong to this arm
         if configuration[field] == default:
             del configuration[field]
     if start is not None:
@@ -70,7 +70,7 @@ def score_columns(title: str, paper: dict[str, float]) -> tuple[Column, ...]:
 
 
 def draw_scores(arms: tuple[Arm, ...], results: Results, label: str) -> Any:
-    """The scores of arms that train a network, a dot a seed."""
+    """A plot of the scores of arms that train a network, one dot a seed."""
     return plots.seeds({arm.name: [100 * v for v in results.values(arm.name, "score")] for arm in arms}, label)
 
 
@@ -83,7 +83,7 @@ def _train(recipe: Recipe, start: Arm | None, seed: int, folder: Path, site: Sit
     weights = fit(recipe, folder, data, resume=(folder / "last.ckpt").exists(), hardware=site.hardware)
     rows = json.loads((folder / "metrics.json").read_text())
     figures = kind.figures(recipe, rows, weights, site)
-    # what it would go on from is many times as large as the weights, and the training has ended
+    # the training has ended, and the state to go on from is many times as large as the weights
     (folder / "last.ckpt").unlink(missing_ok=True)
     return {
         **figures,
@@ -111,7 +111,7 @@ def _segmented(recipe: Recipe, rows: list[dict[str, float]], weights: Path, site
 
     assert site.masks is not None  # the training would have failed
     model, description = load_segmentation(weights, torch.float32)
-    # CamVid's val shares a drive with its train; the others' test has no masks to score with
+    # CamVid's val comes from a drive that is also in train; other data sets have no masks for test
     assert isinstance(recipe.options, SegmentationOptions)
     split = "test" if recipe.options.dataset == "masks" else "val"
     pairs = Pairs(recipe.options.dataset, site.masks, split)
@@ -129,7 +129,7 @@ def _segmented(recipe: Recipe, rows: list[dict[str, float]], weights: Path, site
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is different between trainings of different tasks."""
+    """The parts of a training arm that depend on the task."""
 
     data: Callable[[Site], Path | None]
     figures: Callable[[Recipe, list[dict[str, float]], Path, Site], Figures]
@@ -139,12 +139,12 @@ _KINDS: dict[type[Any], _Kind] = {
     ClassificationOptions: _Kind(lambda site: site.images, _classified),
     SegmentationOptions: _Kind(lambda site: site.masks, _segmented),
 }
-# pixels of the steps that are timed on a CPU, at most, but for two images
+# largest number of pixels in a step that is timed on a CPU; a step has at least two images
 _TIMED = 32 * 32**2
 
 
 def _estimate(recipe: Recipe, images: int, site: Site) -> float:
-    """Seconds of a training: some of its steps, timed, times their number."""
+    """Seconds of a training: the time of one step, times the number of steps."""
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     at_once = site.hardware.at_once(recipe.batch_size)
@@ -154,11 +154,11 @@ def _estimate(recipe: Recipe, images: int, site: Site) -> float:
     train = TASKS[recipe.task].train
     assert train.step is not None
     _, classes = train.training_set("", recipe)
-    # those of CamVid where the recipe leaves them open
+    # 11, as in CamVid, if the number of classes depends on the data
     step = train.step(recipe, site.hardware, at_once, classes or 11)
     model, x, target = step.model.to(device), step.x.to(device), step.target.to(device)
     model.to(memory_format=torch.channels_last)
-    # the first one warms up
+    # the first step warms up
     _, seconds = (_timed(replace(step, model=model, x=x, target=target), recipe.precision) for _ in range(2))
     return seconds * recipe.epochs_of(images) * images / (at_once * site.hardware.processes)
 

@@ -64,7 +64,7 @@ def card_of(description: Description, licence: str = "unknown") -> Card:
     """The card of the network with this description.
 
     Args:
-        description: what the network is, and how it wants its images.
+        description: the network, and the preparation of its images.
         licence: licence of the weights.
 
     Returns:

@@ -41,7 +41,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None]) 
     """Score a network in eval mode.
 
     Args:
-        model: images `[N,3,H,W]` to logits `[N,classes]`.
+        model: maps images `[N,3,H,W]` to logits `[N,classes]`.
         batches: images `[N,3,H,W]`, normalised, and labels `[N]`; a batch of None is skipped.
 
     Returns:
@@ -79,8 +79,8 @@ class Guess:
 
     Args:
         label: number of the class.
-        name: its name, or its number as text where names are unknown.
-        probability: from 0 to 1.
+        name: name of the class; its number as a text if the name is unknown.
+        probability: probability of the class, from 0 to 1.
     """
 
     label: int

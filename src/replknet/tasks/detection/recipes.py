@@ -22,8 +22,9 @@ class DetectionOptions:
     """The fields that detection adds to a recipe.
 
     Args:
-        detector: "fcos" has the official head, "torchvision_fcos" and "mask_rcnn" are torchvision's, "cascade_rcnn" and
-            "cascade_mask_rcnn" are the paper's. Detectors with "mask" need annotations with segmentations.
+        detector: "fcos", "cascade_rcnn" and "cascade_mask_rcnn" are mmdetection's, whose official weights fit;
+            "torchvision_fcos" and "mask_rcnn" are torchvision's. Detectors with "mask" need annotations with
+            segmentations.
         malformed: what to do with unusable annotations and images: "error" stops, "skip" leaves them out.
         scales: longer and shorter sides that a training image is fitted into, pixels; one pair is drawn.
         crop_scales: longer and shorter sides for random crops as in DETR, pixels. Half of the training images are first

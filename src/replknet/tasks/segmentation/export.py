@@ -61,7 +61,7 @@ def segmentation_card(description: SegmentationDescription, licence: str = "unkn
     """The card of the network with this description.
 
     Args:
-        description: what the network is, and how it wants its images.
+        description: the network, and the preparation of its images.
         licence: licence of the weights.
 
     Returns:

@@ -134,7 +134,7 @@ def without_auxiliary(model: UperNet) -> UperNet:
         model: the network.
 
     Returns:
-        The same network.
+        `model` itself.
     """
     model.auxiliary_head = None
     return model

@@ -119,11 +119,11 @@ def inference_of(
         description: description of the network.
         window: side of the windows, pixels; None: the description's.
         stride: distance from one window to the next, pixels; None: the description's, or two thirds of the window.
-        ratios: factors on the image's size, whose probabilities are averaged.
+        ratios: factors on the image's size; the probabilities of several factors are averaged.
         flip: whether to average with the mirrored image, too.
 
     Returns:
-        A function from a network, images and a size to classes.
+        A callable that maps a network, images and a size to the class of each pixel.
     """
     if window is None:
         window, stride = description.window, stride or description.stride
@@ -136,10 +136,10 @@ def predict(model: nn.Module, image: Image.Image, description: SegmentationDescr
     """The class of each pixel of an image in RGB.
 
     Args:
-        model: images to logits; it is put into eval mode.
+        model: maps images to logits; it is put into eval mode.
         image: an image of any size.
         description: description of the network.
-        inference: how the network is run on the image.
+        inference: how the network segments the image.
 
     Returns:
         `[H,W]`, uint8.
@@ -155,10 +155,10 @@ class SegmentationScores:
 
     Args:
         images: number of images.
-        miou: mean intersection over union of the classes that occur in masks or predictions.
+        miou: mean IoU (intersection over union) of the classes that occur in masks or predictions.
         accuracy: share of the labelled pixels that are right.
         mean_accuracy: mean accuracy of the classes that occur in masks.
-        iou: intersection over union of each class; None if it occurs in no mask and no prediction.
+        iou: IoU of each class; None if it occurs in no mask and no prediction.
         class_accuracy: accuracy of each class; None if it occurs in no mask.
         confusion: numbers of pixels; the row is the class in the mask, the column the predicted one.
     """
@@ -207,10 +207,10 @@ def evaluate(
     """Score a network in eval mode. Memory does not grow with the number of batches.
 
     Args:
-        model: images to logits.
+        model: maps images to logits.
         batches: images `[N,3,H,W]`, normalised, and masks `[N,H',W']`, uint8.
         classes: number of classes.
-        inference: how the network is run on an image.
+        inference: how the network segments an image.
 
     Returns:
         The scores over all images.
