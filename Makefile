@@ -24,7 +24,7 @@ test: check  ## `make check`, then one case of each contract (four minutes on tw
 	$(BIN)/python -m pytest -q -n2 --dist loadfile $(RUN)
 
 test-all: check  ## `make check`, the full matrix and 2,000 random cases of each campaign; CI adds the sanitizers
-	$(BIN)/python -m pytest -q --full -n2 --dist loadfile $(RUN)
+	$(BIN)/python -m pytest -q --full --hypothesis-profile=repeatable -n2 --dist loadfile $(RUN)
 	PYTHONPATH=tests $(BIN)/python -m soak
 
 check: .venv/installed-test  ## format, lint, types and layers

@@ -10,6 +10,17 @@ from replknet import kernels
 from replknet.kernels import native_core
 from scenes import draw
 
+try:
+    from hypothesis import settings
+except ImportError:
+    # the tests on a GPU need torch, timm, numpy and pytest alone
+    pass
+else:
+    # the same examples every time: `make test-all` asks for it by --hypothesis-profile
+    settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, print_blob=True)
+    settings.register_profile("exploring", deadline=None)
+    settings.load_profile("repeatable" if os.environ.get("CI") else "exploring")
+
 # each worker of pytest-xdist gets its share of the processors
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))

@@ -49,26 +49,37 @@ def excess_of(
 ) -> dict[str, float]:
     """The same for results that are already there; "auto" may have gone either way."""
     truth, terms = _truth_and_terms(x, weight, dy, bias, relu)
-    eps = torch.finfo(x.dtype).eps
-    # a float64 call sums in float64
-    eps_sum = min(eps, EPS_SUM)
-    # and so does the reference, whose error comes on top then
-    both_round = 2 if x.dtype == torch.float64 else 1
-    bounds = {name: both_round * 4 * eps_sum * term for name, term in terms.items()}
-    if algorithm != "direct":
-        norms = _norms(*(t.double() for t in (x, weight, dy)))
-        if bias is not None:
-            norms["y"] = norms["y"] + bias.double().abs()[:, None, None]
-        both = 1 if algorithm == "auto" else 0
-        bounds |= {name: both * bounds[name] + eps_sum * norm for name, norm in norms.items()}
-    # results below this are subnormal in the dtype, spaced by tiny * eps
-    step = torch.finfo(x.dtype).smallest_normal * eps
+    norms = {} if algorithm == "direct" else _norms(*(t.double() for t in (x, weight, dy)))
+    if bias is not None and norms:
+        norms["y"] = norms["y"] + bias.double().abs()[:, None, None]
     found = {}
     for name, t in truth.items():
-        error = (got[name].double() - t).abs() / (eps * t.abs() + bounds[name] + step)
+        error = (got[name].double() - t).abs() / _allowed(x.dtype, t, terms[name], norms.get(name), algorithm)
         assert not error.isnan().any(), f"{name} has NaN where the reference has none"
         found[name] = error.max().item()
     return found
+
+
+def rounding(x: Tensor, weight: Tensor, algorithm: str = "direct") -> Tensor:
+    """How far each value of y may be from the definition in float64."""
+    wide = x.double(), weight.double()
+    truth, terms = (reference.forward(*pair, None, False) for pair in (wide, [t.abs() for t in wide]))
+    norms = None if algorithm == "direct" else _norms(*wide, wide[0])["y"]
+    return _allowed(x.dtype, truth, terms, norms, algorithm)
+
+
+def _allowed(dtype: torch.dtype, truth: Tensor, terms: Tensor, norms: Tensor | None, algorithm: str) -> Tensor:
+    """The largest error of each value, from the sum of its |products| and, through transforms, from the norms."""
+    eps = torch.finfo(dtype).eps
+    # a float64 call sums in float64
+    eps_sum = min(eps, EPS_SUM)
+    # and so does the reference, whose error comes on top then
+    both_round = 2 if dtype == torch.float64 else 1
+    bound = both_round * 4 * eps_sum * terms
+    if norms is not None:
+        bound = (bound if algorithm == "auto" else 0) + eps_sum * norms
+    # results below this are subnormal in the dtype, spaced by tiny * eps
+    return eps * truth.abs() + bound + torch.finfo(dtype).smallest_normal * eps
 
 
 Results = dict[str, Tensor]

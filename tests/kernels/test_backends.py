@@ -73,7 +73,7 @@ def test_backend_keeps_the_bound(backend, algorithm, shape, dtype, layout):
     assert max(found.values()) <= 1, found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 3),
     c=st.integers(1, 9),
