@@ -11,7 +11,7 @@ EXPECTED = import sys; from replknet.kernels.native_core import library_path; \
 # for `make gpu`: the machine's own, whose torch fits its driver
 PYTHON  ?= python3
 
-.PHONY: help demo test test-all check soak sanitize aarch64 bench gpu docs format clean
+.PHONY: help demo test test-all check soak coverage sanitize aarch64 bench gpu docs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,6 +35,14 @@ check: .venv/installed-test  ## format, lint, types and layers
 
 soak: .venv/installed-test  ## 2,000 random cases of each campaign (four minutes), or MINUTES=n of other ones
 	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES)) $(RUN)
+
+# the tests' processes, and theirs, each write a file; the C++ core is what its own test runs
+coverage: .venv/installed-test  ## the share of lines that `make test` runs, in Python and in the C++ core
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n2 --dist loadfile $(RUN)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+	$(MAKE) -C csrc/test coverage
 
 sanitize:  ## the C++ core under ASan, UBSan and TSan, against sums in double (two minutes)
 	$(MAKE) -C csrc/test -j$$(nproc) sanitize
