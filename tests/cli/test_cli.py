@@ -467,7 +467,11 @@ def test_info_and_doctor(capsys):
 
 
 def test_a_reader_that_stops_early_sees_no_traceback():
-    command = [sys.executable, "-c", "import sys; from replknet.cli.main import main; sys.exit(main(['info']))"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from replknet.cli.main import main; sys.exit(main(['train', '--list']))",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""

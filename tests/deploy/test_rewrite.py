@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -86,6 +87,7 @@ print([name for name in sys.modules if name.startswith("replknet.tasks")])
 """
 
 
+@pytest.mark.full
 def test_a_classifier_is_optimized_without_the_packages_of_segmentation():
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True, check=False)
     assert run.stdout.splitlines() == ["24", "[]"], run.stderr

@@ -27,6 +27,9 @@ from replknet.models.replknet import CONFIGS
 from replknet.tasks.classification.export import card_of, export_classifier
 from replknet.tasks.files import load_network
 
+# files in the layouts of servers, of which `make test` sees the exports
+pytestmark = pytest.mark.full
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "serving.md").read_text()
 

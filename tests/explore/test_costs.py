@@ -66,6 +66,7 @@ def test_rivals_are_compared_with_swin_and_stand_beside_the_papers_accuracies():
     plt.close(experiment.draw(found))
 
 
+@pytest.mark.full
 def test_the_family_is_counted_as_the_paper_counts(tmp_path):
     site = Site(output=tmp_path)
     program.run(program.chosen("small", ["family/13-*", "family/31-*"]), site)

@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from replknet.cli.main import main
 
 
+@pytest.mark.full
 def test_demo_writes_a_self_contained_report(cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CI", "true")
     command = ["demo", "--data", str(cifar), "--output", str(tmp_path / "demo"), "--epochs", "2"]

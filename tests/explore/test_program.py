@@ -258,6 +258,7 @@ def test_command_lists_estimates_runs_and_goes_on(cifar, tmp_path, capsys, monke
     assert "there is no record of an experiment in" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_segmentation_starts_from_the_classifier_of_the_same_seed(cifar, scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "true")
     # the arms of the experiments with a tiny network and few steps

@@ -141,6 +141,7 @@ def test_prediction_and_scores_load_no_lightning():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.full
 def test_a_plain_installation_predicts_scores_and_merges(cifar, tmp_path):
     optional = "pytorch_lightning torchmetrics tensorboard transformers monai pycocotools faster_coco_eval matplotlib "
     optional += "onnx onnxruntime openvino nncf"

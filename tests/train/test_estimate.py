@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
+from matrix import matrix
 from replknet.cli.main import main
 from replknet.data.masks import Classes
 from replknet.tasks import RECIPES, TASKS
@@ -64,12 +65,15 @@ def worst(model, name, inputs, loss):
 
 @pytest.mark.parametrize(
     ("name", "side", "images", "precision", "checkpointing"),
-    [
-        ("replknet_nano", 96, 8, "32-true", False),
-        ("replknet_nano", 96, 8, "bf16-mixed", False),
-        ("replknet_nano", 96, 8, "32-true", True),
-        ("replknet_cifar_l", 32, 32, "bf16-mixed", False),
-    ],
+    matrix(
+        [
+            ("replknet_nano", 96, 8, "32-true", False),
+            ("replknet_nano", 96, 8, "bf16-mixed", False),
+            ("replknet_nano", 96, 8, "32-true", True),
+            ("replknet_cifar_l", 32, 32, "bf16-mixed", False),
+        ],
+        [("replknet_nano", 96, 8, "32-true", True)],
+    ),
 )
 def test_a_plan_is_what_a_real_step_allocates(name, side, images, precision, checkpointing):
     recipe = cifar10_l().changed(model=name, image_size=side, batch_size=images, precision=precision, ema_decay=None)
@@ -134,6 +138,7 @@ def test_the_papers_sets_have_their_sizes():
     assert known["imagenet22k_to_1k_31l_384"] == known["imagenet1k_b_120"] == (1_281_167, 1000)
 
 
+@pytest.mark.full
 def test_the_command(capsys):
     assert main(["train", "camvid", "--plan", "--images", "367"]) == 2
     assert "give --classes N" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
+from matrix import matrix
 from replknet.data.sampling import Drawn, GlobalBatches, collate
 from replknet.kernels.malloc import give_back_fragments, keep_freed_memory
 from replknet.models import load_model, save_model, timm_model
@@ -97,19 +98,23 @@ def check_complete(folder):
     assert load_model(folder / "model.safetensors")
 
 
+# where Ctrl-C arrives: in which call of a method, and the steps and rows that are kept then
+MOMENTS = [
+    (Classification, "training_step", 1, 1, 0),
+    (Classification, "training_step", 3, 3, 0),
+    (ModelEmaV3, "update", 4, 4, 0),
+    (Classification, "training_step", 6, 6, 1),
+    (Classification, "lr_scheduler_step", 6, 6, 1),
+    (Classification, "validation_step", 1, 6, 1),
+    (KeepState, "_write", 1, 6, 1),
+    (Classification, "training_step", 9, 9, 1),
+    (Classification, "validation_step", 2, 12, 2),
+]
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "call", "steps", "rows"),
-    [
-        (Classification, "training_step", 1, 1, 0),
-        (Classification, "training_step", 3, 3, 0),
-        (ModelEmaV3, "update", 4, 4, 0),
-        (Classification, "training_step", 6, 6, 1),
-        (Classification, "lr_scheduler_step", 6, 6, 1),
-        (Classification, "validation_step", 1, 6, 1),
-        (KeepState, "_write", 1, 6, 1),
-        (Classification, "training_step", 9, 9, 1),
-        (Classification, "validation_step", 2, 12, 2),
-    ],
+    matrix(MOMENTS, [MOMENTS[1], MOMENTS[6], MOMENTS[8]]),
     ids=["first step", "step", "average", "last step", "schedule", "validation", "writing", "second epoch", "end"],
 )
 def test_interrupted_anywhere_it_goes_on_to_the_end(owner, method, call, steps, rows, cifar, tmp_path, monkeypatch):
@@ -240,7 +245,7 @@ fit(eval(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), hardware=Hardware(s
 """
 
 
-@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("steps", matrix([3, 8], [8]))
 def test_killed_it_goes_on_to_the_same_weights(steps, cifar, tmp_path):
     # everything random at once; workers may not matter
     recipe = RECIPE.changed(mixup=0.8, cutmix=1.0, drop_path=0.3)
@@ -354,7 +359,7 @@ def test_sync_bn_on_a_cpu_is_an_error(cifar, tmp_path, monkeypatch):
         fit(RECIPE.changed(sync_bn=True), tmp_path, cifar)
 
 
-@pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
+@pytest.mark.parametrize("option", matrix(["grad_checkpointing", "compile"], ["grad_checkpointing"]))
 def test_how_a_step_is_computed_does_not_change_what_is_trained(option, cifar, tmp_path, monkeypatch):
     # without an average, which hides differences, and with drop path, which recomputation must repeat
     recipe = RECIPE.changed(epochs=1, ema_decay=None, drop_path=0.3)
@@ -504,6 +509,7 @@ def distributed(processes, recipe, folder, cifar, how="new", shard="whole", slur
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.full
 def test_two_processes_train_what_one_does(cifar, tmp_path):
     # norms without statistics, as each process has its own; 2 x 10 images twice, or 10 images four times
     recipe = RECIPE.changed(label_smoothing=0.0)
@@ -518,6 +524,7 @@ def test_two_processes_train_what_one_does(cifar, tmp_path):
     assert_close_trainings(tmp_path / "1", tmp_path / "other")
 
 
+@pytest.mark.full
 def test_divided_weights_train_what_whole_ones_do(cifar, tmp_path):
     recipe = RECIPE.changed(label_smoothing=0.0, ema_decay=None, layer_decay=0.8)
     distributed(1, recipe, tmp_path / "1", cifar)

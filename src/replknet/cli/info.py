@@ -1,6 +1,7 @@
 """replknet info"""
 
 import json
+from functools import cache
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ from replknet.models import NETWORKS
 from replknet.nn import merge
 
 
+@cache
 def rows() -> list[dict[str, Any]]:
     """For each network its kernels, its parameters in training and merged, and its multiply-adds for one image."""
     found = []

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from matrix import matrix
 from replknet.cli.main import main
 from replknet.deploy.verify import AccuracyError
 from replknet.models import Description, save_model
@@ -92,7 +93,7 @@ def layers_in_int8(path):
     )
 
 
-@pytest.mark.parametrize("to", ENDINGS)
+@pytest.mark.parametrize("to", matrix(ENDINGS, ["onnx"]))
 def test_a_file_has_every_layer_in_int8_and_classifies_as_torch_does(to, network, images, scored, tmp_path):
     path = tmp_path / f"net{ENDINGS[to]}"
     card = card_of(DESCRIPTION, "mit")
@@ -113,6 +114,7 @@ def test_a_file_has_every_layer_in_int8_and_classifies_as_torch_does(to, network
     assert exported(torch.randn(2, 3, 20, 15)).shape == (2, 3)
 
 
+@pytest.mark.full
 def test_a_delicate_layer_is_found_and_stays_in_float32(network, images, scored, tmp_path):
     path, model = tmp_path / "net.int8.onnx", delicate(network)
     with torch.no_grad():
@@ -153,6 +155,7 @@ def test_a_bound_that_no_selection_keeps_is_refused_and_leaves_what_was_there(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.full
 def test_one_scale_a_weight_is_coarser_than_one_a_channel(network, images, scored, tmp_path):
     # one channel with a thousandth of its values before the large kernel, and a thousand times the kernel
     model = merge(network)

@@ -525,6 +525,7 @@ def test_an_image_where_nothing_is_likely_has_no_boxes():
     assert [tuple(image["masks"].shape) for image in found] == [(0, 40, 50), (0, 64, 30)]
 
 
+@pytest.mark.full
 def test_two_images_are_learned():
     images, targets = scene()
     model = build(fc_channels=64)

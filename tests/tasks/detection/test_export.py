@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import replknet
+from matrix import matrix
 from replknet.deploy.verify import in_onnxruntime, in_torch
 from replknet.tasks.detection import export as detectors
 from replknet.tasks.detection.cascade import CascadeRCNN
@@ -75,7 +76,7 @@ def session(path):
 # ---- the pyramid
 
 
-@pytest.fixture(scope="module", params=["fcos", "mask_rcnn"])
+@pytest.fixture(scope="module", params=matrix(["fcos", "mask_rcnn"], ["fcos"]))
 def model(request):
     """One with convolutions for its last levels, one with pooling."""
     return untidy(request.param)
@@ -96,7 +97,7 @@ def strides(model):
     return next(module for module in model.modules() if isinstance(module, Pyramid)).strides
 
 
-@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".xml"])
+@pytest.mark.parametrize("ending", matrix([".onnx", ".pt2", ".xml"], [".onnx"]))
 def test_a_pyramid_is_right_at_other_sizes_than_the_traced_one(ending, model, tmp_path):
     path = tmp_path / "made" / f"pyramid{ending}"
     found = export_pyramid(model, path, noise(1, 3, 160, 192))
@@ -113,6 +114,7 @@ def test_a_pyramid_is_right_at_other_sizes_than_the_traced_one(ending, model, tm
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 def test_the_nodes_of_a_pyramid_are_standard_ones(tmp_path):
     import onnx
 
@@ -141,6 +143,7 @@ def test_the_nodes_of_a_pyramid_are_standard_ones(tmp_path):
     assert names == [f"stride_{stride}" for stride in strides(model)]
 
 
+@pytest.mark.full
 def test_the_model_stays_as_it_was_and_half_precision_is_exported_in_float32(tmp_path):
     model = untidy("mask_rcnn").bfloat16()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -187,7 +190,7 @@ def test_only_a_detector_has_a_pyramid(tmp_path):
 # ---- whole detectors
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", matrix(MAKE, ["fcos"]))
 def test_a_detector_in_onnxruntime_finds_what_it_finds_in_torch(name, tmp_path):
     model = untidy(name)
     path = tmp_path / "detector.onnx"

@@ -36,6 +36,7 @@ def test_torch_export(network):
         torch.testing.assert_close(program(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_onnx(network):
     import onnxruntime
 

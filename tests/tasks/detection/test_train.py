@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import replknet
+from matrix import matrix
 from processes import train_in_two, without_statistics
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS, ImageError
@@ -142,7 +143,10 @@ def _check_predict(weights, shapes, folder, capsys):
         assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("detector", ["torchvision_fcos", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+    "detector",
+    matrix(["torchvision_fcos", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"], ["cascade_mask_rcnn"]),
+)
 def test_every_detector_trains_and_comes_back(detector, shapes, tmp_path, capsys):
     # torchvision's norms refuse two channels a group on a map of one pixel
     channels = 64 if detector == "torchvision_fcos" else 32
@@ -182,6 +186,7 @@ def test_interrupted_it_goes_on_to_the_same_weights(shapes, tmp_path, monkeypatc
     assert rows[0] == rows[1]
 
 
+@pytest.mark.full
 def test_two_processes_train_and_count_what_one_does(shapes, tmp_path, monkeypatch):
     # one size, so that no process fills up its batch to another one; the validation has five images
     recipe = RECIPE.changed(scales=((96, 64),), optimizer="sgd", lr=1e-3)

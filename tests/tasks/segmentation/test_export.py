@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from matrix import matrix
 from replknet.cli.main import main
 from replknet.data import images
 from replknet.deploy import files
@@ -34,7 +35,7 @@ DESCRIPTION = SegmentationDescription(
     mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.25, 0.3),
 )
-FORMATS = ["onnx", "openvino", "pt2", pytest.param("aoti", marks=pytest.mark.full)]
+FORMATS = matrix(["onnx", "openvino", "pt2", "aoti"], ["onnx"])
 PHOTOS = [str(photo) for photo in images.PHOTOS]
 
 
@@ -179,6 +180,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.full
 def test_it_is_checked_on_what_the_network_is_given(checkpoint, tmp_path, capsys, monkeypatch):
     given = []
     compared = files.compared
