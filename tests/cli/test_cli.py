@@ -182,9 +182,9 @@ def test_export_says_how_far_the_file_is_from_torch(capsys, tmp_path):
     assert told.startswith(f"{output}: the logits of 3 images and of noise in two other sizes differ by at most ")
     assert told.endswith(" of their norm (1e-05 is allowed)\n")
     assert main(["predict", str(output), str(PHOTOS[0]), "--task", "segmentation"]) == 2
-    assert "holds a classifier, and a segmentation network is asked for" in capsys.readouterr().err
+    assert "holds a classifier, not a segmentation network" in capsys.readouterr().err
     assert main(["export", checkpoint, "--to", "pt2", "--task", "segmentation", "-o", str(output)]) == 2
-    assert "holds a classifier, and a segmentation network is asked for" in capsys.readouterr().err
+    assert "holds a classifier, not a segmentation network" in capsys.readouterr().err
     with pytest.raises(SystemExit) as info:
         main([*command, "--task", "detecton"])
     assert info.value.code == 2

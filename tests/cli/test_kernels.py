@@ -90,7 +90,7 @@ def test_networks_of_other_tasks(tmp_path, capsys):
     assert [layer["sides"][0] for layer in layers] == [9, 7, 5, 5, 5]
     assert all(layer["form"] == "two branches" for layer in layers)
     assert main(["analyze", "kernels", str(file), "--task", "detection", "-o", str(tmp_path / "k.png")]) == 2
-    assert "holds a segmentation network, and a detector is asked for" in capsys.readouterr().err
+    assert "holds a segmentation network, not a detector" in capsys.readouterr().err
 
 
 def test_kernels_of_zeros_are_counted(tmp_path, capsys):

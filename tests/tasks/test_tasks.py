@@ -88,7 +88,7 @@ def test_a_description_says_the_task(name, saved):
 def test_a_contradiction_says_what_the_file_holds(name, wanted, saved):
     if name == wanted:
         return
-    text = f"holds {TASKS[name].noun}, and {TASKS[wanted].noun} is asked for: leave out --task {wanted}"
+    text = f"holds {TASKS[name].noun}, not {TASKS[wanted].noun}: leave out --task {wanted}"
     with pytest.raises(CheckpointError, match=text):
         load_network(saved[name], wanted)
 

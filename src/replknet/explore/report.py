@@ -51,7 +51,7 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
         sections.append(_section(experiment, results, claims, picture))
     if not sections:
         names = ", ".join(f"{experiment.name}.json" for experiment in experiments)
-        raise ValueError(f"there is no record of an experiment in {folder}: expected {names}, or some of them")
+        raise ValueError(f"there is no record of an experiment in {folder}: expected at least one of {names}")
     overview = _table([["experiment", "claim", "the paper's figure", "ours", "direction"], *verdicts])
     page = folder / "report.md"
     part = page.with_name(page.name + ".part")

@@ -97,6 +97,4 @@ def _named(name: str, path: str | Path) -> Task:
 
 def _check(found: Task, wanted: str | None, path: str | Path) -> None:
     if wanted is not None and found.name != wanted:
-        raise CheckpointError(
-            f"{path} holds {found.noun}, and {TASKS[wanted].noun} is asked for: leave out --task {wanted}"
-        )
+        raise CheckpointError(f"{path} holds {found.noun}, not {TASKS[wanted].noun}: leave out --task {wanted}")

@@ -136,7 +136,7 @@ def _check_predict(weights, shapes, folder, capsys):
     for wrong, text in (
         (["eval", "--task", "detection", weights], "name the folder or zip of the images and annotations with --data"),
         (["eval", "--task", "detection", weights, "--dataset", "masks"], "is a detector: leave out --dataset"),
-        (["eval", weights, "--task", "classification"], "holds a detector, and a classifier is asked for"),
+        (["eval", weights, "--task", "classification"], "holds a detector, not a classifier"),
         (["predict", "--task", "detection", "replknet_cifar_l", image], "holds a classifier, and a detector is asked"),
     ):
         assert main(wrong) == 2

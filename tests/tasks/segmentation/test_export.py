@@ -220,13 +220,11 @@ def test_wrong_calls_say_what_was_expected(checkpoint, file, tmp_path, capsys):
     path = str(file("onnx"))
     capsys.readouterr()
     assert main(["predict", path, PHOTOS[0], "--task", "detection"]) == 2
-    assert "holds a segmentation network, and a detector is asked for: leave out --task detection" in (
-        capsys.readouterr().err
-    )
+    assert "holds a segmentation network, not a detector: leave out --task detection" in (capsys.readouterr().err)
     assert main(["predict", path, PHOTOS[0], "--top", "2"]) == 2
     assert "is a segmentation network: leave out --top" in capsys.readouterr().err
     assert main(["export", str(checkpoint), "--task", "segmentation", "--to", "onnx", "-o", "net.xml"]) == 2
     assert "a file for onnx ends in .onnx, got net.xml" in capsys.readouterr().err
     assert main(["export", "replknet_cifar_l", "--task", "segmentation", "--to", "onnx"]) == 2
-    assert "holds a classifier, and a segmentation network is asked for" in capsys.readouterr().err
+    assert "holds a classifier, not a segmentation network" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -100,7 +100,7 @@ def export_pyramid(model: nn.Module, path: str | Path, example: Tensor) -> Diffe
     _check(example, 4, "image [1,3,H,W]")
     if example.shape[0] != 1 or any(side % _DIVISOR or side < smallest for side in example.shape[2:]):
         raise ValueError(
-            f"expected one image with sides that are multiples of {_DIVISOR} from {smallest} on, got "
+            f"expected one image with sides that are multiples of {_DIVISOR} and at least {smallest}, got "
             f"{list(example.shape)}: pad it as replknet.tasks.detection.batches.batched does"
         )
     other = torch.randn(2, 3, smallest + 96, smallest + 64, generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ class _OneImage(nn.Module):
 def _pyramid(model: nn.Module) -> Pyramid:
     found = [module for module in model.modules() if isinstance(module, Pyramid)]
     if len(found) != 1:
-        raise ValueError(f"expected a detector, which has one feature pyramid, got a {type(model).__name__} without")
+        raise ValueError(f"expected a detector with one feature pyramid, got a {type(model).__name__}")
     return found[0]
 
 
