@@ -10,7 +10,8 @@ import torch
 from matrix import FULL, matrix
 from replknet.analysis.cost import cost
 from replknet.bench import against
-from replknet.bench.against import OURS, compare, parts
+from replknet.bench.against import OURS, compare
+from replknet.bench.parts import parts
 from replknet.cli.main import main
 from replknet.deploy.inference import optimize
 from replknet.nn import merge

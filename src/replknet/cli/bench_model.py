@@ -10,7 +10,8 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
-from replknet.bench.against import AGAINST, Comparison, Part, compare, parts
+from replknet.bench.against import AGAINST, Comparison, compare
+from replknet.bench.parts import Part, parts
 from replknet.cli.networks import SEED, is_checkpoint, of_timm, timm_names, unknown
 from replknet.cli.options import CHECKPOINT, Parser
 from replknet.deploy.inference import optimize
