@@ -137,7 +137,7 @@ def _check_predict(weights, shapes, folder, capsys):
         (["eval", "--task", "detection", weights], "name the folder or zip of the images and annotations with --data"),
         (["eval", "--task", "detection", weights, "--dataset", "masks"], "is a detector: leave out --dataset"),
         (["eval", weights, "--task", "classification"], "holds a detector, not a classifier"),
-        (["predict", "--task", "detection", "replknet_cifar_l", image], "holds a classifier, and a detector is asked"),
+        (["predict", "--task", "detection", "replknet_cifar_l", image], "holds a classifier, not a detector"),
     ):
         assert main(wrong) == 2
         assert text in capsys.readouterr().err
@@ -332,7 +332,7 @@ def test_what_cannot_be_trained_is_an_error(shapes, tmp_path, capsys):
         with pytest.raises(ValueError, match=text):
             RECIPE.changed(**changes)
     assert main(["train", "bccd", "--plan"]) == 2
-    assert "no estimate is made for a detector" in capsys.readouterr().err
+    assert "there is no estimate for a detector" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_leaves_its_batch(shapes, tmp_path, monkeypatch):

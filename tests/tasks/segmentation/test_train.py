@@ -103,7 +103,7 @@ def _check_predict(weights, scenes, folder, capsys):
             ["predict", "replknet_cifar_l", image, "-o", "x.png"],
             "is a classifier, which has no pictures: leave out -o",
         ),
-        ([*predict[:-1], "replknet_cifar_l", image], "holds no UperNet over a RepLKNet"),
+        ([*predict[:-1], "replknet_cifar_l", image], "holds a classifier, not a segmentation network"),
         (["eval", "--task", "segmentation", weights], "name the folder or zip of the images and masks with --data"),
         (["eval", "--task", "segmentation", weights, "--dataset", "cifar10"], "cifar10 has a class an image"),
         (["eval", weights, "--dataset", "ade20k"], "ade20k has a class a pixel: score it with --task segmentation"),
