@@ -23,9 +23,8 @@ demo: .venv/installed-demo  ## the main job: train, merge, evaluate and picture 
 test: check  ## `make check`, then one case of each contract (four minutes on two cores)
 	$(BIN)/python -m pytest -q -n2 --dist loadfile $(RUN)
 
-test-all: check  ## `make check`, the full matrix and 2,000 random cases of each campaign; CI adds the sanitizers
+test-all: check  ## `make check`, then the full matrix with the random campaigns; CI adds the sanitizers
 	$(BIN)/python -m pytest -q --full --hypothesis-profile=repeatable -n2 --dist loadfile $(RUN)
-	PYTHONPATH=tests $(BIN)/python -m soak
 
 check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import replknet
+from matrix import matrix
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "replknet"
@@ -118,7 +119,7 @@ def test_every_lazy_name_is_found_and_listed(path):
 # ---- registration with timm
 
 
-@pytest.mark.parametrize("order", ["timm, replknet", "replknet, timm"])
+@pytest.mark.parametrize("order", matrix(["timm, replknet", "replknet, timm"], ["timm, replknet"]))
 def test_the_first_snippet_of_the_readme_runs_in_either_order(order, tmp_path):
     snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
     first, *rest = snippet.splitlines()
@@ -146,6 +147,7 @@ class Names(Dataset):
 """
 
 
+@pytest.mark.full
 def test_a_worker_process_that_imports_us_first_has_our_networks(tmp_path, monkeypatch):
     (tmp_path / "worker_of_a_test.py").write_text(WORKER)
     monkeypatch.syspath_prepend(tmp_path)
@@ -153,6 +155,7 @@ def test_a_worker_process_that_imports_us_first_has_our_networks(tmp_path, monke
     assert list(DataLoader(names, num_workers=1, multiprocessing_context="spawn")) == [["RepLKNet"]]
 
 
+@pytest.mark.full
 def test_threads_that_import_timm_and_us_at_once_all_arrive():
     program = """
 import threading

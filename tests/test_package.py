@@ -82,6 +82,7 @@ def test_readme_and_changelog_name_every_command():
     assert [name for name in COMMANDS if not re.search(rf"^replknet .*\b{name}\b", readme, re.MULTILINE)] == []
 
 
+@pytest.mark.full
 def test_three_lines_run_a_script_of_timms_with_our_networks(tmp_path):
     (tmp_path / "script.py").write_text(
         "import sys, timm\n"

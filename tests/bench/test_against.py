@@ -42,6 +42,7 @@ def test_features_and_bfloat16():
     assert 1e-4 < found.rows[0].difference < 5e-2, "bfloat16 rounds"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.system() != "Linux", reason="no other system tells")
 def test_memory_is_of_a_process_of_its_own():
     merged, x = merge(network()), torch.randn(1, 3, 256, 256)

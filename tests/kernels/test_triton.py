@@ -150,7 +150,7 @@ def test_a_refusal_says_what_is_missing(monkeypatch):
     assert triton.BACKEND.refusal(call(device="cpu")) == "runs on CUDA devices only"
     assert triton.BACKEND.refusal(call(dtype=torch.float64)) == "takes float32, float16 and bfloat16"
     assert triton.BACKEND.refusal(call(algorithm="fft")) == "has no Fourier transforms"
-    assert "a value that is not finite" in triton.BACKEND.refusal(call(algorithm="direct"))
+    assert "spreads an infinity or NaN" in triton.BACKEND.refusal(call(algorithm="direct"))
     assert triton.BACKEND.refusal(call()) == "there is no CUDA device"
     present(monkeypatch, (7, 5))
     assert triton.BACKEND.refusal(call()) == "needs a device of capability 8.0 or more, cuda:0 has 7.5"

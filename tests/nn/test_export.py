@@ -58,6 +58,7 @@ def test_onnx(dynamo):
     np.testing.assert_allclose(found, model(X).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_program_may_meet_the_operator_first_inside_an_export():
     # the first use of its name imports it, and tensors have no memory then
     program = """

@@ -1,4 +1,4 @@
-"""Random campaigns: `make soak MINUTES=n` runs them for a time, the test suite the first cases of each.
+"""Random campaigns: `make soak MINUTES=n` runs them for a time, the test suite their first cases.
 
 A new campaign is a file with a `Campaign`, and one line here.
 """

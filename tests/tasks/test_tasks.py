@@ -133,6 +133,7 @@ def test_a_damaged_description_is_named(saved, tmp_path):
             load_network(path)
 
 
+@pytest.mark.full
 def test_prediction_and_scores_load_no_lightning():
     code = "import sys; from replknet.tasks import TASKS; [t.infer for t in TASKS.values()]; "
     code += "[t.files for t in TASKS.values()]; "

@@ -82,6 +82,7 @@ def test_a_plan_is_what_a_real_step_allocates(name, side, images, precision, che
     assert planned == pytest.approx(allocated(recipe, images, hardware), rel=0.15)
 
 
+@pytest.mark.full
 def test_a_plan_of_a_segmentation_is_what_a_real_step_allocates():
     recipe = camvid().changed(model="replknet_test", network=None, crop=(96, 128), batch_size=4, precision="32-true")
     hardware = Hardware(devices=1)
@@ -95,6 +96,7 @@ def test_a_plan_of_a_segmentation_is_what_a_real_step_allocates():
     assert planned.average == 0
 
 
+@pytest.mark.full
 def test_parts_are_the_arithmetic_of_the_parameters():
     model = timm.create_model("replknet_test")
     parameters = 4 * sum(p.numel() for p in model.parameters())
@@ -111,6 +113,7 @@ def test_parts_are_the_arithmetic_of_the_parameters():
     assert parameters < muon.optimizer < 2 * parameters
 
 
+@pytest.mark.full
 def test_a_plan_takes_the_largest_batch_that_fits():
     recipe = cifar10().changed(model="replknet_test", image_size=64, batch_size=64, epochs=3)
     free = estimate(recipe, Hardware(devices=2), 1000, 10)

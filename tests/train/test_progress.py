@@ -46,6 +46,7 @@ def test_rows_lines_events_and_a_picture(cifar, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.full
 def test_a_resumed_training_has_each_row_once(cifar, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "true")
     real = Classification.training_step

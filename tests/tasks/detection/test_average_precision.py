@@ -236,6 +236,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.full
 def test_two_processes_count_each_image_once(crowded, tmp_path):
     folder, predictions = crowded
     targets = targets_of(CocoImages(folder, "val", masks=True))

@@ -29,6 +29,7 @@ def exported(network):
     return torch.export.export(network, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(side,))
 
 
+@pytest.mark.full
 def test_torch_export(network):
     program = exported(network).module()
     for size in SIZES:

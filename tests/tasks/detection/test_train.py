@@ -83,6 +83,7 @@ def curve(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.full
 def test_it_learns_and_the_commands_use_it(shapes, tmp_path, capsys):
     recipe = RECIPE.changed(
         scales=((96, 64),), samples=40 * 11, drops=(32 * 11,), lr=4e-3, evaluate_every=20, warmup_samples=22
@@ -164,6 +165,7 @@ def test_every_detector_trains_and_comes_back(detector, shapes, tmp_path, capsys
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+@pytest.mark.full
 def test_interrupted_it_goes_on_to_the_same_weights(shapes, tmp_path, monkeypatch):
     fit(RECIPE, tmp_path / "whole", shapes)
     real, calls = Detection.training_step, []
