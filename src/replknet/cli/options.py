@@ -149,7 +149,17 @@ def settings_of(args: Any, kind: type[Any], kinds: Mapping[str, type[Any]], what
     """
     ours = {field.name for field in dataclasses.fields(kind)}
     refuse_settings(args, kinds, what, ours)
-    return kind(**{name: getattr(args, name) for name in ours if name in args})
+    given = {name: getattr(args, name) for name in ours if name in args}
+    hints = typing.get_type_hints(kind)
+    for name, value in given.items():
+        # the option takes the choices of every dataclass
+        choices = _literals(hints[name])
+        if choices and value not in choices:
+            raise ValueError(
+                f"{what}: {option_of(name)} takes one of {', '.join(map(str, choices))}, got {value}"
+                f"{_nearest(str(value), map(str, choices))}"
+            )
+    return kind(**given)
 
 
 def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: Collection[str] = ()) -> None:

@@ -105,8 +105,8 @@ def _check_predict(weights, scenes, folder, capsys):
         ),
         ([*predict[:-1], "replknet_cifar_l", image], "holds a classifier, not a segmentation network"),
         (["eval", "--task", "segmentation", weights], "name the folder or zip of the images and masks with --data"),
-        (["eval", "--task", "segmentation", weights, "--dataset", "cifar10"], "cifar10 has a class an image"),
-        (["eval", weights, "--dataset", "ade20k"], "ade20k has a class a pixel: score it with --task segmentation"),
+        (["eval", weights, "--dataset", "cifar10"], "--dataset takes one of ade20k, cityscapes, masks, got cifar10"),
+        (["eval", "replknet_cifar_l", "--dataset", "ade20k"], "--dataset takes one of cifar10, folder, got ade20k"),
     ):
         assert main(wrong) == 2
         assert text in capsys.readouterr().err
