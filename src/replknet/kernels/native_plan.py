@@ -2,7 +2,7 @@
 
 A pure function of the sizes of map and kernel. The constants are times of parts of the kernels, measured with warm
 caches on one core of an AMD EPYC (Zen 3) with AVX2. Other machines differ, but the choices depend on ratios. The
-benchmark suite `plans` compares the choices with the clock, and so does a test.
+benchmark suite `plans` compares the choices with the clock, and a test holds the choices to its records.
 """
 
 from dataclasses import dataclass
