@@ -114,7 +114,7 @@ def test_help_of_a_recipe_shows_its_defaults_and_what_people_use(name, capsys):
     recipe = RECIPES[name]()
     # argparse breaks lines anywhere
     flat = " ".join(told.split())
-    told_of_model = "timm's name of the network; for segmentation and detection the name of the backbone."
+    told_of_model = "timm's name of the network; for segmentation and detection the name of the backbone"
     assert f"--model NAME {told_of_model} (default: {recipe.model})" in flat
     assert f"(default: {recipe.batch_size})" in flat
     options = re.findall(r"^  --([\w-]+)", told, re.MULTILINE)

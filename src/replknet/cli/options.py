@@ -124,13 +124,11 @@ def add_settings(p: Parser, kinds: Mapping[str, type[Any]]) -> None:
             fields.setdefault(field.name, {})[name] = kind
     for field_name, owners in fields.items():
         hints = [typing.get_type_hints(kind)[field_name] for kind in owners.values()]
-        told = " / ".join(dict.fromkeys(texts(kind)[field_name] for kind in owners.values()))
-        whose = "" if len(owners) == len(kinds) else f"{', '.join(owners)}: "
         flag = hints[0] is bool
         p.add_argument(
             option_of(field_name),
             default=SUPPRESS,
-            help=f"{whose}{told}{_default_of(owners.values(), field_name)}",
+            help=f"{_told_of(owners, field_name, len(kinds))}{_default_of(owners.values(), field_name)}",
             **({"action": "store_true"} if flag else {"type": Union[tuple(hints)]}),  # noqa: UP007  # made here
         )
 
@@ -173,6 +171,16 @@ def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: C
 def option_of(field: str) -> str:
     """The option for a field."""
     return "--" + field.replace("_", "-")
+
+
+def _told_of(owners: Mapping[str, type[Any]], field: str, of: int) -> str:
+    """The help of a field, and whose it is: a text for each owner, or for all whose texts are alike."""
+    names: dict[str, list[str]] = {}
+    for name, kind in owners.items():
+        names.setdefault(texts(kind)[field].rstrip("."), []).append(name)
+    if len(names) == 1 and len(owners) == of:
+        return next(iter(names))
+    return "; ".join(f"{', '.join(whose)}: {text}" for text, whose in names.items())
 
 
 def _default_of(kinds: Iterable[type[Any]], name: str) -> str:
@@ -263,7 +271,8 @@ class _Help(DefaultHelpFormatter):
     """Help without types of Python: a word for the value in the option, and its default if it has one."""
 
     def _get_help_string(self, action: Action) -> str:
-        told = action.help or ""
+        # a sentence ends behind its default
+        told = (action.help or "").rstrip(".")
         if action.required and action.option_strings:
             return f"{told} (required)"
         if action.default in (None, SUPPRESS, False) or action.default == [] or not action.option_strings:
