@@ -74,8 +74,6 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
     return get, names
 
 
-# ---- after another package
-
 # package -> what to call once it is imported
 _waiting: dict[str, tuple[Callable[[], object], ...]] = {}
 

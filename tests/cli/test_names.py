@@ -1,15 +1,19 @@
 """What people type: commands by group, older names, nearest values, help that fits, completions and colour."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from replknet.cli import colour, completion
 from replknet.cli.main import COMMANDS, GROUPS, OLD, main
+from replknet.cli.train import _RARE
 from replknet.tasks import RECIPES
+from replknet.train.hardware import Hardware
 
 
 def refused(words, capsys):
@@ -130,6 +134,28 @@ def test_help_of_a_recipe_shows_its_defaults_and_what_people_use(name, capsys):
     assert "sync-bn" in everything
     # the length is counted in one unit
     assert ("epochs" in everything) != ("samples" in everything)
+
+
+def test_what_is_hidden_in_the_help_of_a_training_is_a_field_of_a_recipe():
+    records = [Hardware(), *(RECIPES[name]() for name in ("cifar10", "camvid", "bccd"))]
+    records += [recipe.options for recipe in records[1:]]
+    known = {field.name for record in records for field in dataclasses.fields(record)}
+    assert set(_RARE) <= known
+
+
+def test_a_file_for_another_runtime_is_refused_where_layers_are_needed(tmp_path, capsys):
+    file = str(tmp_path / "net.onnx")
+    Path(file).touch()
+    commands = [
+        ["merge", file, str(tmp_path / "m.safetensors")],
+        ["export", file, "--to", "onnx"],
+        ["analyze", "erf", file],
+        ["analyze", "kernels", file],
+        ["bench", "model", file],
+    ]
+    for words in commands:
+        assert main(words) == 2
+        assert f"{file} is a file for another runtime, which has no layers" in capsys.readouterr().err
 
 
 def test_help_of_every_command_has_no_types_of_python(capsys):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import replknet.tasks
+from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
 from replknet.models.checkpoints import to_mmseg
@@ -81,6 +82,20 @@ def test_a_description_says_the_task(name, saved):
     assert not network.model.training
     assert type(load(saved[name])) is type(network.model)
     assert load_network(saved[name], name).task.name == name
+
+
+def test_a_network_comes_in_the_dtype_of_its_file(tmp_path):
+    save_model(CLASSIFIER.build().half(), tmp_path / "half.safetensors", CLASSIFIER)
+    assert next(load(tmp_path / "half.safetensors").parameters()).dtype == torch.float16
+    assert next(load_network(tmp_path / "half.safetensors").model.parameters()).dtype == torch.float32
+
+
+def test_a_network_is_timed_as_what_it_is(saved, capsys):
+    short = ["--against", "merged", "--runs", "2", "--size", "64", "--json"]
+    assert main(["bench", "model", str(saved["segmentation"]), *short]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "segmentation"
+    assert main(["bench", "model", str(saved["detection"]), *short]) == 2
+    assert "is a detector: what is timed takes one batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TASKS)

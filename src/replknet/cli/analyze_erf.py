@@ -22,7 +22,7 @@ from replknet.data.download import quiet
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 from replknet.tasks import TASKS
-from replknet.tasks.files import load_network
+from replknet.tasks.files import load_weights
 from replknet.tasks.task import Description
 
 NETWORK = (
@@ -92,7 +92,7 @@ def _networks(word: str, args: Any) -> list[_Network]:
     """The network of a file or name, and with --untrained its copy with random weights."""
     build: Callable[[], nn.Module]
     if is_checkpoint(word):
-        loaded = load_network(word, args.task)
+        loaded = load_weights(word, args.task)
         d: Description = loaded.description
         # a segmentation network or detector is measured by its backbone
         model, build = _backbone(loaded.model), lambda: _backbone(d.build())

@@ -19,7 +19,7 @@ from replknet.analysis.learned_kernels import (
 from replknet.cli.networks import is_checkpoint, of_timm, timm_names, unknown
 from replknet.cli.options import CHECKPOINT, TASK, Parser, parser
 from replknet.tasks import TASKS
-from replknet.tasks.files import load_network
+from replknet.tasks.files import load_weights
 
 
 def arguments() -> Parser:
@@ -68,7 +68,7 @@ def _network(args: Any) -> nn.Module:
             f"{args.network} is a timm model, not a file of weights: --pretrained downloads its trained weights, "
             "--untrained shows random ones"
         )
-    return load_network(args.network, args.task).model
+    return load_weights(args.network, args.task).model
 
 
 def _chosen(layers: list[LayerKernels], patterns: list[str]) -> list[LayerKernels]:

@@ -15,10 +15,12 @@ from replknet.bench.parts import Part, parts
 from replknet.cli.networks import SEED, is_checkpoint, of_timm, timm_names, unknown
 from replknet.cli.options import CHECKPOINT, Parser
 from replknet.deploy.inference import optimize
-from replknet.tasks.files import load_network
+from replknet.tasks.files import load_weights
 
 _EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# what is timed
+_KINDS = ("classification", "features", "segmentation")
 # classes of a UperNet with random weights, as in ADE20K
 _UPERNET_CLASSES = 150
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
     )
     p.add_argument(
         "--task",
-        choices=["classification", "features", "segmentation"],
+        choices=_KINDS,
         help="what to build from one of timm's models: a classifier (default), its features, or a UperNet on it",
     )
     p.add_argument("--size", type=PositiveInt, nargs="+", default=[224], help="height and width, pixels; one for both")
@@ -59,7 +61,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--size takes a height and a width, got {len(args.size)} numbers")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = _network(args.network, args.task).requires_grad_(False)
+    model, task = _network(args.network, args.task)
+    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=generator)
     against = [word for word in args.against.split(",") if word]
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
     divided = parts(optimize(model, x, dtype=dtype), x) if args.parts else []
     record = {
         "suite": "model",
-        "task": args.task or "classification",
+        "task": task,
         "keep_memory": args.keep_memory,
         **asdict(found),
         "parts": [asdict(part) for part in divided],
@@ -94,22 +97,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _network(word: str, task: str | None) -> nn.Module:
+def _network(word: str, task: str | None) -> tuple[nn.Module, str]:
+    """The network, and what it is."""
     if is_checkpoint(word):
         if task == "features":
             raise ValueError(f"{word} is a whole network: --task features takes a model's name, such as replknet_31b")
-        return load_network(word, task).model
+        found = load_weights(word, task)
+        if found.task.name not in _KINDS:
+            raise ValueError(f"{word} is {found.task.noun}: what is timed takes one batch and gives maps or logits")
+        return found.model, found.task.name
     if not timm_names(word):
         raise ValueError(unknown(word))
     if task in (None, "classification"):
-        return of_timm(word, False, "name another").eval()
+        return of_timm(word, False, "name another").eval(), "classification"
     torch.manual_seed(SEED)
     backbone = timm.create_model(word, features_only=True).eval()
     if task == "features":
-        return backbone
+        return backbone, task
     from replknet.tasks.segmentation.heads import UperNet  # transformers is optional
 
-    return UperNet(backbone, _UPERNET_CLASSES).eval()
+    return UperNet(backbone, _UPERNET_CLASSES).eval(), "segmentation"
 
 
 def _table(found: Comparison) -> list[str]:

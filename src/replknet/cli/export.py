@@ -12,10 +12,10 @@ from tqdm import tqdm
 from replknet.cli.options import CHECKPOINT, TASK, Parser, add_settings, parser, refuse_settings, settings_of
 from replknet.data import images
 from replknet.data.download import quiet
-from replknet.deploy.files import ENDINGS, Format, card_in, is_exported
+from replknet.deploy.files import ENDINGS, Format, card_in
 from replknet.deploy.verify import AccuracyError
 from replknet.tasks import TASKS
-from replknet.tasks.files import load_network
+from replknet.tasks.files import load_weights
 from replknet.tasks.task import Network
 
 
@@ -43,11 +43,9 @@ def arguments() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
-    if is_exported(args.checkpoint):
-        raise ValueError(f"{args.checkpoint} is a file for another runtime already: give the weights")
     if not args.int8:
         refuse_settings(args, _settings(), "without --int8")
-    network = load_network(args.checkpoint, args.task)
+    network = load_weights(args.checkpoint, args.task)
     return _quantized(network, args) if args.int8 else _exported(network, args)
 
 
@@ -75,7 +73,7 @@ def _quantized(network: Network, args: Any) -> int:
     int8 = task.export.int8()
     if args.to not in int8.endings:
         raise ValueError(f"int8 is written for {', '.join(int8.endings)}, got --to {args.to}")
-    settings = settings_of(args, task.int8, {}, "")
+    settings = settings_of(args, task.int8, _settings(), f"{args.checkpoint} is {task.noun}")
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{int8.endings[args.to]}")
     try:
         found = int8.write(network, output, args.to, settings, args.licence, _shown)

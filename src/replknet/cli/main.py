@@ -34,7 +34,7 @@ GROUPS = {
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
-# names from before version 0.2 -> (words before the arguments, words after them); removed in 1.0
+# older names -> (words before the arguments, words after them); removed in 1.0
 OLD = {
     "recipes": (["train", "--list"], []),
     "plan": (["train"], ["--plan"]),

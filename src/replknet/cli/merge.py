@@ -9,11 +9,10 @@ import torch
 
 from replknet.cli.options import CHECKPOINT, TASK, Parser, parser
 from replknet.data import images
-from replknet.deploy.files import is_exported
 from replknet.difference import largest_difference
 from replknet.nn import merge, unfolded_norms
 from replknet.tasks import TASKS
-from replknet.tasks.files import load_network
+from replknet.tasks.files import load_weights
 from replknet.tasks.task import Network
 
 # largest relative L2 difference of the outputs in float32; `merge` promises it
@@ -41,9 +40,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.output.suffix != ".safetensors":
         raise ValueError(f"the result is a .safetensors file, got {args.output}")
-    if is_exported(args.checkpoint):
-        raise ValueError(f"{args.checkpoint} is a file for another runtime, which is merged already")
-    network = load_network(args.checkpoint, args.task)
+    network = load_weights(args.checkpoint, args.task)
     merged = merge(network.model, fold_bn=not args.branches_only)
     network.task.files.save(merged, args.output, network.description)
     result: dict[str, Any] = {
@@ -66,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def _differences(network: Network, output: Path, more: list[Path]) -> dict[str, dict[str, float]]:
     """The differences between the network and its merged file, read back, on noise and on images."""
-    merged = load_network(output).model
+    merged = load_weights(output).model
     comparison = network.task.infer.comparison(network)
     inputs = {"random": list(comparison.random.split(1))}
     # photographs have three channels

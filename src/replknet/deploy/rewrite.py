@@ -35,9 +35,6 @@ _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS = 64, 2048
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.GELU: "gelu"}
 
 
-# ---- folding
-
-
 @singledispatch
 def fold(module: nn.Module) -> None:
     """Remove in place what a module needs only in training, and fold the norms that `merge` leaves.
@@ -107,9 +104,6 @@ def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module, (pool, head) in heads.items():
         module.global_pool, module.head = _InFloat32(pool), _InFloat32(head.float())
     return network
-
-
-# ---- rewriting
 
 
 class Rewriter:

@@ -20,13 +20,25 @@ def load(path: str | Path) -> nn.Module:
             come with the package, or a file that `replknet export` wrote. An exported file runs in its own runtime.
 
     Returns:
-        The network, in the form of the file.
+        The network, in the form and the dtype of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: an exported file has no card of replknet's.
         CheckpointError: the file holds no network of replknet's.
     """
-    return load_network(path).model
+    return load_network(path, dtype=None).model
+
+
+def load_weights(path: str | Path, task: str | None = None) -> Network:
+    """The network in a file of weights, in float32, for those who change or look into its layers; see `load_network`.
+
+    Raises:
+        ValueError: the file was exported for another runtime, or as `load_network` says.
+    """
+    if is_exported(path):
+        raise ValueError(f"{path} is a file for another runtime, which has no layers: give the weights it was made of")
+    return load_network(path, task)
 
 
 def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype | None = torch.float32) -> Network:
@@ -42,6 +54,7 @@ def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype |
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: an exported file has no card of replknet's.
         CheckpointError: the file holds no network of replknet's, or a network of another task.
     """
     if is_exported(path):

@@ -1,7 +1,8 @@
 """The record of a task. Training, commands and exports use it, so that none of them knows a task by name.
 
-A task is a folder with the modules `files`, `infer`, `train`, `export` and `recipes`. Each of the first four defines
-one record of a class below. It is imported on first use: predictions need no Lightning, and `--help` needs no torch.
+A task is a folder with the modules `files`, `infer`, `train`, `export`, `recipes` and `settings`. Each of the first
+four defines one record of a class below, and is imported on first use: predictions need no Lightning. `--help` reads
+the last two, which need no torch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import onnx
 import openvino
@@ -146,3 +147,18 @@ def test_commands_export_and_predict_the_same_classes(tmp_path, capsys):
             assert one[0]["probability"] == pytest.approx(other[0]["probability"], abs=1e-4)
     assert main(["export", "replknet_cifar_l", "--to", "onnx", "-o", str(tmp_path / "net.xml")]) == 2
     assert "a file for onnx ends in .onnx, got net.xml" in capsys.readouterr().err
+
+
+def test_an_exported_file_is_scored_like_its_checkpoint(cifar, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    torch.manual_seed(0)
+    description = replace(DESCRIPTION, classes=(), num_classes=10, image_size=64)
+    model = description.build().eval()
+    save_model(model, tmp_path / "net.safetensors", description)
+    export_classifier(model, card_of(description), tmp_path / "net.onnx", "onnx")
+    scores = []
+    for name in ("net.safetensors", "net.onnx"):
+        assert main(["eval", str(tmp_path / name), "--data", str(cifar), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[1]["top1"] == scores[0]["top1"]
+    assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)

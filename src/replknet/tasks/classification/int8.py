@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from replknet.data import cifar10, images, transforms
 from replknet.data.batches import batches
 from replknet.deploy.files import ENDINGS as FLOAT_ENDINGS
 from replknet.deploy.files import Exported, card_in
 from replknet.deploy.quantizers import Target
-from replknet.models import Description
 from replknet.tasks.classification.export import card_of, export_classifier
 from replknet.tasks.classification.infer import evaluate
 from replknet.tasks.classification.quantize import ENDINGS, quantize_classifier, size, timed
@@ -57,7 +55,7 @@ def _quantized(
 ) -> dict[str, Any]:
     model, description = network.model, network.description
     card = card_of(description, licence)
-    training = _training_set(settings.dataset, settings.data, description, settings.unreadable_images)
+    training = evaluation_set(settings.dataset, settings.data, description, settings.unreadable_images, training=True)
     if len(training) <= settings.calibration:
         raise ValueError(
             f"expected more training images than the {settings.calibration} for calibration, got {len(training)}; "
@@ -105,17 +103,6 @@ def _quantized(
         "search": dataclasses.asdict(found),
         "card": dataclasses.asdict(card),
     }
-
-
-def _training_set(name: str, data: Path | None, d: Description, unreadable: int) -> Any:
-    """Training images, prepared like test images."""
-    if name == "cifar10":
-        still = transforms.small_image_transform(d.image_size, d.mean, d.std)
-        return cifar10.CIFAR10(cifar10.load(data), True, still)
-    if data is None:
-        raise ValueError("name the folder of the images with --data DIR")
-    still = transforms.eval_transform(d.image_size, d.mean, d.std, d.crop_pct)
-    return images.ImageSet(images.source_of(data, "train"), still, unreadable)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -62,7 +62,9 @@ def _cifar10(options: ClassificationOptions, data: Path | None) -> Splits:
     )
 
 
-def evaluation_set(name: str, data: Path | None, description: Description, unreadable: int = 0) -> Any:
+def evaluation_set(
+    name: str, data: Path | None, description: Description, unreadable: int = 0, training: bool = False
+) -> Any:
     """The data set for the score of a trained network, prepared as the network's description says.
 
     Args:
@@ -70,11 +72,12 @@ def evaluation_set(name: str, data: Path | None, description: Description, unrea
         data: the folder of the images. For CIFAR-10 the folder that keeps it; the cache by default.
         description: has image size, crop, mean and std.
         unreadable: number of unreadable images in a folder that are skipped.
+        training: take the training images instead, without augmentation.
     """
     size, mean, std = description.image_size, description.mean, description.std
     if name == "cifar10":
-        return cifar10.CIFAR10(cifar10.load(data), False, transforms.small_image_transform(size, mean, std))
+        return cifar10.CIFAR10(cifar10.load(data), training, transforms.small_image_transform(size, mean, std))
     if data is None:
         raise ValueError("name the folder of the images with --data DIR")
     still = transforms.eval_transform(size, mean, std, description.crop_pct)
-    return images.ImageSet(images.source_of(data, "val"), still, unreadable)
+    return images.ImageSet(images.source_of(data, "train" if training else "val"), still, unreadable)

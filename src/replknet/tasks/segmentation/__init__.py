@@ -53,4 +53,4 @@ _HOMES = {
 __all__ = ["TASK", *sorted(_HOMES)]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = imports.lazy_names(__name__, {**_HOMES})
+    __getattr__, __dir__ = imports.lazy_names(__name__, _HOMES)
