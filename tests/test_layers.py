@@ -15,6 +15,7 @@ LAYERS = {
     "extras": set(),
     "limits": set(),
     "shown": set(),
+    "typed": set(),
     "reading": set(),
     "timing": {"torch"},
     "difference": set(),

@@ -9,9 +9,8 @@ import os
 
 VARIABLE = "REPLKNET_LIMITS"
 
-# blocks in a stage: RepLKNet-31B has 18
+# blocks of a network, or values in one of its options: RepLKNet-31B has 24
 BLOCKS = 200
-STAGES = 16
 # channels of a layer: the feed-forward layers of RepLKNet-XL have 8,192
 CHANNELS = 65_536
 # side of a kernel, pixels: 31
@@ -34,6 +33,8 @@ LIST = 16 * 1024**2
 INFLATION = 50
 # entries of a checkpoint: a training state of RepLKNet-31B has 1,171 tensors and three times as many in its optimiser
 ENTRIES = 200_000
+# instructions of a pickle: each of those entries takes about 30
+INSTRUCTIONS = 2_000_000
 # bytes of a network's tensors, for each byte of its file: two layers may share their weights
 SHARING = 4
 

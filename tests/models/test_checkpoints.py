@@ -128,10 +128,12 @@ def test_a_pickle_with_code_is_refused_before_it_runs(tmp_path):
 
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({"a": Evil()}))
-    with pytest.raises(CheckpointError, match=r"evil\.pkl cannot be read as weights \(refused builtins\.print: only"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pkl cannot be read as weights: it holds builtins\.print, which is r"
+    ):
         read_state_dict(path)
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as weights: it holds builtins\.print, which"):
         read_state_dict(tmp_path / "evil.pth")
 
 
@@ -168,7 +170,7 @@ def test_a_file_cut_short(tmp_path, kind, part):
     else:
         save_file(state, path)
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match=rf"cut\.{kind} (cannot be read as weights|is a damaged safetensors)"):
+    with pytest.raises(CheckpointError, match=rf"cut\.{kind} cannot be read as weights"):
         read_state_dict(path)
 
 
@@ -264,7 +266,7 @@ def test_load_model_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"r\.pth holds no RepLKNet classifier: expected keys such as stem\.0"):
         load_model(tmp_path / "r.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"replknet": '{"config": {"sides": 3}}'})
-    with pytest.raises(CheckpointError, match="has a description that this version cannot read"):
+    with pytest.raises(CheckpointError, match=r"its config has the unknown field sides; known are kernels"):
         load_model(tmp_path / "x.safetensors")
     state = network().state_dict()
     del state["stages.2.blocks.2.pw1.bn.bias"]
@@ -290,5 +292,5 @@ def test_pretrained_loads_through_timms_hook(tmp_path):
 
 def test_a_wrong_safetensors_header(tmp_path):
     (tmp_path / "x").write_bytes(struct.pack("<Q", 10**9) + b"{" + b" " * 20)
-    with pytest.raises(CheckpointError, match="is a damaged safetensors file"):
+    with pytest.raises(CheckpointError, match="is cut short or damaged: its header declares 1,000,000,000 bytes, and"):
         read_state_dict(tmp_path / "x")

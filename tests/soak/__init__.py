@@ -1,6 +1,6 @@
 """Random campaigns: `make soak MINUTES=n` runs them for a time, the test suite their first cases.
 
-A new campaign is a file with a `Campaign`, and one line here.
+A new campaign is a file with a `Campaign`, and one line here. Inputs that are damaged have campaigns in `fuzz`.
 """
 
 from soak import depthwise

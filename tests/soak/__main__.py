@@ -8,8 +8,11 @@ from dataclasses import asdict
 
 import torch
 
-from soak import CAMPAIGNS
-from soak.campaign import Failure, failures
+import fuzz
+import soak
+from soak.campaign import Campaign, Failure, failures
+
+CAMPAIGNS: dict[str, Campaign] = {**soak.CAMPAIGNS, **fuzz.CAMPAIGNS}
 
 # a campaign ends early when it has shown so much
 _ENOUGH = 10

@@ -8,11 +8,9 @@ Key formats:
 - MegEngine: flat `blocks`, batch-norm arrays of [1,C,1,1], grouped kernels of [C,1,1,K,K], images in BGR.
 """
 
-import codecs
-import pickle
+import logging
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +18,27 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from replknet import limits
+from replknet.models import pickles
 from replknet.models.detection_keys import from_mmdet, is_mmdet
+from replknet.models.strangers import hint, looks_like
+from replknet.reading import Kind, reading
+from replknet.shown import shown
 
 State = dict[str, Tensor]
 Form = Literal["training", "merged", "folded"]
 
+_log = logging.getLogger(__name__)
+
+# entries of a training checkpoint with its weights, and with their average over the training, in timm's order
 _WRAPPERS = ("state_dict", "model", "module")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+# dtypes of weights
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# letters of a key that an error shows
+_LONG = 80
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -36,30 +46,42 @@ class CheckpointError(ValueError):
     """A file holds no usable weights, or its weights do not fit. The text names file, keys and shapes."""
 
 
-def read_state_dict(path: str | Path) -> State:
+WEIGHTS = Kind(CheckpointError, "weights", "fetch the file again, or save the weights alone with safetensors")
+
+
+def read_state_dict(path: str | Path, *, average: bool = True) -> State:
     """Read the tensors of a checkpoint file of any known format, under the official keys. Runs no code in the file.
 
     Args:
-        path: safetensors, a PyTorch file (read with `weights_only`), or a MegEngine pickle.
+        path: safetensors, a PyTorch file (read with `weights_only`), or a MegEngine pickle. Training checkpoints of
+            others may hold options, histories and optimisers beside the weights; they are left out.
+        average: whether to prefer the average of the weights over the training, where a file has both, as timm does.
+            Without it, the weights of the last step come first. The logger of this module says which were taken.
 
     Returns:
         Key -> tensor on the CPU, in the dtype of the file. Keys of unknown formats stay unchanged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is cut short, holds no weights, or cannot be read without running its code.
+        CheckpointError: the file is damaged, holds no weights, cannot be read without running its code, or asks for
+            more than `replknet.limits` allows.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    return to_official(unwrapped(_content(path), str(path)))
+    with reading(path, WEIGHTS):
+        flat, taken = _flat(_content(path), shown(path), average)
+        if taken:
+            _log.info("%s: took %s", shown(path), taken)
+        return to_official(_checked(flat, path))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text fields of a safetensors file; empty for other files."""
-    if not _is_safetensors(Path(path)):
+    path = Path(path)
+    if not _is_safetensors(path):
         return {}
-    with safetensors.safe_open(str(path), framework="pt") as file:
+    with reading(path, WEIGHTS), safetensors.safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
@@ -72,81 +94,108 @@ def _is_safetensors(path: Path) -> bool:
 
 def _content(path: Path) -> Any:
     with path.open("rb") as file:
-        head = file.read(2)
-    if _is_safetensors(path):
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is a damaged safetensors file ({error}); fetch it again") from error
-    try:
-        if head == b"PK":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if head[:1] == b"\x80":
-            return _pickled(path)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0]}); it is cut short, or holds "
-            "objects other than tensors"
-        ) from error
+        head = file.read(9)
+    if head[8:] == b"{":
+        header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+        if header > size:
+            raise CheckpointError(
+                f"{shown(path)} is cut short or damaged: its header declares {header:,} bytes, and the file has "
+                f"{size:,}; fetch it again"
+            )
+        limits.check(header, limits.LIST, "bytes in its header")
+        with safetensors.safe_open(path, framework="pt") as opened:
+            keys = opened.keys()
+            limits.check(len(keys), limits.ENTRIES, "tensors")
+            return {key: opened.get_tensor(key) for key in keys}
+    if head.startswith(pickles.ZIP):
+        return pickles.read_archive(path)
+    if head.startswith(pickles.PICKLE):
+        return pickles.read_bare(path)
     raise CheckpointError(
-        f"{path} is no checkpoint: expected safetensors, a PyTorch file or a MegEngine pickle, "
-        f"got a file that begins with {head!r}"
+        f"{shown(path)} is no checkpoint: expected safetensors, a PyTorch file or a MegEngine pickle, "
+        f"got a file that begins with {head[:2]!r}"
     )
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads numpy arrays and OrderedDicts. Refuses any other object in a pickle before it is built."""
-
-    _allowed: Mapping[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # numpy's constructor of an empty array; its module moved in numpy 2
-        ("numpy.core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.zeros(0))[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.zeros(0))[0],
-        # pickle protocol 2 writes the bytes of an array as a call of this function
-        ("_codecs", "encode"): codecs.encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"refused {module}.{name}: only numpy arrays are read") from None
-
-
-def _pickled(path: Path) -> Any:
-    """A bare pickle: a file of PyTorch before 1.6, which begins with a number, or a MegEngine file."""
-    with path.open("rb") as file:
-        first = _ArraysOnly(file).load()
-    if isinstance(first, int):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    return first
-
-
-def unwrapped(content: Any, where: str = "the checkpoint") -> dict[str, Any]:
+def unwrapped(content: Any, where: str = "the checkpoint", *, average: bool = True) -> dict[str, Any]:
     """The flat dict of arrays, without the wrappers and key prefixes that training scripts add.
+
+    Args:
+        content: what a reader of files returned.
+        where: what the error calls it.
+        average: see `read_state_dict`.
 
     Raises:
         CheckpointError: the content has no such dict.
     """
+    return _flat(content, where, average)[0]
+
+
+def _flat(content: Any, where: str, average: bool) -> tuple[dict[str, Any], str]:
+    """The flat dict of arrays, and which weights it has if there were several."""
+    order = (*_AVERAGES, *_WRAPPERS) if average else (*_WRAPPERS, *_AVERAGES)
+    taken = ""
+    seen: set[int] = set()
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        if id(content) in seen:
+            raise CheckpointError(f"{where} holds a dict that contains itself, and no weights")
+        seen.add(id(content))
+        inner = [key for key in order if isinstance(content.get(key), Mapping) and content[key]]
+        if not inner:
             break
-        content = inner
+        if len(inner) > 1 and set(inner) & set(_AVERAGES):
+            rest = (
+                f"average={not average} takes {next((key for key in inner if _is_average(key) != average), inner[1])}"
+            )
+            taken = f"the {'average of the weights' if _is_average(inner[0]) else 'weights'}, {inner[0]}; {rest}"
+        content = content[inner[0]]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{where} holds no dict of tensors but {type(content).__name__}")
-    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor | np.ndarray)]
+    flat = {str(key): pickles.array_of(value) for key, value in content.items()}
+    strangers = [key for key, value in flat.items() if not isinstance(value, Tensor | np.ndarray)]
     if strangers:
         raise CheckpointError(
-            f"{where} holds no flat dict of tensors: {', '.join(strangers[:5])} "
-            f"{'is' if len(strangers) == 1 else 'are'} something else; known wrappers are {', '.join(_WRAPPERS)}"
+            f"{where} holds no flat dict of tensors: {listed(strangers, 5)} "
+            f"{'is' if len(strangers) == 1 else 'are'} something else; known wrappers are {', '.join(_WRAPPERS)}, and "
+            f"{', '.join(_AVERAGES)} for averages"
         )
-    flat = dict(content)
+    # mmengine counts the steps of an average beside it
+    if len(flat) > 1 and all(key.startswith("module.") for key in flat if key != "steps"):
+        flat.pop("steps", None)
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in flat)), None):
         flat = {key.removeprefix(prefix): value for key, value in flat.items()}
-    return flat
+    return flat, taken
+
+
+def _is_average(key: str) -> bool:
+    return key in _AVERAGES
+
+
+def _checked(flat: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Tensors of their own, on the CPU, none of which claims more memory than its file has."""
+    limits.check(len(flat), limits.ENTRIES, "tensors")
+    # the smallest files are mostly header
+    allowed = limits.SHARING * path.stat().st_size + 2**20
+    total = 0
+    own: dict[str, Any] = {}
+    for key, value in flat.items():
+        if not isinstance(value, Tensor):
+            own[key] = value
+            continue
+        name = listed([key])
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{shown(path)} has {name} as a {value.layout} tensor on {value.device}: expected plain numbers; save "
+                "it as a dense tensor"
+            )
+        size = value.numel() * value.element_size()
+        if size > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{shown(path)} declares {name} {list(value.shape)}, and has fewer numbers for it")
+        total += size
+        limits.check(total, allowed, "bytes of tensors that share the bytes of the file")
+        # a view would keep the file open, and end the process where someone shortens it
+        own[key] = value.clone()
+    return own
 
 
 def to_official(state: Mapping[str, Any]) -> State:
@@ -291,38 +340,56 @@ class Mismatch:
     missing: list[str]
     unexpected: list[str]
     shapes: dict[str, tuple[list[int], list[int]]]  # key -> shape in the file, shape in the model
+    dtypes: dict[str, torch.dtype]  # key -> dtype in the file, where the model cannot take it
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+        return bool(self.missing or self.unexpected or self.shapes or self.dtypes)
 
     def __str__(self) -> str:
         lines = [
-            f"{len(keys)} keys {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+            f"{len(keys)} keys {what}: {listed(keys)}"
             for keys, what in ((self.missing, "missing in the file"), (self.unexpected, "not in the model"))
             if keys
         ]
         lines += [
-            f"{key} is {theirs} in the file and {ours} in the model"
-            for key, (theirs, ours) in list(self.shapes.items())[:6]
+            f"{listed([key])} is {theirs} in the file and {ours} in the model"
+            for key, (theirs, ours) in list(self.shapes.items())[:4]
+        ]
+        lines += [
+            f"{listed([key])} is {dtype} in the file: expected numbers with a fraction of 16 to 64 bits"
+            for key, dtype in list(self.dtypes.items())[:2]
         ]
         return "; ".join(lines)
 
 
+def listed(keys: Iterable[str], most: int = 6) -> str:
+    """The first keys of a file, as an error may show them: short and in one line.
+
+    Args:
+        keys: keys of a state dict.
+        most: number of keys to show.
+    """
+    first = [shown(key[:_LONG]) for _, key in zip(range(most + 1), keys, strict=False)]
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
+
+
 def mismatch(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
-    """The keys and shapes of a state dict that do not fit a model."""
+    """The keys, shapes and dtypes of a state dict that do not fit a model."""
     own = model.state_dict()
+    both = [key for key in own if key in state]
     return Mismatch(
         missing=[key for key in own if key not in state],
         unexpected=[key for key in state if key not in own],
         shapes={
-            key: (list(state[key].shape), list(own[key].shape))
-            for key in own
-            if key in state and state[key].shape != own[key].shape
+            key: (list(state[key].shape), list(own[key].shape)) for key in both if state[key].shape != own[key].shape
+        },
+        dtypes={
+            key: state[key].dtype for key in both if own[key].is_floating_point() and state[key].dtype not in _FLOATS
         },
     )
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = True) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = True, average: bool = True) -> None:
     """Load weights of any known key format into a model. Strict: all keys fit, or the model stays unchanged.
 
     Args:
@@ -330,23 +397,28 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, classifier: bool = Tr
             parameters keep their dtype and device.
         path: see `read_state_dict`.
         classifier: whether to load the classifier; if not, the model keeps its own, for other classes.
+        average: whether to prefer the average of the weights; see `read_state_dict`.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file holds no weights, or weights of another network or form. The text names the file,
-            the keys and both shapes.
+            the keys and both shapes; for a known network of others, it names that network.
     """
-    state = read_state_dict(path)
+    state = read_state_dict(path, average=average)
     if not classifier:
         own = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
         state = {key: value for key, value in state.items() if not key.startswith("head.")} | own
     wrong = mismatch(state, model)
     if wrong:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {wrong}{_way_out(state, wrong, model)}")
+        raise CheckpointError(
+            f"{shown(path)} does not fit {type(model).__name__}: {wrong}{_way_out(state, wrong, model)}"
+        )
     model.load_state_dict(state)
 
 
 def _way_out(state: State, wrong: Mismatch, model: nn.Module) -> str:
+    if looks_like(state) is not None:
+        return hint(state)
     theirs, ours = form_of(state), form_of(model.state_dict())
     if theirs != ours:
         into = {

@@ -6,8 +6,8 @@ Files without a description, such as the released weights, are recognised by the
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,17 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor, nn
 
+from replknet import limits
 from replknet.models import mobilenetv2, replknet
-from replknet.models.checkpoints import CheckpointError, form_of, mismatch, read_metadata, read_state_dict
+from replknet.models.checkpoints import CheckpointError, form_of, listed, mismatch, read_metadata, read_state_dict
 from replknet.models.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from replknet.models.replknet import RepLKNet, RepLKNetConfig
+from replknet.models.strangers import hint
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
+from replknet.reading import Kind, reading
+from replknet.shown import shown
+from replknet.typed import typed
 
 Network = TypeVar("Network", bound=nn.Module)
 Described = TypeVar("Described")
@@ -32,6 +37,7 @@ NETWORKS: dict[str, RepLKNetConfig | MobileNetV2Config] = {**replknet.CONFIGS, *
 # key of a classifier's description in a file's header; other tasks have keys that begin like it
 FIELD = "replknet"
 _FAMILY: dict[type[Any], str] = {RepLKNetConfig: "replknet", MobileNetV2Config: "mobilenetv2"}
+NETWORK = Kind(CheckpointError, "a network of replknet's", "load its tensors into a network with load_checkpoint")
 # weights that come with the package, as MODEL.TAG.safetensors
 _SHIPPED = Path(__file__).parent / "weights"
 
@@ -59,6 +65,23 @@ class Description:
     crop_pct: float = 0.875
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        check_pixels(self.mean, self.std)
+        check_classes(self.classes)
+        check_config(asdict(self.config))
+        limits.check(self.in_chans, limits.CHANNELS, "channels of an image")
+        limits.check(self.num_classes, limits.CLASSES, "classes")
+        limits.check(self.image_size, limits.SIDE, "pixels a side of an image")
+        if self.in_chans < 1 or self.num_classes < 0 or self.image_size < 1:
+            raise ValueError(
+                f"in_chans and image_size must be at least 1 and num_classes 0, got {self.in_chans}, "
+                f"{self.image_size} and {self.num_classes}"
+            )
+        if not 0.1 <= self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be from 0.1 to 1, got {self.crop_pct}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} classes have names, and the network has {self.num_classes} outputs")
 
     @property
     def name(self) -> str:
@@ -140,15 +163,19 @@ class Source:
     texts: dict[str, str]
 
 
-def read(path: str | Path) -> Source:
+def read(path: str | Path, *, average: bool = True) -> Source:
     """Read a file of weights, of any known key format, or weights that come with the package.
+
+    Args:
+        path: the file, or a name.
+        average: whether to prefer the average of the weights; see `read_state_dict`.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it holds no weights.
     """
     path = weights_file(path)
-    return Source(path, read_state_dict(path), read_metadata(path))
+    return Source(path, read_state_dict(path, average=average), read_metadata(path))
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[StagedNet, Description]:
@@ -176,17 +203,17 @@ def classifier_of(source: Source, dtype: torch.dtype | None = None) -> tuple[Sta
     other = next((field for field in source.texts if field.startswith(f"{FIELD}_")), None)
     if text is None and other is not None:
         raise CheckpointError(
-            f"{source.path} holds no classifier but a network for {other.removeprefix(f'{FIELD}_')}: "
+            f"{shown(source.path)} holds no classifier but a network for {listed([other.removeprefix(f'{FIELD}_')])}: "
             "replknet.load reads networks of any task"
         )
-    where = source.path
-    description = described(source.state, str(where)) if text is None else parsed(text, where, _classifier)
-    options = {}
-    if any(re.match(r"stages\.\d\.norm\.", key) for key in source.state):
-        options["norm_intermediate_features"] = True
-    with torch.device("meta"):
-        model = description.build(**options)
-    return filled(model, source.state, where, type(model).__name__).to(dtype), description
+    with reading(source.path, NETWORK):
+        description = described(source.state, shown(source.path)) if text is None else parsed(text, _classifier)
+        options = {}
+        if any(re.match(r"stages\.\d\.norm\.", key) for key in source.state):
+            options["norm_intermediate_features"] = True
+        with torch.device("meta"):
+            model = description.build(**options)
+        return filled(model, source.state, source.path, type(model).__name__).to(dtype), description
 
 
 def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what: str) -> Network:
@@ -206,30 +233,75 @@ def filled(model: Network, state: Mapping[str, Tensor], where: str | Path, what:
         model = merge(model, fold_bn=form == "folded")
     wrong = mismatch(state, model)
     if wrong:
-        raise CheckpointError(f"{where} holds no complete {what}: {wrong}")
+        raise CheckpointError(f"{shown(where)} holds no complete {what}: {wrong}{hint(state)}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def parsed(text: str, path: Path, make: Callable[..., Described]) -> Described:
+def parsed(text: str, make: Callable[..., Described]) -> Described:
     """The description in the header of a file.
 
     Args:
         text: JSON of its fields; lists become tuples.
-        path: what the error calls the file.
-        make: from the fields to the description.
+        make: from the fields to the description: a dataclass, or a function that checks them itself.
 
     Raises:
-        CheckpointError: it is no such description.
+        ValueError: it is no such description.
     """
-    try:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("classes", "mean", "std"):
-            if not isinstance(fields[name], list):
-                raise TypeError(f"{name} must be a list, got {fields[name]!r:.40}")
-        return make(**{name: as_tuples(value) for name, value in fields.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a description that this version cannot read: {error}") from error
+    limits.check(len(text), 4 * limits.LIST, "letters of a description")
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"its description must be an object, got {shown(repr(fields))[:40]}")
+    return make(**(typed(make, fields, "its ") if is_dataclass(make) else fields))
+
+
+def check_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raise a ValueError unless mean and std have one number for each channel, of which std is positive."""
+    if len(mean) != len(std) or not mean or len(mean) > limits.CHANNELS or min(std) <= 0:
+        raise ValueError(
+            f"mean and std must have a number for each channel, and std must be positive, got {mean[:4]} and {std[:4]}"
+        )
+
+
+def check_classes(names: tuple[str, ...]) -> None:
+    """Raise a ValueError if a file names more classes, or longer names, than `replknet.limits` allows."""
+    limits.check(len(names), limits.CLASSES, "classes")
+    limits.check(max(map(len, names), default=0), limits.NAME, "letters in the name of a class")
+
+
+def check_config(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a file asks for more layers or wider ones than `replknet.limits` allows.
+
+    Args:
+        fields: options of a network, as timm.create_model takes them, or fields of its configuration.
+    """
+    for name, value in fields.items():
+        most = next((limit for part, limit in _SIZES if part in name), limits.CHANNELS)
+        numbers = [abs(number) for number in _numbers(value)]
+        limits.check(len(numbers), limits.BLOCKS, f"values of {shown(name)[:40]}")
+        # stages add up
+        found = sum(numbers) if most == limits.BLOCKS else max(numbers, default=0)
+        limits.check(found, most, f"in {shown(name)[:40]}")
+
+
+# part of an option's name -> largest value; others are channels, or smaller
+_SIZES = (
+    ("kernel", limits.KERNEL),
+    ("depth", limits.BLOCKS),
+    ("layers", limits.BLOCKS),
+    ("blocks", limits.BLOCKS),
+    ("ratio", 100),
+    ("width", 100),
+)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, to any depth."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(one)
 
 
 def as_tuples(value: Any) -> Any:
@@ -237,12 +309,17 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
-def _classifier(*, config: dict[str, Any], family: str = "replknet", **others: Any) -> Description:
+def _classifier(*, config: Any = None, family: Any = "replknet", **others: Any) -> Description:
     # files of earlier versions are all of one family
     kinds = {name: kind for kind, name in _FAMILY.items()}
-    if family not in kinds:
-        raise ValueError(f"no family is called {family!r}; there are {', '.join(kinds)}")
-    return Description(config=kinds[family](**config), **others)
+    if not isinstance(family, str) or family not in kinds:
+        raise ValueError(f"no family is called {shown(repr(family))[:40]}; there are {', '.join(kinds)}")
+    if not isinstance(config, dict):
+        raise ValueError(f"its config must be an object, got {shown(repr(config))[:40]}")
+    # before the configuration itself, which looks at each of its values
+    check_config(config)
+    architecture = kinds[family](**typed(kinds[family], config, "its config "))
+    return Description(**typed(Description, {"config": architecture, **others}, "its "))
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Description:
@@ -298,7 +375,7 @@ def config_of(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Rep
 def _no_replknet(state: Mapping[str, Tensor], where: str, keys: str) -> str:
     return (
         f"{where} holds no RepLKNet classifier: expected keys such as {keys} and "
-        f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {', '.join(list(state)[:4])}, ..."
+        f"stages.0.blocks.0.large_kernel.lkb_origin.conv.weight, got {listed(state, 4)}{hint(state)}"
     )
 
 

@@ -10,11 +10,25 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from replknet import limits
 from replknet.data.coco import shipped_classes
 from replknet.data.mask_transforms import Normalize
 from replknet.models import CheckpointError
-from replknet.models.model_files import Source, filled, parsed, read, write
-from replknet.tasks.backbone import official_backbone
+from replknet.models.checkpoints import listed
+from replknet.models.model_files import (
+    NETWORK,
+    Source,
+    check_classes,
+    check_pixels,
+    filled,
+    parsed,
+    read,
+    write,
+)
+from replknet.models.strangers import hint
+from replknet.reading import reading
+from replknet.shown import shown
+from replknet.tasks.backbone import check_backbone, check_sizes, official_backbone
 from replknet.tasks.detection.cascade import CascadeRCNN
 from replknet.tasks.detection.fcos import FCOS
 from replknet.tasks.detection.torchvision_detectors import mask_rcnn, torchvision_fcos
@@ -47,6 +61,12 @@ class DetectionDescription:
     scale: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_backbone(self.backbone, self.network)
+        check_pixels(self.mean, self.std)
+        check_classes(self.classes)
+        check_sizes(self.channels, *self.scale)
 
     @property
     def masks(self) -> bool:
@@ -115,11 +135,21 @@ def load_detection(path: str | Path, dtype: torch.dtype | None = None) -> tuple[
 
 def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[nn.Module, DetectionDescription]:
     """The detector of a file that was read, and its description; see `load_detection`."""
-    text, where = source.texts.get(FIELD), source.path
-    description = described(source.state, str(where)) if text is None else parsed(text, where, DetectionDescription)
-    # not on the meta device: building the network computes torchvision's anchors
-    model = filled(description.build(), source.state, source.path, description.detector)
-    return model.to(dtype), description
+    text = source.texts.get(FIELD)
+    with reading(source.path, NETWORK):
+        known = None if text is None else parsed(text, DetectionDescription)
+        description = known or described(source.state, shown(source.path))
+        _check_room(description, source.state)
+        # not on the meta device: building the network computes torchvision's anchors
+        model = filled(description.build(), source.state, source.path, description.detector)
+        return model.to(dtype), description
+
+
+def _check_room(description: DetectionDescription, state: Mapping[str, Tensor]) -> None:
+    """Refuse a description of a network that is much larger than its file, before it takes memory."""
+    with torch.device("meta"):
+        needed = sum(p.numel() for p in description.build().parameters())
+    limits.check(needed, 2 * sum(value.numel() for value in state.values()), "weights, for the number in the file")
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> DetectionDescription:
@@ -140,7 +170,7 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Det
         raise CheckpointError(
             f"{where} holds no detector over a RepLKNet: expected keys such as backbone.stem.0.conv.weight and "
             f"bbox_head.conv_cls.weight (FCOS) or roi_head.bbox_head.0.fc_cls.weight (Cascade R-CNN), got "
-            f"{', '.join(list(state)[:4])}, ..."
+            f"{listed(state, 4)}{hint(state)}"
         )
     # the last output of a cascade's head is the background
     classes = fcos.shape[0] if fcos is not None else state["bbox_head.0.fc_cls.weight"].shape[0] - 1

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 from replknet.data.mask_transforms import Normalize
 from replknet.data.masks import Classes, shipped_classes
 from replknet.models import CheckpointError
-from replknet.models.model_files import Source, filled, parsed, read, write
-from replknet.tasks.backbone import official_backbone
+from replknet.models.checkpoints import listed
+from replknet.models.model_files import (
+    NETWORK,
+    Source,
+    check_classes,
+    check_pixels,
+    filled,
+    parsed,
+    read,
+    write,
+)
+from replknet.models.strangers import hint
+from replknet.reading import reading
+from replknet.shown import shown
+from replknet.tasks.backbone import check_backbone, check_sizes, official_backbone
 from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
 from replknet.tasks.task import Files
 
@@ -53,6 +66,16 @@ class SegmentationDescription:
     stride: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_backbone(self.backbone, self.network)
+        check_pixels(self.mean, self.std)
+        check_classes(self.classes)
+        # it checks the numbers of both, too
+        Classes(self.classes, self.palette)
+        if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
+            raise ValueError("a colour has values from 0 to 255")
+        check_sizes(self.channels, self.auxiliary_channels, *(self.scale or ()), self.window, self.stride)
 
     @property
     def colours(self) -> Classes:
@@ -105,12 +128,14 @@ def load_segmentation(path: str | Path, dtype: torch.dtype | None = None) -> tup
 
 def network_of(source: Source, dtype: torch.dtype | None = None) -> tuple[UperNet, SegmentationDescription]:
     """The network of a file that was read, and its description; see `load_segmentation`."""
-    text, where = source.texts.get(FIELD), source.path
-    description = described(source.state, str(where)) if text is None else parsed(text, where, SegmentationDescription)
-    with torch.device("meta"):
-        model = without_auxiliary(description.build())
-    state = {key: value for key, value in source.state.items() if not key.startswith("auxiliary_head.")}
-    return filled(model, state, source.path, "UperNet").to(dtype), description
+    text = source.texts.get(FIELD)
+    with reading(source.path, NETWORK):
+        known = None if text is None else parsed(text, SegmentationDescription)
+        description = known or described(source.state, shown(source.path))
+        with torch.device("meta"):
+            model = without_auxiliary(description.build())
+        state = {key: value for key, value in source.state.items() if not key.startswith("auxiliary_head.")}
+        return filled(model, state, source.path, "UperNet").to(dtype), description
 
 
 # the official networks: number of classes -> data set, scale of its images, align_corners
@@ -136,7 +161,7 @@ def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Seg
     if backbone is None:
         raise CheckpointError(
             f"{where} holds no UperNet over a RepLKNet: expected keys such as decode_head.conv_seg.weight and "
-            f"backbone.stem.0.conv.weight, got {', '.join(list(state)[:4])}, ..."
+            f"backbone.stem.0.conv.weight, got {listed(state, 4)}{hint(state)}"
         )
     classes = state[head].shape[0]
     if classes not in _OFFICIAL:

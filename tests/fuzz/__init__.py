@@ -1,0 +1,10 @@
+"""Damaged and hostile inputs: one target for each format. The suite runs the first inputs, `make soak` more.
+
+A new target is a `Target` in one of the files, or in a new file, which is named here.
+"""
+
+from fuzz import targets_weights
+from fuzz.frame import Target, campaign
+
+TARGETS: dict[str, Target] = {target.name: target for module in (targets_weights,) for target in module.TARGETS}
+CAMPAIGNS = {name: campaign(target) for name, target in TARGETS.items()}
