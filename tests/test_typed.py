@@ -39,22 +39,22 @@ def test_lists_become_tuples_to_any_depth_and_the_rest_stays():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": 3}, "card: name must be a text, got 3"),
-        ({"name": "x", "sides": "31"}, "card: sides must be a list of whole numbers, got '31'"),
-        ({"name": "x", "sides": [3.5]}, r"card: sides must be a list of whole numbers, got \[3.5\]"),
-        ({"name": "x", "sides": [True]}, "card: sides must be a list of whole numbers"),
-        ({"name": "x", "pair": [1, 2, 3]}, "card: pair must be a list of 2 whole numbers or null"),
-        ({"name": "x", "colours": [[1, 2]]}, "card: colours must be a list of lists"),
-        ({"name": "x", "share": float("nan")}, "card: share must be a number, got nan"),
-        ({"name": "x", "share": 10**400}, "card: share must be a number, got 1000"),
-        ({"name": "x", "merged": 1}, "card: merged must be true or false, got 1"),
-        ({"name": "x", "form": "c"}, "card: form must be one of a, b, got 'c'"),
-        ({"name": "x", "form": ["a"]}, "card: form must be one of a, b"),
-        ({"name": "x", "options": [1]}, "card: options must be an object or null"),
-        ({"name": "x", "extra\x1b": 1}, r"card: has the unknown field extra\\x1b; known are name"),
-        ({}, "card: lacks the field name"),
+        ({"name": 3}, "name in the card must be a text, got 3"),
+        ({"name": "x", "sides": "31"}, "sides in the card must be a list of whole numbers, got '31'"),
+        ({"name": "x", "sides": [3.5]}, r"sides in the card must be a list of whole numbers, got \[3.5\]"),
+        ({"name": "x", "sides": [True]}, "sides in the card must be a list of whole numbers"),
+        ({"name": "x", "pair": [1, 2, 3]}, "pair in the card must be a list of 2 whole numbers or null"),
+        ({"name": "x", "colours": [[1, 2]]}, "colours in the card must be a list of lists"),
+        ({"name": "x", "share": float("nan")}, "share in the card must be a number, got nan"),
+        ({"name": "x", "share": 10**400}, "share in the card must be a number, got 1000"),
+        ({"name": "x", "merged": 1}, "merged in the card must be true or false, got 1"),
+        ({"name": "x", "form": "c"}, "form in the card must be one of a, b, got 'c'"),
+        ({"name": "x", "form": ["a"]}, "form in the card must be one of a, b"),
+        ({"name": "x", "options": [1]}, "options in the card must be an object or null"),
+        ({"name": "x", "extra\x1b": 1}, r"the card has the unknown field extra\\x1b; known are name"),
+        ({}, "the card lacks the field name"),
     ],
 )
 def test_a_wrong_value_says_what_was_expected(fields, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        typed(Record, fields, "card: ")
+        typed(Record, fields, "the card")

@@ -13,13 +13,13 @@ from replknet.shown import shown
 _QUOTED = 60
 
 
-def typed(kind: type[Any], fields: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def typed(kind: type[Any], fields: Mapping[str, Any], where: str = "the record") -> dict[str, Any]:
     """The fields of a dataclass with values from JSON; lists become tuples where the dataclass has tuples.
 
     Args:
         kind: the dataclass.
         fields: name -> value, as `json.loads` returns them. A field that is a dataclass itself may be built already.
-        where: what an error calls them, with a space at its end.
+        where: what an error calls them.
 
     Returns:
         The same names, in the same order.
@@ -32,11 +32,11 @@ def typed(kind: type[Any], fields: Mapping[str, Any], where: str = "") -> dict[s
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in fields if name not in known]
     if unknown:
-        raise ValueError(f"{where}has the unknown field {shown(unknown[0])[:_QUOTED]}; known are {', '.join(known)}")
+        raise ValueError(f"{where} has the unknown field {shown(unknown[0])[:_QUOTED]}; known are {', '.join(known)}")
     for name, field in known.items():
         if name not in fields and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}lacks the field {name}")
-    return {name: _value(hints[name], value, f"{where}{name}") for name, value in fields.items()}
+            raise ValueError(f"{where} lacks the field {name}")
+    return {name: _value(hints[name], value, f"{name} in {where}") for name, value in fields.items()}
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

@@ -4,12 +4,13 @@ import atexit
 import gc
 import os
 import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
+from functools import cache, partial
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -65,6 +66,7 @@ class _Worker:
     """A process that tries inputs of one target, one after another, until one ends it."""
 
     def __init__(self, name: str) -> None:
+        _start_server()
         self._pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(name, theirs), daemon=True)
         self._process.start()
@@ -97,6 +99,20 @@ _CONTEXT.set_forkserver_preload(["fuzz"])
 _WORKERS: dict[str, _Worker] = {}
 
 
+@cache
+def _start_server() -> None:
+    # it takes its path from the environment alone
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 @atexit.register
 def _stop() -> None:
     for worker in _WORKERS.values():
@@ -107,6 +123,8 @@ def _serve(name: str, pipe: Connection) -> None:
     from fuzz import TARGETS
 
     torch.set_num_threads(1)
+    # what the server imported never goes: else each collection looks through all of it
+    gc.freeze()
     room = _status("VmSize") + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     while True:

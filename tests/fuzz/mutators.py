@@ -163,7 +163,7 @@ def mutated_zip(random: Random, members: dict[str, bytes]) -> bytes:
     elif what < 0.55:
         del members[name]
     elif what < 0.65:
-        new = random.choice((f"../{name}", f"/{name}", name.upper(), f"{name}\x1b[2J", "x" * 300, ""))
+        new = random.choice((f"../{name}", f"/{name}", name.upper(), f"{name}\x1b[2J", "x" * 300, "."))
         members[new] = members.pop(name)
     elif what < 0.7:
         members[name] = bytes(random.choice((10**6, 3 * 10**7)))

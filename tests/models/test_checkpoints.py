@@ -266,7 +266,7 @@ def test_load_model_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"r\.pth holds no RepLKNet classifier: expected keys such as stem\.0"):
         load_model(tmp_path / "r.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"replknet": '{"config": {"sides": 3}}'})
-    with pytest.raises(CheckpointError, match=r"its config has the unknown field sides; known are kernels"):
+    with pytest.raises(CheckpointError, match=r"the config has the unknown field sides; known are kernels"):
         load_model(tmp_path / "x.safetensors")
     state = network().state_dict()
     del state["stages.2.blocks.2.pw1.bn.bias"]

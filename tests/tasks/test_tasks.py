@@ -144,7 +144,7 @@ def test_a_damaged_description_is_named(saved, tmp_path):
     for task in TASKS.values():
         path = tmp_path / f"{task.name}.safetensors"
         save_file({"head.weight": torch.zeros(1)}, path, metadata={task.field: json.dumps({"backbone": 3})})
-        with pytest.raises(CheckpointError, match="cannot be read as a network of replknet's: its "):
+        with pytest.raises(CheckpointError, match="cannot be read as a network of replknet's: the "):
             load_network(path)
 
 

@@ -251,8 +251,8 @@ def parsed(text: str, make: Callable[..., Described]) -> Described:
     limits.check(len(text), 4 * limits.LIST, "letters of a description")
     fields = json.loads(text)
     if not isinstance(fields, dict):
-        raise ValueError(f"its description must be an object, got {shown(repr(fields))[:40]}")
-    return make(**(typed(make, fields, "its ") if is_dataclass(make) else fields))
+        raise ValueError(f"the description must be an object, got {shown(repr(fields))[:40]}")
+    return make(**(typed(make, fields, "the description") if is_dataclass(make) else fields))
 
 
 def check_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -315,11 +315,11 @@ def _classifier(*, config: Any = None, family: Any = "replknet", **others: Any) 
     if not isinstance(family, str) or family not in kinds:
         raise ValueError(f"no family is called {shown(repr(family))[:40]}; there are {', '.join(kinds)}")
     if not isinstance(config, dict):
-        raise ValueError(f"its config must be an object, got {shown(repr(config))[:40]}")
+        raise ValueError(f"the config must be an object, got {shown(repr(config))[:40]}")
     # before the configuration itself, which looks at each of its values
     check_config(config)
-    architecture = kinds[family](**typed(kinds[family], config, "its config "))
-    return Description(**typed(Description, {"config": architecture, **others}, "its "))
+    architecture = kinds[family](**typed(kinds[family], config, "the config"))
+    return Description(**typed(Description, {"config": architecture, **others}, "the description"))
 
 
 def described(state: Mapping[str, Tensor], where: str = "the checkpoint") -> Description:

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -57,11 +57,21 @@ class _Array:
         if not (isinstance(state, tuple) and len(state) == 5):
             raise pickle.UnpicklingError("a numpy array without a state of five values")
         _, shape, dtype, fortran, content = state
+        self._fill(content, dtype, shape, "F" if fortran else "C")
+
+    def _fill(self, content: object, dtype: object, shape: object, order: Literal["C", "F"]) -> None:
         sizes = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
-        if not sizes or not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
+        if not sizes or not isinstance(dtype, _Dtype) or not isinstance(content, bytes | bytearray):
             raise pickle.UnpicklingError("a numpy array without sizes, a dtype of plain numbers, and bytes")
         flat = np.frombuffer(content, np.dtype(dtype.order + dtype.code)).astype(dtype.code)
-        self.array = flat.reshape(shape, order="F" if fortran else "C")
+        self.array = flat.reshape(shape, order=order)  # type: ignore[arg-type]  # sizes, as checked
+
+    @classmethod
+    def of_buffer(cls, content: object, dtype: object, shape: object, order: object) -> "_Array":
+        """Stands in for the function by which protocol 5 writes arrays."""
+        made = cls()
+        made._fill(content, dtype, shape, "F" if order == "F" else "C")
+        return made
 
 
 class _Unread:
@@ -90,6 +100,7 @@ _NUMPY: dict[str, Any] = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _Array.of_buffer for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _Unread for core in ("core", "_core")},
 }
 # names in training checkpoints of others: the official ones have argparse's options, mmengine's their history
@@ -115,6 +126,8 @@ def read_archive(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         limits.check(len(members), limits.ENTRIES, "members of an archive")
+        if any(one.filename.endswith("/constants.pkl") for one in members):
+            raise pickle.UnpicklingError("it is a TorchScript program; load it in torch and save its state_dict()")
         # torch never compresses; members that do not share their bytes are not larger than the file
         packed = next((one.filename for one in members if one.compress_type != zipfile.ZIP_STORED), None)
         if packed is not None or sum(one.file_size for one in members) > path.stat().st_size:
@@ -124,8 +137,6 @@ def read_archive(path: Path) -> Any:
         names = [one for one in members if one.filename.rpartition("/")[2] == "data.pkl"]
         if len(names) != 1:
             raise pickle.UnpicklingError(f"it has {len(names)} members called data.pkl, and torch writes one")
-        if any(one.filename.endswith("/constants.pkl") for one in members):
-            raise pickle.UnpicklingError("it is a TorchScript program; load it in torch and save its state_dict()")
         limits.check(names[0].file_size, _NAMES, "bytes of names and shapes")
         with archive.open(names[0]) as file:
             _look_through(file)
@@ -158,9 +169,13 @@ def array_of(value: Any) -> Any:
 
 
 def _by_torch(path: Path, mmap: bool = False) -> Any:
-    stand_ins = [(one, name) for name, one in {**_NUMPY, **_UNREAD}.items()]
+    stand_ins: list[Any] = [(one, name) for name, one in {**_NUMPY, **_UNREAD}.items()]
     with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            # torch's text begins with a page of advice
+            raise pickle.UnpicklingError(str(error).rpartition("WeightsUnpickler error: ")[2]) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -203,15 +218,21 @@ def _look_through(file: IO[bytes]) -> None:
         limits.check(count, limits.INSTRUCTIONS, "instructions in a pickle")
         name = instruction.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            place = len(memo) if argument is None else argument
+            place = len(memo) if argument is None else int(argument)
             # Python's reader makes room for all places up to it
             if place > count:
                 raise pickle.UnpicklingError(f"it remembers a value at place {place}, and has {count} values")
+            if not stack:
+                raise pickle.UnpicklingError("it remembers a value that it has not made")
             memo[place] = stack[-1]
             continue
-        taken = _taken(stack, instruction)
-        if name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+        try:
+            taken = _taken(stack, instruction)
+            known = memo[int(argument or 0)] if name in ("GET", "BINGET", "LONG_BINGET") else None
+        except LookupError:
+            raise pickle.UnpicklingError("it uses a value that it has not made") from None
+        if known is not None:
+            stack.append(known)
         elif name == "DUP":
             stack += [taken[0], taken[0]]
         elif instruction.stack_after == [pickletools.markobject]:

@@ -7,7 +7,9 @@ from torch import nn
 
 from replknet.deploy.files import card_in, is_exported
 from replknet.models import CheckpointError
+from replknet.models.checkpoints import listed
 from replknet.models.model_files import FIELD, Source, read
+from replknet.models.strangers import hint
 from replknet.tasks import TASKS
 from replknet.tasks.task import Network, Task
 
@@ -94,7 +96,7 @@ def task_of(source: Source) -> Task:
     expected = ", ".join(f"{task.keys} ({task.noun})" for task in TASKS.values())
     raise CheckpointError(
         f"{source.path} holds no network of a known task: expected a key like {expected}; got "
-        f"{', '.join(list(source.state)[:4])}, ..."
+        f"{listed(source.state, 4)}{hint(source.state)}"
     )
 
 
