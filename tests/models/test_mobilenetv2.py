@@ -103,7 +103,7 @@ def test_a_file_of_an_unknown_family_is_an_error(tmp_path):
     file = tmp_path / "m.safetensors"
     save_model(small(), file, Description(config=MobileNetV2Config(width=0.25), num_classes=10))
     save_file(load_file(file), file, metadata={"replknet": json.dumps({"family": "resnet", "config": {}})})
-    with pytest.raises(CheckpointError, match="no family is called .resnet.; there are replknet, mobilenetv2"):
+    with pytest.raises(CheckpointError, match=r"no family is called .resnet.; there are replknet, mobilenetv2"):
         load_model(file)
 
 

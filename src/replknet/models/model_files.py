@@ -55,6 +55,10 @@ class Description:
         crop_pct: side of the centre crop divided by the side of the resized image.
         mean: mean of each channel in RGB, for values from 0 to 1.
         std: standard deviation of each channel in RGB, for values from 0 to 1.
+
+    Raises:
+        ValueError: a size is not positive, or beyond what `replknet.limits` allows; or there are not as many names as
+            outputs.
     """
 
     config: RepLKNetConfig | MobileNetV2Config

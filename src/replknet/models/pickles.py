@@ -64,7 +64,7 @@ class _Array:
         if not sizes or not isinstance(dtype, _Dtype) or not isinstance(content, bytes | bytearray):
             raise pickle.UnpicklingError("a numpy array without sizes, a dtype of plain numbers, and bytes")
         flat = np.frombuffer(content, np.dtype(dtype.order + dtype.code)).astype(dtype.code)
-        self.array = flat.reshape(shape, order=order)  # type: ignore[arg-type]  # sizes, as checked
+        self.array = flat.reshape(shape, order=order)
 
     @classmethod
     def of_buffer(cls, content: object, dtype: object, shape: object, order: object) -> "_Array":

@@ -51,6 +51,10 @@ class DetectionDescription:
         scale: longer and shorter side that an image is fitted into, pixels.
         mean: mean of each channel in RGB, for values from 0 to 1.
         std: standard deviation of each channel in RGB, for values from 0 to 1.
+
+    Raises:
+        ValueError: a size is not positive, or beyond what `replknet.limits` allows; or the backbone is no network of
+            timm's, or has options that fetch other files.
     """
 
     detector: str

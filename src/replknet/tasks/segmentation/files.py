@@ -52,6 +52,10 @@ class SegmentationDescription:
         stride: distance from one window to the next, pixels.
         mean: mean of each channel in RGB, for values from 0 to 1.
         std: standard deviation of each channel in RGB, for values from 0 to 1.
+
+    Raises:
+        ValueError: a size is not positive, or beyond what `replknet.limits` allows; or the backbone is no network of
+            timm's, or has options that fetch other files.
     """
 
     backbone: str
