@@ -1,8 +1,10 @@
 """The boundary to files. Whatever a library raises about a file becomes one error of ours, which names the file."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from replknet.limits import LimitError
 from replknet.shown import shown
@@ -52,6 +54,27 @@ def reading(where: object, kind: Kind) -> Iterator[None]:
     # the one place: libraries document few of the errors that damaged files cause
     except Exception as error:
         raise kind.error(f"{shown(where)} cannot be read as {kind.expected}: {told(error)}; {kind.way_out}") from error
+
+
+@contextmanager
+def as_utf8(path: Path) -> Iterator[Path]:
+    """Another path to a file whose name is no UTF-8; any other path as it is.
+
+    Linux allows such names, and libraries written in C++ or Rust refuse them.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def told(error: Exception) -> str:

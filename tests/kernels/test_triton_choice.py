@@ -365,7 +365,9 @@ def test_calls_can_be_noted_for_a_warm_up(made):
     assert last_ways(device, choice, x, weight, dy) == [PATCH] * 3
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"kinds": {"a": {"tile": null}}, "checks": {}}', '{"forward": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, "[1]", '{"kinds": {"a": {"tile": null}}, "checks": {}}', '{"forward": {}}']
+)
 def test_a_file_that_is_no_table_is_said_and_written_anew(made, tmp_path, text):
     (tmp_path / "ways.json").write_text(text)
     x, weight, _ = tensors()

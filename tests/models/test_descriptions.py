@@ -1,6 +1,7 @@
 """What a file says about its network is checked before anything of that size is built."""
 
 import json
+import os
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 import replknet
 from replknet.limits import VARIABLE
-from replknet.models import CheckpointError, Description, load_checkpoint, read_state_dict
+from replknet.models import CheckpointError, Description, load_checkpoint, read_state_dict, save_model
 from replknet.models.model_files import FIELD, _plain
 from replknet.models.replknet import CONFIGS
 from replknet.models.strangers import looks_like
@@ -206,3 +207,16 @@ def test_load_checkpoint_takes_either(tmp_path):
     for average, expected in ((True, averaged), (False, model)):
         load_checkpoint(new, tmp_path / "x.pth", average=average)
         assert all(torch.equal(value, expected.state_dict()[key]) for key, value in new.state_dict().items())
+
+
+def test_names_that_are_no_utf8_work(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m")
+    save_model(DESCRIPTION.build(), folder / "a\udcff.safetensors", DESCRIPTION)
+    assert replknet.load(folder / "a\udcff.safetensors").num_classes == 3
+    for legacy in (False, True):
+        with (folder / "a\udcff.pth").open("wb") as file:
+            torch.save(STATE, file, _use_new_zipfile_serialization=not legacy)
+        assert read_state_dict(folder / "a\udcff.pth").keys() == STATE.keys()
+    (folder / "a\udcff.pth").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"/caf\\xe9 \\x1b\[31m/a\\xff\.pth cannot be read as weights"):
+        replknet.load(folder / "a\udcff.pth")

@@ -132,7 +132,7 @@ class Table:
             written = json.loads(self.path.read_text())
             entries = {name: _entry(fields) for name, fields in written["kinds"].items()}
             checks = {str(name): str(found) for name, found in written["checks"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             warnings.warn(f"{self.path} is not a table of tiles ({error!r}); tiles are timed anew", stacklevel=2)
             return
         self.entries = entries | {kind: self.entries[kind] for kind in self._here if kind in self.entries}

@@ -24,7 +24,7 @@ from replknet import limits
 from replknet.models import pickles
 from replknet.models.detection_keys import from_mmdet, is_mmdet
 from replknet.models.strangers import hint, looks_like
-from replknet.reading import Kind, reading
+from replknet.reading import Kind, as_utf8, reading
 from replknet.shown import shown
 
 State = dict[str, Tensor]
@@ -81,7 +81,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if not _is_safetensors(path):
         return {}
-    with reading(path, WEIGHTS), safetensors.safe_open(path, framework="pt") as file:
+    with reading(path, WEIGHTS), as_utf8(path) as name, safetensors.safe_open(name, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
@@ -103,7 +103,7 @@ def _content(path: Path) -> Any:
                 f"{size:,}; fetch it again"
             )
         limits.check(header, limits.LIST, "bytes in its header")
-        with safetensors.safe_open(path, framework="pt") as opened:
+        with as_utf8(path) as name, safetensors.safe_open(name, framework="pt") as opened:
             keys = opened.keys()
             limits.check(len(keys), limits.ENTRIES, "tensors")
             return {key: opened.get_tensor(key) for key in keys}

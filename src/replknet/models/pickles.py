@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from replknet import limits
+from replknet.reading import as_utf8
 
 # how an archive of torch.save begins
 ZIP = b"PK"
@@ -170,9 +171,9 @@ def array_of(value: Any) -> Any:
 
 def _by_torch(path: Path, mmap: bool = False) -> Any:
     stand_ins: list[Any] = [(one, name) for name, one in {**_NUMPY, **_UNREAD}.items()]
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals(stand_ins), as_utf8(path) as name:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             # torch's text begins with a page of advice
             raise pickle.UnpicklingError(str(error).rpartition("WeightsUnpickler error: ")[2]) from error
