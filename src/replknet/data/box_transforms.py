@@ -184,8 +184,7 @@ def _flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
 
 
 def _fitted_image(image: Tensor, scale: tuple[int, int]) -> Tensor:
-    # at least one pixel, even for a very long image
-    size = [max(1, side) for side in fitted(image.shape[-2], image.shape[-1], *scale)]
+    size = list(fitted(image.shape[-2], image.shape[-1], *scale))
     return F.resize(image, size, InterpolationMode.BILINEAR, antialias=False)
 
 

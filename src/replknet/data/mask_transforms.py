@@ -31,9 +31,9 @@ class Normalize:
 
 
 def fitted(height: int, width: int, long: float, short: float) -> tuple[int, int]:
-    """The largest (height, width) in these proportions with sides of at most `long` and `short`."""
+    """The largest (height, width) in these proportions with sides of at most `long` and `short`, and at least 1."""
     factor = min(long / max(height, width), short / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 @dataclass(frozen=True)
