@@ -23,11 +23,11 @@ LAYERS = {
     "ops": set(),
     "nn": set(),
     "models": {"timm", "safetensors", "numpy"},
-    "data": {"torchvision", "PIL", "pycocotools", "tqdm"},
+    "data": {"torchvision", "PIL", "tqdm"},
     "analysis": set(),
     "train": {"pytorch_lightning", "tensorboard"},
     "deploy": {"onnx", "onnxruntime", "openvino", "nncf"},
-    "tasks": {"torchmetrics", "transformers", "monai", "faster_coco_eval"},
+    "tasks": {"pycocotools", "torchmetrics", "transformers", "monai", "faster_coco_eval"},
     "bench": set(),
     "explore": set(),
     "app": {"gradio"},
@@ -37,7 +37,7 @@ ORDER = list(LAYERS)
 # packages that single files, and those of single folders, may use as well
 FILES = {
     "analysis/plots/": {"matplotlib"},
-    "data/images.py": {"datasets"},
+    "data/sources.py": {"datasets"},
     "kernels/triton_tune.py": {"filelock"},
 }
 # the only files with triton: the kernels

@@ -21,10 +21,20 @@ CLASSES = 200_000
 NAME = 1_000
 # side of a network's input, pixels: Cityscapes is evaluated at 2049x1025
 SIDE = 8_192
-# pixels of an image, or of a network's input: a camera's photo has 50 million
-PIXELS = 8_192 * 8_192
+# pixels of an image, or of a network's input: a camera's photo has 50 million. Decoding a WebP takes 16 bytes a pixel
+PIXELS = 8_000 * 8_000
 # pixels of all masks of an image: Cascade Mask R-CNN is trained on images of 1333x800 with up to 93 objects
 MASK_PIXELS = 512 * 1024 * 1024
+# how often the edges of an image's polygons cross a column of pixels: 93 objects as wide as an image of 1333 pixels,
+# with 20 edges above each other, do it 2.5 million times
+CROSSINGS = 4_000_000
+# names in an archive: ImageNet-1K has 1.3 million images
+FILES = 4_000_000
+# bytes of a header in a tar archive that describes the next file, and records for all files: a path has 4,096 bytes
+HEADER = 16_384
+RECORDS = 100
+# bytes of an image's file: eight a pixel hold 16 bits for each of four channels
+IMAGE = 8 * PIXELS
 # bytes of a text: the annotations of COCO's train2017 are 448 MB
 TEXT = 2 * 1024**3
 # bytes of a list of classes, a recipe or a card: ADE20K's classes are 4 KB, a card with ImageNet-22K's names is 400 KB

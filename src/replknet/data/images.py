@@ -1,26 +1,40 @@
-"""Image files, and data sets of classes in folders, archives and on the Hugging Face hub."""
+"""Image files: the one place that decodes them, and data sets of images with a class each."""
 
-import io
+import math
+import re
+import reprlib
 import sys
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import timm  # noqa: F401  # first as a whole, as in replknet.models
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from replknet import limits
+from replknet.reading import Kind, reading
+from replknet.shown import shown
+
 PHOTOS = tuple(sorted((Path(__file__).parent / "photos").glob("*.jpg")))
+# Pillow's names of what we read, whatever the file's ending; JPEG includes MPO. For PostScript Pillow would start a
+# program
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+# Unicode's categories: control characters, separators of lines, and Python's stand-ins for bytes that are no UTF-8
+_CONTROLS = {"Cc", "Zl", "Zp", "Cs"}
 
 
 class ImageError(ValueError):
     """An image or a folder of images cannot be used. The text names it and says what was expected."""
+
+
+_IMAGE = Kind(ImageError, "an image", "save it again as JPEG or PNG, or leave it out")
+_NAMES = Kind(ImageError, "names of classes", "correct it")
 
 
 class Source(Protocol):
@@ -37,7 +51,7 @@ class ImageSet(Dataset[Any]):
     """Images with class labels; some images may be unreadable.
 
     Args:
-        source: the images, from `source_of`.
+        source: the images, from `replknet.data.sources.source_of`.
         transform: maps a PIL image in RGB to the network's input.
         unreadable: how many images may be unreadable. Each of them is named on stderr once, and skipped.
         replace: take the next image instead of a skipped one, so that batches keep their size. If False, the item is
@@ -97,155 +111,6 @@ def present(items: list[Any]) -> Any:
     return torch.utils.data.default_collate(items) if items else None
 
 
-class _Folder:
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ImageError(f"expected images in {folder}/<class>/ or {folder}.tar, but there is neither")
-        try:
-            self._images = ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise ImageError(f"expected images in {folder}/<class>/: {error}") from error
-        self.classes = list(self._images.classes)
-
-    def __len__(self) -> int:
-        return len(self._images.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self._images.samples[index]
-        return read(Path(path)), label
-
-
-class _Tar:
-    """timm's reader of tar archives, with classes ordered as in a folder, and errors that name the image."""
-
-    def __init__(self, archive: Path) -> None:
-        try:
-            # timm's default writes a pickle of the index beside large archives
-            self._reader = ReaderImageInTar(str(archive), cache_tarinfo=False)
-        except (tarfile.TarError, OSError, RuntimeError, AssertionError) as error:
-            raise ImageError(f"expected a tar archive with <class>/<image> in {archive}: {error}") from error
-        self._archive = archive
-        theirs = self._reader.class_name_to_idx
-        self.classes = sorted(theirs)
-        self._labels = {theirs[name]: label for label, name in enumerate(self.classes)}
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self._reader[index]
-        return decoded(file, f"{self._archive}:{self._reader.filename(index)}"), self._labels[label]
-
-
-class _Shards:
-    """webdataset shards with random access, so that we choose the order of images on any number of processes.
-
-    The loaders of torch and webdataset stream shards. Their order depends on the workers, and no training can resume
-    in it exactly. We index all headers first.
-    """
-
-    def __init__(self, folder: Path, shards: list[Path]) -> None:
-        self._shards = shards
-        found: list[tuple[int, int, int, int]] = []
-        for number, shard in enumerate(shards):
-            try:
-                with tarfile.open(shard) as tar:
-                    found += [(number, *place) for place in _samples(shard, tar)]
-            except (tarfile.TarError, OSError) as error:
-                raise ImageError(f"{shard} cannot be read as a shard of webdataset: {error}") from error
-        if not found:
-            raise ImageError(f"the shards in {folder} have no KEY.jpg with a KEY.cls beside it")
-        # columns: shard, start, bytes, label; a tensor, since workers would copy a list page by page
-        self._index = torch.tensor(found)
-        names = folder / "classes.txt"
-        count = int(self._index[:, 3].max()) + 1
-        self.classes = names.read_text().splitlines() if names.is_file() else [str(i) for i in range(count)]
-        if len(self.classes) < count:
-            raise ImageError(f"{names} names {len(self.classes)} classes, and the shards have a class {count - 1}")
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        shard, start, size, label = self._index[index].tolist()
-        with self._shards[shard].open("rb") as file:
-            file.seek(start)
-            content = io.BytesIO(file.read(size))
-        return decoded(content, f"image {index} ({self._shards[shard]} at byte {start})"), label
-
-
-def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[int, int, int]]:
-    """Start, bytes and label of each image of a shard."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    for member in tar:
-        # the key is everything before the first dot of the file's name
-        key, _, kind = member.name.rpartition("/")[2].partition(".")
-        key = f"{member.name.rpartition('/')[0]}/{key}"
-        if f".{kind.lower()}" in IMG_EXTENSIONS:
-            images[key] = member.offset_data, member.size
-        elif kind == "cls":
-            content = tar.extractfile(member)
-            text = b"" if content is None else content.read().strip()
-            if not text.isdigit():
-                raise ImageError(f"{shard} has {text[:20]!r} in {member.name}; expected the number of a class")
-            labels[key] = int(text)
-    for key, place in images.items():
-        if key not in labels:
-            raise ImageError(f"{shard} has an image {key.lstrip('/')} without a .cls beside it")
-        yield *place, labels[key]
-
-
-class _Hub:
-    """A data set of the Hugging Face hub, read by timm; it needs the package `datasets`."""
-
-    def __init__(self, name: str, split: str) -> None:
-        try:
-            from datasets import get_dataset_split_names
-            from timm.data.readers.reader_hfds import ReaderHfds
-        except ModuleNotFoundError as error:
-            raise ImageError(f"hfds/{name} needs one more package: pip install datasets ({error})") from error
-        wanted = ("validation", "val", "test") if split == "val" else (split,)
-        there = get_dataset_split_names(name)
-        found = next((one for one in wanted if one in there), None)
-        if found is None:
-            raise ImageError(f"hfds/{name} has no split {' or '.join(wanted)}, but {', '.join(there)}")
-        self._reader = ReaderHfds(name, split=found)
-        self._name = f"hfds/{name}:{found}"
-        labels = self._reader.class_to_idx
-        if not labels:
-            raise ImageError(f"hfds/{name} has no labels with names")
-        self.classes = sorted(labels, key=labels.__getitem__)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self._reader[index]
-        return decoded(file, f"image {index} of {self._name}"), label
-
-
-def source_of(root: Path, split: str) -> Source:
-    """The images of a split.
-
-    Args:
-        root: a folder, or `hfds/NAME` for a data set of the Hugging Face hub. The folder has one of three layouts:
-            `SPLIT/CLASS/IMAGE`; `SPLIT.tar` with paths `CLASS/IMAGE`; webdataset shards `SPLIT/*.tar`. A shard has
-            `KEY.jpg` beside `KEY.cls`, a class number. Lines of an optional `SPLIT/classes.txt` name the classes.
-        split: "train" or "val"; on the hub, "val" may also be called validation or test.
-
-    Raises:
-        ImageError: there are no such images.
-    """
-    if root.parts[:1] == ("hfds",):
-        return _Hub("/".join(root.parts[1:]), split)
-    archive = root / f"{split}.tar"
-    if archive.is_file():
-        return _Tar(archive)
-    shards = sorted((root / split).glob("*.tar"))
-    return _Shards(root / split, shards) if shards else _Folder(root / split)
-
-
 def files(paths: Sequence[Path]) -> list[Path]:
     """The image files at the paths and in all their subfolders, in a fixed order.
 
@@ -255,13 +120,14 @@ def files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
         elif path.is_file():
             found.append(path)
         else:
-            raise ImageError(f"no image or folder at {path}")
+            raise ImageError(f"no image or folder at {shown(path)}")
     if not found:
-        raise ImageError(f"no images in {', '.join(map(str, paths))}; known endings are {' '.join(IMG_EXTENSIONS)}")
+        names = ", ".join(map(shown, paths[:3])) + (", ..." if len(paths) > 3 else "")
+        raise ImageError(f"no images in {names}; known endings are {' '.join(IMG_EXTENSIONS)}")
     return found
 
 
@@ -269,19 +135,72 @@ def read(path: Path) -> Image.Image:
     """An image in RGB.
 
     Raises:
-        ImageError: the file is no image, or it is damaged.
+        ImageError: there is no such file, it is no image, it is damaged, or it asks for more pixels than
+            `limits.PIXELS`.
     """
+    # opening a named pipe would wait for ever
+    if not path.is_file():
+        raise ImageError(f"{shown(path)} is no file; expected an image")
     return decoded(path, str(path))
 
 
-def decoded(file: Any, name: str) -> Image.Image:
-    """An image in RGB from a path or an open file; errors call it `name`."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        # on damaged files, Pillow's decoders raise all of these
-        raise ImageError(f"{name} cannot be read as an image: {error}") from error
+def decoded(file: Any, name: str, mode: str | None = "RGB") -> Image.Image:
+    """An image from a path or an open file: the one place that decodes images of users.
+
+    Args:
+        file: path, or file open for reading bytes. Only the first picture of an animation is read.
+        name: what errors call it.
+        mode: Pillow's name of the channels to convert to; None for those of the file.
+
+    Raises:
+        ImageError: the file is no image of `FORMATS`, it is damaged, or it asks for more pixels than `limits.PIXELS`.
+    """
+    allowed = limits.PIXELS * limits.factor()
+    if Image.MAX_IMAGE_PIXELS is not None and allowed > Image.MAX_IMAGE_PIXELS:
+        # the user allows more than Pillow does
+        Image.MAX_IMAGE_PIXELS = int(allowed)
+    with reading(name, _IMAGE), warnings.catch_warnings():
+        # Pillow's warnings do not name the file; an image that it warns of is used, or an error says why not
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            count = re.search(r"\d+", str(error))
+            limits.check(int(count[0]) if count else math.inf, limits.PIXELS, "pixels in an image")
+            raise
+        except UnidentifiedImageError as error:
+            raise ValueError(f"its header is not of {', '.join(FORMATS)}, or it is damaged") from error
+        with image:
+            limits.check(image.width * image.height, limits.PIXELS, "pixels in an image")
+            image.load()
+            # convert would copy it
+            return image if mode in (None, image.mode) else image.convert(mode)
+
+
+def class_names(found: Sequence[object], where: str) -> list[str]:
+    """Names of classes from a file or from folders, as a network may keep them.
+
+    Args:
+        found: the names.
+        where: the file or folder, for errors.
+
+    Returns:
+        The names. Control characters, and bytes that are no UTF-8, are replaced by escapes such as `\\x1b`.
+
+    Raises:
+        ImageError: a name is no text, or it is longer than `limits.NAME`, or there are more than `limits.CLASSES`.
+    """
+    with reading(where, _NAMES):
+        limits.check(len(found), limits.CLASSES, "classes")
+        names = []
+        for name in found:
+            if not isinstance(name, str):
+                raise ImageError(f"{shown(where)} must name each class by a text, got {shown(reprlib.repr(name))}")
+            limits.check(len(name), limits.NAME, "letters in the name of a class")
+            clean = _CONTROLS.isdisjoint(map(unicodedata.category, name))
+            names.append(name if clean else shown(name))
+    return names
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

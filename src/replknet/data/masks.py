@@ -1,9 +1,7 @@
 """Images with a class for each pixel: ADE20K, Cityscapes, and any folder or zip archive of pairs, such as CamVid."""
 
 import io
-import json
-import os
-import zipfile
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,16 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from replknet.data.images import ImageError, pixels
+from replknet import limits
+from replknet.data.files import Files, brief, json_of
+from replknet.data.images import ImageError, class_names, decoded, pixels
+from replknet.reading import Kind, reading
+from replknet.shown import shown
 
 # label of a pixel that training and scores leave out
 IGNORE = 255
 
 _IMAGES = (".jpg", ".jpeg", ".png")
+_CLASSES = Kind(ImageError, "classes and their colours", "correct it")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Classes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "palette", tuple(tuple(colour) for colour in self.palette))
+        for colour in self.palette:
+            if len(colour) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in colour):
+                raise ValueError(f"a colour has three whole numbers from 0 to 255, got {reprlib.repr(colour)}")
         if len(self.names) > IGNORE:
             raise ValueError(f"{IGNORE} is no class: at most {IGNORE} fit into a mask, got {len(self.names)}")
         if not self.names or len(self.names) != len(self.palette):
@@ -43,55 +49,19 @@ class Classes:
 @cache
 def shipped_classes(name: str) -> Classes:
     """The classes of "ade20k" (150) or "cityscapes" (19)."""
-    return _parsed((Path(__file__).parent / "classes" / f"{name}.json").read_text(), name)
+    return _parsed((Path(__file__).parent / "classes" / f"{name}.json").read_bytes(), name)
 
 
-def _parsed(text: str, where: str) -> Classes:
-    try:
-        content = json.loads(text)
-        return Classes(content["classes"], content["palette"])
-    except (ValueError, KeyError, TypeError) as error:
+def _parsed(text: bytes, where: str) -> Classes:
+    content = json_of(text, where)
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("classes", "palette")):
         raise ImageError(
-            f'{where} must be JSON with "classes" (names) and "palette" (a colour [r,g,b] each), got {text:.60}...: '
-            f"{error!r}"
-        ) from error
-
-
-class Files:
-    """Names and contents of the files in a folder or a zip archive."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._archives: dict[int, zipfile.ZipFile] = {}
-        if root.is_dir():
-            self._names: list[str] | None = None
-        elif zipfile.is_zipfile(root):
-            self._names = [name for name in self._archive().namelist() if not name.endswith("/")]
-        else:
-            raise ImageError(f"expected a folder or a zip archive of images and masks, but {root} is neither")
-
-    def _archive(self) -> zipfile.ZipFile:
-        # processes must not share a file's position
-        if os.getpid() not in self._archives:
-            self._archives[os.getpid()] = zipfile.ZipFile(self.root)
-        return self._archives[os.getpid()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archives": {}}
-
-    def below(self, folder: str) -> list[str]:
-        """Names of the files in a folder and its subfolders, sorted."""
-        if self._names is not None:
-            return sorted(name for name in self._names if name.startswith(f"{folder}/"))
-        return sorted(p.relative_to(self.root).as_posix() for p in (self.root / folder).rglob("*") if p.is_file())
-
-    def read(self, name: str) -> bytes:
-        if self._names is not None:
-            return self._archive().read(name)
-        return (self.root / name).read_bytes()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names if self._names is not None else (self.root / name).is_file()
+            f'{where} must be JSON with the lists "classes" (names) and "palette" (a colour [r,g,b] each), got '
+            f"{shown(reprlib.repr(content))}"
+        )
+    names = class_names(content["classes"], where)
+    with reading(where, _CLASSES):
+        return Classes(tuple(names), content["palette"])
 
 
 @dataclass(frozen=True)
@@ -157,8 +127,8 @@ class Pairs:
         self._files = Files(data)
         if name == "masks":
             if "classes.json" not in self._files:
-                raise ImageError(f'expected classes.json in {data}, with "classes" and "palette"')
-            self.classes = _parsed(self._files.read("classes.json").decode(), f"classes.json in {data}")
+                raise ImageError(f'expected classes.json in {shown(data)}, with "classes" and "palette"')
+            self.classes = _parsed(self._files.read("classes.json", limits.LIST), f"classes.json in {shown(data)}")
         else:
             self.classes = shipped_classes(name)
         folder = (layout.splits or {}).get(split, split)
@@ -176,13 +146,13 @@ class Pairs:
                 without.append(mask)
         if not self.names:
             raise ImageError(
-                f"expected images in {images}/ and masks in {masks}/ of {data}, but found no image; that is the layout "
-                f"of {name!r}, others are {', '.join(other for other in LAYOUTS if other != name)}"
+                f"expected images in {images}/ and masks in {masks}/ of {shown(data)}, but found no image; that is "
+                f"the layout of {name!r}, others are {', '.join(other for other in LAYOUTS if other != name)}"
             )
         if without:
             raise ImageError(
-                f"{len(without)} of the {len(self.names)} images in {images}/ of {data} have no mask: expected "
-                f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}"
+                f"{len(without)} of the {len(self.names)} images in {images}/ of {shown(data)} have no mask: expected "
+                f"{', '.join(map(brief, without[:3]))}{', ...' if len(without) > 3 else ''}"
             )
         self._labels = _table(layout.labels, len(self.classes.names))
         self._accepted = sorted(layout.labels or [*range(len(self.classes.names)), IGNORE])
@@ -192,8 +162,8 @@ class Pairs:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
         """The image in RGB and its mask `[H,W]`, uint8: the class of each pixel, or IGNORE."""
-        image, mask = self.image(index), self._decoded(self.names[index][1])
-        where = f"{self._files.root}: {self.names[index][1]}"
+        image, mask = self.image(index), self._decoded(self.names[index][1], None)
+        where = self._files.where(self.names[index][1])
         if mask.mode not in ("L", "P"):
             raise ImageError(f"{where} must have one channel of 8 bits with a label a pixel, got mode {mask.mode}")
         if mask.size != image.size:
@@ -210,15 +180,10 @@ class Pairs:
 
     def image(self, index: int) -> Image.Image:
         """The image alone, in RGB."""
-        return self._decoded(self.names[index][0]).convert("RGB")
+        return self._decoded(self.names[index][0], "RGB")
 
-    def _decoded(self, name: str) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(self._files.read(name)))
-            image.load()
-        except (OSError, UnidentifiedImageError, zipfile.BadZipFile) as error:
-            raise ImageError(f"{self._files.root}: {name} cannot be read as an image: {error}") from error
-        return image
+    def _decoded(self, name: str, mode: str | None) -> Image.Image:
+        return decoded(io.BytesIO(self._files.read(name, limits.IMAGE)), self._files.where(name), mode)
 
 
 def _table(labels: Mapping[int, int] | None, classes: int) -> Any:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from replknet.data import cifar10, images, transforms
+from replknet.data import cifar10, images, sources, transforms
 from replknet.data.batches import Splits
+from replknet.data.files import brief
 from replknet.models import Description
+from replknet.shown import shown
 from replknet.tasks.classification.recipes import ClassificationOptions
 from replknet.train.recipe import Recipe
 
@@ -34,15 +36,16 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
     moved = transforms.train_transform(
         size, mean, std, options.auto_augment, options.random_erasing, options.color_jitter
     )
-    train = images.ImageSet(images.source_of(data, "train"), moved, options.unreadable_images, replace=True)
+    train = images.ImageSet(sources.source_of(data, "train"), moved, options.unreadable_images, replace=True)
     val: Any = None
     if recipe.evaluate:
         still = transforms.eval_transform(size, mean, std, _CROP_PCT)
-        val = images.ImageSet(images.source_of(data, "val"), still, options.unreadable_images)
+        val = images.ImageSet(sources.source_of(data, "val"), still, options.unreadable_images)
         if train.classes != val.classes:
+            other = sorted(set(train.classes) ^ set(val.classes))
             raise images.ImageError(
-                f"train and val in {data} must have the same classes; only one of them has "
-                f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))}"
+                f"train and val in {shown(data)} must have the same classes in the same order; only one of them has "
+                f"{', '.join(map(brief, other[:5])) or 'another order'}{', ...' if len(other) > 5 else ''}"
             )
     return Splits(train, val, tuple(train.classes), mean, std, _CROP_PCT)
 
@@ -80,4 +83,4 @@ def evaluation_set(
     if data is None:
         raise ValueError("name the folder of the images with --data DIR")
     still = transforms.eval_transform(size, mean, std, description.crop_pct)
-    return images.ImageSet(images.source_of(data, "train" if training else "val"), still, unreadable)
+    return images.ImageSet(sources.source_of(data, "train" if training else "val"), still, unreadable)
