@@ -138,9 +138,7 @@ def test_errors_are_one_line(options, message, capsys):
 
 
 def test_an_unknown_suite_gets_the_list(capsys):
-    with pytest.raises(SystemExit) as info:
-        main(["bench", "ops", "--suite", "table2"])
-    assert info.value.code == 2
+    assert main(["bench", "ops", "--suite", "table2"]) == 2
     assert "table1" in capsys.readouterr().err
 
 

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replknet.bench.records import provenance
+from replknet.bench.records import ProcessError, provenance
 from replknet.deploy.inference import BOUNDS, optimize
+from replknet.deploy.verify import AccuracyError
 from replknet.difference import largest_difference
 from replknet.kernels import use_backend
 from replknet.kernels.malloc import keep_freed_memory
@@ -124,7 +125,7 @@ def compare(
 
     Raises:
         ValueError: a name or the dtype is unknown.
-        RuntimeError: outputs differ by more than `BOUNDS` of their norm; nothing is timed.
+        AccuracyError: outputs differ by more than `BOUNDS` of their norm; nothing is timed.
     """
     ways = [OURS]
     for other in against:
@@ -242,7 +243,7 @@ def _difference(way: str, wanted: Sequence[Tensor], found: Any, bound: float) ->
     got = _outputs(found)
     largest = max(largest_difference(one, other.float())[1] for one, other in zip(wanted, got, strict=True))
     if not largest <= bound:
-        raise RuntimeError(
+        raise AccuracyError(
             f"{way}: outputs may differ by {bound:.0e} of their norm, got {largest:.1e}; nothing is timed"
         )
     return largest
@@ -263,7 +264,7 @@ def peak(
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last = result.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RuntimeError(f"the process that measures memory ended with {result.returncode}, not 0: {last[0]}")
+        raise ProcessError(f"the process that measures memory ended with {result.returncode}, not 0: {last[0]}")
     return Memory(**json.loads(result.stdout))
 
 

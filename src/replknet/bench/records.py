@@ -105,6 +105,10 @@ class Record:
         return json.dumps(asdict(self))
 
 
+class ProcessError(RuntimeError):
+    """A process that measures memory failed; the text has its last line."""
+
+
 def append(path: Path, records: list[Record]) -> None:
     """Append records to a file; earlier records are never edited."""
     path.parent.mkdir(parents=True, exist_ok=True)

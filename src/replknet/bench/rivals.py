@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from replknet.analysis.cost import cost
+from replknet.bench.records import ProcessError
+from replknet.deploy.verify import AccuracyError
 from replknet.kernels import use_backend
 from replknet.nn import accelerate, merge
 from replknet.timing import Load, Timing, interleaved
@@ -193,7 +195,7 @@ def measure(
 
     Raises:
         ValueError: there is no network of that name.
-        RuntimeError: a network's outputs are not finite, or differ between two ways by more than rounding.
+        AccuracyError: a network's outputs are not finite, or differ between two ways by more than rounding.
     """
     names = list(RIVALS) if names is None else names
     for name in names:
@@ -284,7 +286,7 @@ def peak(model: nn.Module, size: int, layout: Layout, backend: str | None, devic
         What the process held and its peaks; None on a CPU without Linux, where the system does not report them.
 
     Raises:
-        RuntimeError: the process failed; the text has its last line on stderr.
+        ProcessError: the process failed; the text has its last line on stderr.
     """
     if device == "cpu" and platform.system() != "Linux":
         return None
@@ -296,7 +298,7 @@ def peak(model: nn.Module, size: int, layout: Layout, backend: str | None, devic
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last = result.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RuntimeError(f"the process that measures memory ended with {result.returncode}, not 0: {last[0]}")
+        raise ProcessError(f"the process that measures memory ended with {result.returncode}, not 0: {last[0]}")
     return Memory(**json.loads(result.stdout))
 
 
@@ -368,7 +370,7 @@ def _compare(
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
             # a NaN fails, too
             if not error <= _BOUND or not all(level.isfinite().all() for level in found):
-                raise RuntimeError(
+                raise AccuracyError(
                     f"{rival.name} in {layout} must give the outputs of {rival.model}'s first way within {_BOUND:g}, "
                     f"got a difference of {error:.1e}; it is not timed"
                 )

@@ -13,14 +13,17 @@ from jsonargparse.typing import PositiveInt
 from torch import nn
 from tqdm import tqdm
 
+from replknet import limits
 from replknet.analysis import ERF, effective_receptive_field
 from replknet.analysis.erf import Scale
+from replknet.cli import outputs
 from replknet.cli.networks import SEED, is_checkpoint, of_timm
-from replknet.cli.options import TASK, Parser, parser
+from replknet.cli.options import TASK, Parser, check_at_most, parser
 from replknet.data import images, transforms
 from replknet.data.download import quiet
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_weights
 from replknet.tasks.task import Description
@@ -57,7 +60,11 @@ def arguments() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
+    check_at_most("--size", args.size, limits.SIDE * limits.factor())
+    outputs.check_file(args.output, "--output")
     from replknet.analysis import plots  # matplotlib is optional
+
+    plots.check_ending(args.output)
 
     files = images.files(args.images or list(images.PHOTOS))[: args.count]
     networks = [network for word in dict.fromkeys(args.network) for network in _networks(word, args)]
@@ -71,7 +78,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(found | {"networks": [_record(*one) for one in measured]}))
         return 0
     _print_table(measured)
-    print(args.output)
+    print(shown(args.output))
     return 0
 
 
@@ -123,7 +130,7 @@ def _merged(model: nn.Module) -> nn.Module:
 def _labels(networks: Sequence[_Network]) -> list[str]:
     """A label for each network: its name, or its word on the command line if two names are equal."""
     counts = Counter((network.name, network.trained) for network in networks)
-    names = [n.name if counts[n.name, n.trained] == 1 else n.word for n in networks]
+    names = [shown(n.name if counts[n.name, n.trained] == 1 else n.word) for n in networks]
     return [name if n.trained else f"{name}, untrained" for name, n in zip(names, networks, strict=True)]
 
 

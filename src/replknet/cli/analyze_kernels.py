@@ -16,8 +16,10 @@ from replknet.analysis.learned_kernels import (
     magnitude_by_distance,
     small_share,
 )
+from replknet.cli import outputs
 from replknet.cli.networks import is_checkpoint, of_timm, timm_names, unknown
 from replknet.cli.options import CHECKPOINT, TASK, Parser, parser
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_weights
 
@@ -42,18 +44,21 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.pretrained and args.untrained:
         raise ValueError("--pretrained and --untrained were both given; give one of them")
+    outputs.check_file(args.output, "--output")
     from replknet.analysis import plots  # matplotlib is optional
+
+    plots.check_ending(args.output)
 
     network = _network(args)
     layers = _chosen(layer_kernels(network, args.min_side), args.layers)
-    title = f"{args.network}, random weights" if args.untrained else args.network
+    title = shown(f"{args.network}, random weights" if args.untrained else args.network)
     plots.save(plots.kernels(layers, title), args.output)
     found = [_facts(layer) for layer in layers]
     if args.json:
         result = {"output": str(args.output), "network": args.network, "untrained": args.untrained, "layers": found}
         print(json.dumps(result))
     else:
-        print("\n".join([*_table(found), str(args.output)]))
+        print("\n".join([*map(shown, _table(found)), shown(args.output)]))
     return 0
 
 

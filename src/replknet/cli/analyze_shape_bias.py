@@ -7,22 +7,28 @@ from typing import Any
 
 import timm
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from replknet.analysis.shape_bias import CATEGORIES, ShapeBias, decisions, likeliest, shape_bias
+from replknet.cli import outputs
 from replknet.cli.networks import is_checkpoint, of_timm, timm_names
-from replknet.cli.options import Parser, parser
+from replknet.cli.options import Parser, check_at_most, parser
 from replknet.data import cifar10, cifar10_conflict, transforms
 from replknet.data.cue_conflict import CueConflicts, cue_conflicts
 from replknet.data.download import quiet
 from replknet.models import load_model
+from replknet.shown import shown
 
 # name of the measure: which images, and who made them
 _PUBLISHED = "cue conflict by the rule of Geirhos et al. 2019 (16 categories of ImageNet)"
 _OURS = "replknet's own texture-shape conflict of CIFAR-10 test images (not the stimuli of Geirhos et al.)"
+
+# images for each pair of classes: CIFAR-10 has 1,000 test images of each class
+_EACH = 1_000
 
 # width of the table's first column
 _LABEL = 22
@@ -47,10 +53,14 @@ def arguments() -> Parser:
     p.add_argument("--images", type=Path | None, help="folder of images named like cat7-elephant1.png: shape, texture")
     p.add_argument("--cifar10", action="store_true", help="use our own conflicts of CIFAR-10's test images instead")
     p.add_argument("--data", type=Path | None, help="with --cifar10: folder that keeps CIFAR-10")
-    p.add_argument("--each", type=int, default=100, help="with --cifar10: images for each of the 90 pairs of classes")
-    p.add_argument("--seed", type=int, default=0, help="with --cifar10: seed of the images")
+    p.add_argument(
+        "--each", type=PositiveInt, default=100, help="with --cifar10: images for each of the 90 pairs of classes"
+    )
+    p.add_argument("--seed", type=NonNegativeInt, default=0, help="with --cifar10: seed of the images")
     p.add_argument("--untrained", action="store_true", help="use timm's models with random weights, as a baseline")
-    p.add_argument("--batch-size", type=int, default=64, help="number of images that a network computes at once")
+    p.add_argument(
+        "--batch-size", type=PositiveInt, default=64, help="number of images that a network computes at once"
+    )
     p.add_argument("-o", "--output", type=Path, default=Path("shape-bias.png"), help="picture to write")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
@@ -60,7 +70,12 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.cifar10 == (args.images is not None):
         raise ValueError("name a folder of cue-conflict images with --images DIR, or take our own with --cifar10")
+    check_at_most("--each", args.each, _EACH)
+    check_at_most("--seed", args.seed, 2**32 - 1)
+    outputs.check_file(args.output, "--output")
     from replknet.analysis import plots  # matplotlib is optional
+
+    plots.check_ending(args.output)
 
     measure = _OURS if args.cifar10 else _PUBLISHED
     found, alone = _on_cifar10(args) if args.cifar10 else (_on_folder(args), {})
@@ -73,7 +88,7 @@ def main(argv: list[str]) -> int:
     print(f"{any_of.images} images with a conflict; {any_of.no_conflict} without one were left out")
     print("shape bias = shape / (shape + texture), the share of shape among the decisions for either\n")
     _print_table(found, alone)
-    print(args.output)
+    print(shown(args.output))
     return 0
 
 
@@ -84,7 +99,7 @@ def _on_folder(args: Any) -> dict[str, ShapeBias]:
     for name in dict.fromkeys(args.networks):
         model, transform = _imagenet_network(name, args.untrained)
         loader = DataLoader(CueConflicts(images, transform), args.batch_size)
-        decided = decisions(model, tqdm(loader, desc=name, disable=quiet()))
+        decided = decisions(model, tqdm(loader, desc=shown(name), disable=quiet()))
         found[name] = shape_bias(decided, shapes, textures, tuple(CATEGORIES))
     return found
 
@@ -150,7 +165,7 @@ def _cifar10_network(name: str) -> _Network:
 
 
 def _batches(images: Tensor, transform: Callable[[Any], Tensor], size: int, name: str) -> Iterator[Tensor]:
-    for part in tqdm(images.split(size), desc=name, disable=quiet()):
+    for part in tqdm(images.split(size), desc=shown(name), disable=quiet()):
         yield transform(part)
 
 
@@ -179,12 +194,13 @@ def _plain(
 
 def _print_table(found: dict[str, ShapeBias], alone: dict[str, dict[str, float]]) -> None:
     """Print one column a network: the shares of all its decisions, and its bias in each category of the shape."""
-    widths = [max(len(name), 8) for name in found]
+    names = [shown(name) for name in found]
+    widths = [max(len(name), 8) for name in names]
 
     def row(label: str, values: list[float | None]) -> None:
         print(f"{label:<{_LABEL}}" + "".join(f"  {_percent(v):>{w}}" for v, w in zip(values, widths, strict=True)))
 
-    print(" " * _LABEL + "".join(f"  {name:>{w}}" for name, w in zip(found, widths, strict=True)))
+    print(" " * _LABEL + "".join(f"  {name:>{w}}" for name, w in zip(names, widths, strict=True)))
     row("shape bias", [b.bias for b in found.values()])
     row("took the shape", [b.shape_share for b in found.values()])
     row("took the texture", [b.texture_share for b in found.values()])

@@ -13,7 +13,9 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from replknet.bench import networks, ops, overhead, plans, tables
 from replknet.bench.cases import SUITES, chosen
 from replknet.bench.records import Record, append, peak_gflops
-from replknet.cli.options import Parser, parser
+from replknet.cli import outputs
+from replknet.cli.options import THREADS, Parser, check_at_most, parser
+from replknet.shown import shown
 
 _QUESTIONS = {
     **{name: suite.question for name, suite in SUITES.items()},
@@ -37,7 +39,7 @@ _EXAMPLE = (
 
 def arguments() -> Parser:
     """The options of the command; `bench model` has its own."""
-    p = parser("bench", _EXAMPLE)
+    p = parser("bench", _EXAMPLE, files=False)
     p.add_argument(
         "subject",
         nargs="?",
@@ -82,6 +84,9 @@ def main(argv: list[str]) -> int:
         return 0
     if args.runs < 2:
         raise ValueError(f"--runs must be at least 2, so that there are quantiles, got {args.runs}")
+    outputs.check_file(args.output, "--output")
+    outputs.check_file(args.plot, "--plot")
+    check_at_most("--threads", args.threads, THREADS)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return _run(args)
@@ -93,6 +98,8 @@ def _run(args: Namespace) -> int:
         if "table1" not in todo:
             raise ValueError(f"--plot draws time against kernel size: it needs --suite table1, got {', '.join(todo)}")
         from replknet.analysis import plots  # matplotlib is optional: fail before the timing, not after it
+
+        plots.check_ending(args.plot)
     records: list[Record] = []
     wrong = False
     for suite, measurements in todo.items():
@@ -113,7 +120,7 @@ def _run(args: Namespace) -> int:
     _say(args, "", *closing)
     if args.plot is not None:
         plots.save(plots.times_by_kernel(tables.curves(records)), args.plot)
-        _say(args, str(args.plot))
+        _say(args, shown(args.plot))
     return int(wrong)
 
 

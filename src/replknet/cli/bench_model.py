@@ -10,11 +10,14 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
+from replknet import limits
 from replknet.bench.against import AGAINST, Comparison, compare
 from replknet.bench.parts import Part, parts
+from replknet.cli import outputs
 from replknet.cli.networks import SEED, is_checkpoint, of_timm, timm_names, unknown
-from replknet.cli.options import CHECKPOINT, Parser
+from replknet.cli.options import CHECKPOINT, THREADS, Parser, check_at_most, parser
 from replknet.deploy.inference import optimize
+from replknet.shown import shown
 from replknet.tasks.files import load_weights
 
 _EXAMPLE = "replknet bench model replknet_31b --against torch,openvino,onnxruntime --output records.jsonl"
@@ -25,12 +28,9 @@ _KINDS = ("classification", "features", "segmentation")
 _UPERNET_CLASSES = 150
 
 
-def main(argv: list[str]) -> int:
-    p = Parser(
-        prog="replknet bench model",
-        description="time a network in our inference form, in torch and in other runtimes",
-        epilog=f"example: {_EXAMPLE}",
-    )
+def arguments() -> Parser:
+    """The options of the command."""
+    p = parser("bench", _EXAMPLE, "model", "time a network in our inference form, in torch and in other runtimes")
     p.add_argument("network", type=str, help=f"{CHECKPOINT}; or one of timm's models, with random weights")
     p.add_argument(
         "--against",
@@ -54,11 +54,19 @@ def main(argv: list[str]) -> int:
     p.add_argument("--parts", action="store_true", help="also time each kind of layer of our form")
     p.add_argument("--output", type=Path | None, help="file that gets the record appended as a JSON line")
     p.add_argument("--json", action="store_true", help="print the record instead of tables")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = arguments().parse_args(argv)
     if args.runs < 2:
         raise ValueError(f"--runs must be at least 2, so that there are quantiles, got {args.runs}")
     if len(args.size) > 2:
         raise ValueError(f"--size takes a height and a width, got {len(args.size)} numbers")
+    check_at_most("--threads", args.threads, THREADS)
+    check_at_most("--size", max(args.size), limits.SIDE)
+    check_at_most("--batch times both sides", args.batch * args.size[0] * args.size[-1], limits.PIXELS)
+    outputs.check_file(args.output, "--output")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model, task = _network(args.network, args.task)
@@ -93,7 +101,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(record))
     else:
-        print("\n".join([*_table(found), *_divided(divided)]))
+        print("\n".join([*map(shown, _table(found)), *_divided(divided)]))
     return 0
 
 

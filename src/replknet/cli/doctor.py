@@ -19,7 +19,7 @@ def _numbers(text: str, option: str, form: str, counts: tuple[int, ...]) -> list
 
 def arguments() -> Parser:
     """The options of the command."""
-    p = parser("doctor", "replknet doctor --shape 1,128,56,56 --kernel 31 --channels-last")
+    p = parser("doctor", "replknet doctor --shape 1,128,56,56 --kernel 31 --channels-last", files=False)
     p.add_argument(
         "--shape", type=str, metavar="N,C,H,W", help="explain the choice for one call: the sizes of its images"
     )

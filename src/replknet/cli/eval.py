@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from replknet.cli.options import EXPORTED, TASK, Parser, add_settings, parser, settings_of
 from replknet.data.download import quiet
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_network
 
@@ -35,10 +36,10 @@ def main(argv: list[str]) -> int:
     network = load_network(args.checkpoint, args.task)
     infer, what = network.task.infer, f"{args.checkpoint} is {network.task.noun}"
     settings = settings_of(args, network.task.evaluation, _kinds(), what)
-    scored = infer.evaluate(network, args.data, settings, _shown)
-    print(json.dumps(scored.record) if args.json else "\n".join(scored.lines))
+    scored = infer.evaluate(network, args.data, settings, _progress)
+    print(json.dumps(scored.record) if args.json else "\n".join(map(shown, scored.lines)))
     return 0
 
 
-def _shown(batches: Iterable[Any]) -> Iterable[Any]:
+def _progress(batches: Iterable[Any]) -> Iterable[Any]:
     return tqdm(batches, desc="evaluating", disable=quiet())

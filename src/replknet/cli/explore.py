@@ -6,7 +6,9 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
+from replknet.cli import outputs
 from replknet.cli.options import Parser, parser
+from replknet.shown import shown
 from replknet.train.hardware import Hardware
 
 
@@ -42,6 +44,7 @@ def arguments() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
+    outputs.check_folder(args.output, "--output")
     from replknet.explore import program, report  # Lightning takes seconds to import
     from replknet.explore.experiment import Site
 
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> int:
     experiments = [build(args.scale) for build in program.EXPERIMENTS.values()]
     if args.report:
         page = report.write(experiments, site.output)
-        print(json.dumps({"report": str(page)}) if args.json else page)
+        print(json.dumps({"report": str(page)}) if args.json else shown(page))
         return 0
     todo = program.chosen(args.scale, args.only, args.seeds)
     left = program.pending(todo, site)
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> int:
     for experiment in {one.experiment.name: one.experiment for one in todo}.values():
         program.record(experiment, site)
     page = report.write(experiments, site.output)
-    print(json.dumps({**told, "report": str(page)}) if args.json else page)
+    print(json.dumps({**told, "report": str(page)}) if args.json else shown(page))
     return 0
 
 

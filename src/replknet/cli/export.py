@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from replknet.cli import outputs
 from replknet.cli.options import CHECKPOINT, TASK, Parser, add_settings, parser, refuse_settings, settings_of
 from replknet.data import images
 from replknet.data.download import quiet
 from replknet.deploy.files import ENDINGS, Format, card_in
-from replknet.deploy.verify import AccuracyError
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_weights
 from replknet.tasks.task import Network
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if not args.int8:
         refuse_settings(args, _settings(), "without --int8")
+    outputs.check_file(args.output, "--output")
     network = load_weights(args.checkpoint, args.task)
     return _quantized(network, args) if args.int8 else _exported(network, args)
 
@@ -59,7 +61,7 @@ def _exported(network: Network, args: Any) -> int:
         print(json.dumps({**found, "card": card_in(output)[0]}))
         return 0
     print(
-        f"{output}: {export.compared.format(images=len(files))} differ by at most {difference.absolute:.1e}, "
+        f"{shown(output)}: {export.compared.format(images=len(files))} differ by at most {difference.absolute:.1e}, "
         f"{difference.relative:.1e} of their norm ({export.bound:.0e} is allowed)"
     )
     return 0
@@ -75,17 +77,14 @@ def _quantized(network: Network, args: Any) -> int:
         raise ValueError(f"int8 is written for {', '.join(int8.endings)}, got --to {args.to}")
     settings = settings_of(args, task.int8, _settings(), f"{args.checkpoint} is {task.noun}")
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{int8.endings[args.to]}")
-    try:
-        found = int8.write(network, output, args.to, settings, args.licence, _shown)
-    except AccuracyError as error:
-        print(f"replknet export: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found.record) if args.json else "\n".join(found.lines))
+    found = int8.write(network, output, args.to, settings, args.licence, _progress)
+    told = found.record if found.problem is None else {**found.record, "error": found.problem}
+    print(json.dumps(told) if args.json else "\n".join(map(shown, found.lines)))
     if found.problem is not None:
-        print(found.problem, file=sys.stderr)
+        print(shown(found.problem), file=sys.stderr)
         return 1
     return 0
 
 
-def _shown(batches: Iterable[Any], name: str) -> Iterable[Any]:
+def _progress(batches: Iterable[Any], name: str) -> Iterable[Any]:
     return tqdm(batches, desc=name, disable=quiet())

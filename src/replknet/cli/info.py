@@ -40,7 +40,7 @@ def rows() -> list[dict[str, Any]]:
 
 def arguments() -> Parser:
     """The options of the command."""
-    p = parser("info", "replknet info --json")
+    p = parser("info", "replknet info --json", files=False)
     p.add_argument("--json", action="store_true", help="machine-readable output")
     return p
 

@@ -5,9 +5,11 @@ import importlib
 import os
 import sys
 
+from replknet.cli import errors
 from replknet.cli.colour import bold, red
-from replknet.data.download import DownloadError
+from replknet.cli.errors import UsageError
 from replknet.extras import installing
+from replknet.limits import VARIABLE as LIMITS
 
 # purpose -> commands; each command is a file of this folder
 GROUPS = {
@@ -65,6 +67,29 @@ _EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 1 for a check that failed, 2 for a wrong call or file."""
     words = sys.argv[1:] if argv is None else argv
+    errors.open_streams()
+    limits = os.environ.get(LIMITS)
+    try:
+        try:
+            return _called(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader closed the pipe, as `head` does
+        errors.drop_output()
+        return 141
+    except OSError as error:
+        return errors.report(error, red("replknet"))
+    finally:
+        # --limits is for this call alone
+        if limits is None:
+            os.environ.pop(LIMITS, None)
+        else:
+            os.environ[LIMITS] = limits
+
+
+def _called(words: list[str]) -> int:
+    """Run a command, or what stands in its place."""
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
@@ -81,34 +106,37 @@ def main(argv: list[str] | None = None) -> int:
         name, *rest = [*before, *rest, *after]
         told = " ".join(["replknet", *before, *after])
         print(f"replknet {words[0]}: this is now `{told}`; version 1.0 removes the old name", file=sys.stderr)
+    as_json = "--json" in rest
     if name not in COMMANDS:
-        print(f"{red('replknet')}: no command is called {name!r}{_hint(name, list(COMMANDS))}", file=sys.stderr)
-        return 2
-    return _run(name, rest)
+        error = ValueError(f"no command is called {name!r}{_hint(name, list(COMMANDS))}")
+        return errors.report(error, red("replknet"), as_json=as_json)
+    return _run(name, rest, as_json)
 
 
-def _run(name: str, rest: list[str]) -> int:
+def _run(name: str, rest: list[str], as_json: bool) -> int:
     prefix = red(f"replknet {name}")
     try:
         code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
-        sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        # the reader closed the pipe, as `head` does; Python's own flush at the end must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, FileNotFoundError, DownloadError) as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
-        return 2
+        raise
+    except UsageError as error:
+        code = errors.report(error, red(error.prog), as_json=as_json)
+        print(f"{error.prog} --help shows every option", file=sys.stderr)
+        return code
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("replknet"):
             raise
         extra = _EXTRAS.get((error.name or "").partition(".")[0], "all")
-        print(f"{prefix}: {error}; {installing(extra)} adds it", file=sys.stderr)
-        return 2
+        line = f"{errors.line_of(error)}; {installing(extra)} adds it"
+        return errors.report(error, prefix, line, as_json)
     except KeyboardInterrupt:
         print(f"\n{prefix}: interrupted", file=sys.stderr)
         return 130
-    return code
+    except errors.USERS as error:
+        if not errors.is_ours(error):
+            raise
+        return errors.report(error, prefix, as_json=as_json)
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -136,6 +164,7 @@ def _overview() -> str:
             *lines,
             "",
             "replknet --version shows the version; replknet --completion bash writes completions for your shell",
+            "REPLKNET_DEBUG=1 shows where in the program an error comes from",
             "example: replknet demo",
         ]
     )

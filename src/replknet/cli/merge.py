@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from replknet.cli import outputs
 from replknet.cli.options import CHECKPOINT, TASK, Parser, parser
 from replknet.data import images
 from replknet.difference import largest_difference
 from replknet.nn import merge, unfolded_norms
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_weights
 from replknet.tasks.task import Network
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.output.suffix != ".safetensors":
         raise ValueError(f"the result is a .safetensors file, got {args.output}")
+    outputs.check_file(args.output, "OUTPUT")
     network = load_weights(args.checkpoint, args.task)
     merged = merge(network.model, fold_bn=not args.branches_only)
     network.task.files.save(merged, args.output, network.description)
@@ -54,11 +57,13 @@ def main(argv: list[str]) -> int:
         result["differences"] = _differences(network, args.output, args.images)
         result["bound"] = BOUND
         worst = max(found["relative_l2"] for found in result["differences"].values())
-    print(json.dumps(result) if args.json else _text(result))
     if not worst <= BOUND:
-        print(f"the outputs differ by {worst:.2e}, more than the bound {BOUND:.0e}", file=sys.stderr)
-        return 1
-    return 0
+        result["error"] = f"the outputs differ by {worst:.2e}, more than the bound {BOUND:.0e}"
+    print(json.dumps(result) if args.json else _text(result))
+    if "error" not in result:
+        return 0
+    print(result["error"], file=sys.stderr)
+    return 1
 
 
 def _differences(network: Network, output: Path, more: list[Path]) -> dict[str, dict[str, float]]:
@@ -93,4 +98,4 @@ def _text(result: dict[str, Any]) -> str:
             f"{d['relative_l2']:.2e} of the outputs' norm (bound {result['bound']:.0e})"
             for name, d in zip(("random inputs", "real images"), result["differences"].values(), strict=False)
         ]
-    return "\n".join(lines)
+    return "\n".join(map(shown, lines))

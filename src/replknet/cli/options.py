@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -12,16 +13,29 @@ from typing import Any, Literal, NoReturn, Union
 
 from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
 
-from replknet.cli.colour import red
+from replknet import limits
+from replknet.cli.errors import UsageError
 from replknet.cli.main import COMMANDS
 
 # help of the arguments of every command that reads a network
 CHECKPOINT = "file of weights, in any format that load_checkpoint reads, or name of weights in the package"
 EXPORTED = f"{CHECKPOINT}; or a file that `export` wrote"
 TASK = "task that the network must have; by default the file's own task"
+_LIMITS = (
+    "let files ask for this many times the usual sizes of networks and images, such as 4; only for files that you trust"
+)
 
 # an argument in a docstring, and its text
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
+# what stands before a wrong value in the errors of jsonargparse
+_CAME = (
+    r"[Vv]alue: |invalid choice: |Not of type \w+: (?!invalid|could not|int\(\)|float\(\))|base 10: |to float: |"
+    r"real number, not "
+)
+# threads of a process: no machine has as many processors
+THREADS = 1_024
+# letters of a wrong value that an error quotes
+_QUOTED = 100
 # largest number of choices that stand in the name of an option; more of them stand in its help
 _LISTED = 5
 
@@ -33,8 +47,8 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = self._value_error(message) or message + self._nearest_option(message)
-        self.exit(2, f"{red(self.prog)}: {text}\n{self.prog} --help shows every option\n")
+        text = self._value_error(message) or self._missing(message) or message + self._nearest_option(message)
+        raise UsageError(self.prog, text)
 
     def _value_error(self, message: str) -> str | None:
         """What values the option takes, or None if the message is not about a wrong value."""
@@ -43,32 +57,58 @@ class Parser(ArgumentParser):
             return None
         dest = (found[1] or found[2].split("/")[-1].lstrip("-")).replace("-", "_")
         action = next((action for action in self._actions if action.dest == dest), None)
-        came = re.search(r"(?:[Vv]alue: |invalid choice: |Not of type \w+: )(.*?)(?: \(choose| does not|$)", message)
+        came = re.search(rf"(?:{_CAME})(.*?)(?: \(choose| does not|$)", message)
         if action is None or came is None:
             return None
         value = came[1].strip("'")
+        value = value if len(value) <= _QUOTED else f"{value[:_QUOTED]}..."
         name = action.option_strings[-1] if action.option_strings else action.dest
         return f"{name} takes {_expected(action)}, got {value}{_nearest(value, _choices(action))}"
 
+    def _missing(self, message: str) -> str | None:
+        """The names of the options that are missing, or None if the message is not about these."""
+        start, found, names = message.partition("arguments are required: ")
+        if not found:
+            return None
+        options = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
+        return f"{start}{found}{', '.join(options.get(name, name) for name in names.split(', '))}"
+
     def _nearest_option(self, message: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.replace("=", " ").split():
+        for word in message.replace("=", " ").replace(":", " ").split():
             nearest = difflib.get_close_matches(word, known, 1)
             if word.startswith("--") and word not in known and nearest:
                 return f"; did you mean {nearest[0]}?"
         return ""
 
 
-def parser(name: str, example: str, part: str = "") -> Parser:
+def parser(name: str, example: str, part: str = "", description: str = "", files: bool = True) -> Parser:
     """The parser of a command, with an example below its help.
 
     Args:
         name: name of the command.
         example: example of a call.
         part: part of the command, such as erf of analyze; empty: the whole command.
+        description: what the part does; empty: what the command does.
+        files: whether it reads files of users, so that there are limits to what these may ask for.
     """
     prog = f"replknet {name} {part}".strip()
-    return Parser(prog=prog, description=COMMANDS[name], epilog=f"example: {example}")
+    p = Parser(prog=prog, description=description or COMMANDS[name], epilog=f"example: {example}")
+    if files:
+        group = p.add_argument_group("files of others")
+        group.add_argument("--limits", action=_Limits, type=str, default=SUPPRESS, metavar="X", help=_LIMITS)
+    return p
+
+
+class _Limits(Action):
+    """Sets the environment variable, so that processes that this one starts have the limits, too."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        os.environ[limits.VARIABLE] = value
+        try:
+            limits.factor()
+        except ValueError:
+            parser.error(f"--limits takes a positive number, such as 4, got {value}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -166,6 +206,12 @@ def refuse_settings(args: Any, kinds: Mapping[str, type[Any]], what: str, but: C
     wrong = sorted(option_of(name) for name in theirs if name in args)
     if wrong:
         raise ValueError(f"{what}: leave out {', '.join(wrong)}")
+
+
+def check_at_most(option: str, value: int | None, most: float) -> None:
+    """Raise a ValueError if an option's number is larger than `most`; None is not."""
+    if value is not None and value > most:
+        raise ValueError(f"{option} must be at most {most:,.0f}, got {value:,}")
 
 
 def option_of(field: str) -> str:

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from replknet.cli import outputs
 from replknet.cli.options import EXPORTED, TASK, Parser, add_settings, parser, settings_of
 from replknet.data import images
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_network
 
@@ -34,6 +36,8 @@ def arguments() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
+    if args.output is not None:
+        (outputs.check_file if _is_picture(args.output) else outputs.check_folder)(args.output, "--output")
     network = load_network(args.checkpoint, args.task)
     what = f"{args.checkpoint} is {network.task.noun}"
     settings = settings_of(args, network.task.prediction, _kinds(), what)
@@ -45,14 +49,18 @@ def main(argv: list[str]) -> int:
                 raise ValueError(f"{what}, which has no pictures: leave out -o")
             from replknet.analysis import plots  # matplotlib is optional
 
-            picture.parent.mkdir(parents=True, exist_ok=True)
             plots.save(found.draw(), picture)
         if args.json:
             drawn = {} if found.draw is None else {"picture": picture and str(picture)}
             print(json.dumps({"image": str(file), **drawn, **found.record}))
         else:
-            print(f"{picture or file}: {found.text}")
+            print(f"{shown(picture or file)}: {shown(found.text)}")
     return 0
+
+
+def _is_picture(output: Path) -> bool:
+    """Whether the output is one picture, and not a folder of pictures."""
+    return output.suffix.lower() == ".png"
 
 
 def _pictures(paths: Sequence[Path], output: Path | None) -> Iterator[tuple[Path, Path | None]]:
@@ -62,7 +70,7 @@ def _pictures(paths: Sequence[Path], output: Path | None) -> Iterator[tuple[Path
         ValueError: several images have one picture, or two pictures have one name.
     """
     files = images.files(paths)
-    single = output is not None and output.suffix.lower() == ".png"
+    single = output is not None and _is_picture(output)
     if single and len(files) > 1:
         raise ValueError(f"{len(files)} images need a folder for their pictures, got {output}")
     names = [file.stem for file in files]

@@ -11,7 +11,9 @@ from typing import Any
 from jsonargparse import SUPPRESS
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
+from replknet.cli import outputs
 from replknet.cli.options import Parser, add_fields, nearest, option_of, parser
+from replknet.shown import shown
 from replknet.tasks import RECIPES, TASKS
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
@@ -133,24 +135,23 @@ def _train(recipe: Recipe, hardware: Hardware, args: Any, argv: list[str]) -> in
     from pytorch_lightning.utilities import rank_zero_only
 
     from replknet.tasks.training import fit
-    from replknet.train.checkpoint import StateError
-    from replknet.train.guard import LossError
 
     output = args.output or Path("runs") / args.recipe
+    outputs.check_folder(output, "--output")
     try:
         weights = fit(recipe, output, args.data, args.resume, hardware)
-    except (StateError, LossError) as error:
-        print(f"replknet train: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        again = shlex.join(["replknet", "train", *(word for word in argv if word != "--resume")])
+        again = shown(shlex.join(["replknet", "train", *(word for word in argv if word != "--resume")]))
         if (output / "last.ckpt").exists():
-            print(f"\ninterrupted; the state is in {output}/last.ckpt. Go on with: {again} --resume", file=sys.stderr)
+            print(
+                f"\ninterrupted; the state is in {shown(output)}/last.ckpt. Go on with: {again} --resume",
+                file=sys.stderr,
+            )
         else:
             print(f"\ninterrupted before there was a state to keep. Start again with: {again}", file=sys.stderr)
         return 130
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # Lightning sets it
-        print(weights)
+        print(shown(weights))
     return 0
 
 

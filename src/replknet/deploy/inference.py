@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from replknet.deploy.inference_layers import packs
 from replknet.deploy.rewrite import Rewriter, cast, folded
-from replknet.deploy.verify import Difference, worst
+from replknet.deploy.verify import AccuracyError, Difference, worst
 from replknet.difference import largest_difference
 from replknet.kernels.malloc import keep_freed_memory
 from replknet.nn.merge import unfolded_norms
@@ -160,7 +160,7 @@ def optimize(
 
     Raises:
         ValueError: an example or a dtype that does not fit.
-        RuntimeError: an output differs from the model's by more of its norm than `BOUNDS` allows for the less exact
+        AccuracyError: an output differs from the model's by more of its norm than `BOUNDS` allows for the less exact
             dtype of both.
 
     Source of the folding: Ding et al. 2022, arXiv:2203.06717, section 3, guideline 3.
@@ -244,17 +244,17 @@ def _compared(way: str, wanted: Sequence[Tensor], got: Sequence[Tensor], bound: 
     """The largest difference of all outputs.
 
     Raises:
-        RuntimeError: it is above the bound.
+        AccuracyError: it is above the bound.
     """
     found = []
     for one, other in zip(wanted, got, strict=True):
         if other.shape != one.shape:
-            raise RuntimeError(f"{way}: an output must be {list(one.shape)}, got {list(other.shape)}")
+            raise AccuracyError(f"{way}: an output must be {list(one.shape)}, got {list(other.shape)}")
         found.append(Difference(*largest_difference(one, other)))
     largest = worst(found)
     # a NaN fails, too
     if not largest.relative <= bound:
-        raise RuntimeError(
+        raise AccuracyError(
             f"{way}: an output may differ from the source's by {bound:.0e} of its norm, got {largest.relative:.1e}; "
             "no inference form was made. A network that amplifies rounding needs a longer dtype; else look whether the "
             "example's images are normalised and the source's outputs finite"

@@ -16,7 +16,10 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 class AccuracyError(RuntimeError):
-    """int8 loses more accuracy than is allowed, even with layers in float32; no file was written."""
+    """A form of a network computes something else than its source, or int8 loses more accuracy than is allowed.
+
+    No file was written.
+    """
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def compared(name: str, wanted: Tensor, got: Tensor, bound: float) -> Difference
         bound: largest relative L2 difference that is allowed.
 
     Raises:
-        RuntimeError: the output differs more, or has another shape.
+        AccuracyError: the output differs more, or has another shape.
     """
     problem = f"expected {name} {list(wanted.shape)}, got {list(got.shape)}"
     if got.shape == wanted.shape:
@@ -82,7 +85,7 @@ def compared(name: str, wanted: Tensor, got: Tensor, bound: float) -> Difference
         if found.relative <= bound:
             return found
         problem = f"{name} may differ by {bound:.0e} of the norm, got {found.relative:.1e}"
-    raise RuntimeError(
+    raise AccuracyError(
         f"the exported file does not compute what torch computes, so it was not kept: {problem}; if the difference is "
         "close to the bound, try another example"
     )

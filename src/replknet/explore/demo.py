@@ -66,8 +66,8 @@ def run(output: Path, data: Path | None = None, epochs: int = 5) -> Path:
         DownloadError: CIFAR-10 cannot be downloaded.
     """
     started = time.perf_counter()
+    large = cifar10().changed(epochs=epochs, warmup_epochs=min(1, max(0, epochs - 1)))
     load(data)
-    large = cifar10().changed(epochs=epochs, warmup_epochs=min(1, epochs - 1))
     small = large.changed(kernels=_SMALL_KERNELS)
     outcomes = [
         _outcome("large kernels", large, output / "large", data),

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from types import TracebackType
 
 from replknet.kernels import aten, measured, native, reference, triton
-from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, Call
+from replknet.kernels.backend import ALGORITHMS, Algorithm, Backend, BackendError, Call
 
 # asked in this order; the first that neither refuses nor declines a call takes it
 BACKENDS: tuple[Backend, ...] = (
@@ -106,7 +106,7 @@ def choose(call: Call) -> Backend:
         The backend. If all that accept the call decline it, the first of them.
 
     Raises:
-        RuntimeError: no backend accepts the call; the text has every backend's reason.
+        BackendError: no backend accepts the call; the text has every backend's reason.
     """
     return _chosen(call, forced(), BACKENDS)
 
@@ -126,7 +126,7 @@ def _chosen(call: Call, name: str | None, backends: tuple[Backend, ...]) -> Back
     reasons = "; ".join(f"{key}: {why or 'would take it'}" for key, why in refusals(call).items())
     who = "no backend takes" if name is None else f"the forced backend {name!r} does not take"
     way = "" if name is None else f"; for the automatic choice unset {VARIABLE} and call replknet.use_backend(None)"
-    raise RuntimeError(f"{who} this call: {call} ({reasons}){way}")
+    raise BackendError(f"{who} this call: {call} ({reasons}){way}")
 
 
 __all__ = [

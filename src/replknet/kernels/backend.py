@@ -11,6 +11,10 @@ Algorithm = Literal["auto", "direct", "fft"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 
+class BackendError(RuntimeError):
+    """No backend takes a call, or what was asked for by name does not run here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """Everything that a choice among backends may depend on: no data, no clock.

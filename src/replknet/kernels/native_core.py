@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from replknet.extras import installing
+from replknet.kernels.backend import BackendError
 
 VARIABLE = "REPLKNET_ISA"
 ALGORITHMS = {"direct": 0, "fft": 1}
@@ -71,11 +72,11 @@ def core() -> ctypes.CDLL:
     """The loaded core.
 
     Raises:
-        RuntimeError: this installation has no core.
+        BackendError: this installation has no core.
     """
     found = library()
     if found is None:
-        raise RuntimeError("the native kernel was not built with this installation")
+        raise BackendError("the native kernel was not built with this installation")
     return found
 
 
@@ -113,7 +114,7 @@ def instruction_set() -> str:
     """The instruction set that calls run with: the one that REPLKNET_ISA names at the first call, else the best.
 
     Raises:
-        RuntimeError: there is no core, or REPLKNET_ISA names a set that the core lacks or that does not run here.
+        BackendError: there is no core, or REPLKNET_ISA names a set that the core lacks or that does not run here.
     """
     wanted = os.environ.get(VARIABLE) or None
     if wanted is None:
@@ -124,17 +125,17 @@ def instruction_set() -> str:
 def _built() -> dict[str, bool]:
     found = instruction_sets()
     if not found:
-        raise RuntimeError("the native kernel was not built with this installation")
+        raise BackendError("the native kernel was not built with this installation")
     return found
 
 
 def _checked(wanted: str, said: str) -> str:
     found = _built()
     if wanted not in found:
-        raise RuntimeError(f"{said}: this build has {', '.join(found)}")
+        raise BackendError(f"{said}: this build has {', '.join(found)}")
     if not found[wanted]:
         running = ", ".join(name for name, runs in found.items() if runs)
-        raise RuntimeError(f"{said}: this processor does not have it; it runs {running}")
+        raise BackendError(f"{said}: this processor does not have it; it runs {running}")
     return wanted
 
 
@@ -146,7 +147,7 @@ def use_instruction_set(name: str) -> Iterator[None]:
     """Run all calls of the process with one instruction set, such as "avx2"; for comparisons in one process.
 
     Raises:
-        RuntimeError: as in `instruction_set`.
+        BackendError: as in `instruction_set`.
     """
     global _by_force
     before, _by_force = _by_force, _checked(name, f"use_instruction_set({name!r})")

@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from replknet.train.hardware import Hardware
 from replknet.train.job import Train, check_model
-from replknet.train.optimisers import fallback_of
+from replknet.train.optimisers import check_optimizer, fallback_of
 from replknet.train.recipe import Recipe
 
 # share of a device's memory that tensors may take; libraries, fragments and the framework need the rest
@@ -73,6 +73,7 @@ def estimate(
             `hardware.shard` is set, which the estimate does not count.
     """
     check_model(recipe.model)
+    check_optimizer(recipe.optimizer)
     if hardware.shard:
         raise ValueError("whole weights are counted on every device: the estimate does not know --shard, leave it out")
     per_process, rest = divmod(recipe.batch_size, hardware.processes)

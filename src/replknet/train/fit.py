@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,12 @@ from replknet.train.hardware import Hardware
 from replknet.train.interrupts import StopOnInterrupt, interrupts_wait_for
 from replknet.train.job import Job, Train, check_model
 from replknet.train.loaders import Batches
+from replknet.train.optimisers import check_optimizer
 from replknet.train.progress import Bar, Progress
 from replknet.train.recipe import Recipe
+
+# processes that any machine may run, for a try
+_FEW = 4
 
 
 class ResumeError(ValueError):
@@ -51,6 +56,7 @@ def run(
         hardware: devices and the like.
     """
     check_model(recipe.model)
+    check_optimizer(recipe.optimizer)
     if recipe.finetune and recipe.weights is None:
         raise ValueError("this recipe fine-tunes a network: name the checkpoint it starts from with --weights FILE")
     hardware = hardware or Hardware()
@@ -62,6 +68,7 @@ def run(
             "its own images"
         )
     _warn_of_emulation(recipe)
+    _check_devices(hardware)
     accumulate = hardware.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
     done = _steps_done(last, recipe, resume)
@@ -179,6 +186,16 @@ def _trainer(
         # weights that are gathered in it could not be trained on
         inference_mode=not hardware.shard,
     )
+
+
+def _check_devices(hardware: Hardware) -> None:
+    """Raise a ValueError if this machine has fewer devices than processes are asked for."""
+    gpus, processors = torch.cuda.device_count(), os.cpu_count() or 1
+    most, what = (gpus, "GPUs") if gpus else (max(_FEW, processors), "processors")
+    if hardware.devices is not None and hardware.devices > most:
+        raise ValueError(
+            f"devices must be at most {most}, got {hardware.devices}: this machine has {gpus or processors} {what}"
+        )
 
 
 def _check_shardable(hardware: Hardware) -> None:

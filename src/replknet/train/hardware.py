@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from replknet.train.recipe import check_at_most
+
+# of a machine, and machines: the largest clusters have some ten thousand
+_PROCESSES = 65_536
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -41,6 +46,7 @@ class Hardware:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        check_at_most(self, _PROCESSES, "devices", "nodes")
 
     @property
     def processes(self) -> int:

@@ -121,9 +121,9 @@ def built(build: Callable[..., Built], name: str, options: dict[str, Any]) -> Bu
     """The result of `build(**options)`.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown, or the network cannot have its value.
     """
     try:
         return build(**options)
-    except TypeError as error:
+    except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be built with {options}: {error}") from error

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
+
+from replknet.reading import Kind, reading
 
 
 def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr: float, weight_decay: float) -> Any:
@@ -34,6 +37,13 @@ def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr:
         weight_decay=weight_decay,
         filter_bias_and_bn=False,
     )
+
+
+def check_optimizer(name: str) -> None:
+    """Raise a ValueError if timm has no optimiser of this name, or its package is missing."""
+    known = Kind(ValueError, "an optimiser of timm's", "timm.optim.list_optimizers() names them")
+    with reading(f"optimizer {name!r}", known):
+        create_optimizer_v2([nn.Parameter(torch.zeros(4, 4))], name, lr=0.1)
 
 
 def fallback_of(model: nn.Module, optimizer: str) -> dict[str, Any]:

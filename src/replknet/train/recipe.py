@@ -5,8 +5,18 @@ A recipe has the fields that all trainings share, and the options of its task. E
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
+
+from replknet import limits
+
+# largest number in a recipe: no training has as many images
+_LARGEST = 10**12
+# seeds of numpy have 32 bits
+_SEED = 2**32 - 1
+# processes that load images: no machine has as many processors
+_WORKERS = 1_024
 
 
 class Options(Protocol):
@@ -86,6 +96,13 @@ class Recipe:
             raise ValueError(f"give either epochs or samples, got {self.epochs} and {self.samples}")
         unit, other = ("epochs", "samples") if self.samples is None else ("samples", "epochs")
         check_positive(self, "evaluate_every", unit, "batch_size", "lr")
+        check_at_most(self, _SEED, "seed")
+        check_at_most(self, _WORKERS, "workers")
+        check_not_negative(self, "seed")
+        if self.clip_grad is not None:
+            check_positive(self, "clip_grad")
+        if any(side < 1 or side % 2 == 0 for side in self.kernels or ()):
+            raise ValueError(f"kernels must be positive and odd, got {list(self.kernels or ())}")
         check_not_negative(self, f"warmup_{unit}", "weight_decay", "workers")
         check_below_one(self, "drop_path")
         length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
@@ -146,15 +163,50 @@ class Recipe:
 def check_positive(record: object, *names: str) -> None:
     """Raise a ValueError if one of these fields is not positive."""
     for name in names:
-        if getattr(record, name) <= 0:
-            raise ValueError(f"{name} must be positive, got {getattr(record, name)}")
+        if not 0 < getattr(record, name) <= _LARGEST:
+            raise ValueError(f"{name} must be positive{_finite(record, name)}, got {getattr(record, name)}")
 
 
 def check_not_negative(record: object, *names: str) -> None:
     """Raise a ValueError if one of these fields is negative."""
     for name in names:
-        if getattr(record, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(record, name)}")
+        if not 0 <= getattr(record, name) <= _LARGEST:
+            raise ValueError(f"{name} must not be negative{_finite(record, name)}, got {getattr(record, name)}")
+
+
+def check_at_most(record: object, most: int, *names: str) -> None:
+    """Raise a ValueError if one of these fields is larger than `most`; None is not."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_sides(record: object, *names: str) -> None:
+    """Raise a ValueError if a side in one of these fields is not from 1 to `limits.SIDE` pixels.
+
+    Args:
+        record: has the fields.
+        names: fields with a number, tuples of numbers, or None for no side.
+    """
+    most = int(limits.SIDE * limits.factor())
+    for name in names:
+        value = getattr(record, name)
+        if any(not 1 <= side <= most for side in _numbers(value)):
+            raise ValueError(f"{name} must be from 1 to {most} pixels, got {value}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in nested tuples."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif value is not None:
+        yield value
+
+
+def _finite(record: object, name: str) -> str:
+    return f", and at most {_LARGEST:.0e}" if getattr(record, name) > _LARGEST else ""
 
 
 def check_below_one(record: object, *names: str) -> None:

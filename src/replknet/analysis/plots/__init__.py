@@ -2,7 +2,7 @@
 
 from replknet.analysis.plots.cues import shape_bias
 from replknet.analysis.plots.fields import log_maps, receptive_fields
-from replknet.analysis.plots.figure import as_html, save
+from replknet.analysis.plots.figure import as_html, check_ending, save
 from replknet.analysis.plots.scenes import boxes, overlay
 from replknet.analysis.plots.times import rivals, stack_times, times_by_kernel
 from replknet.analysis.plots.training import confusion, curves, seeds
@@ -11,6 +11,7 @@ from replknet.analysis.plots.weights import kernels
 __all__ = [
     "as_html",
     "boxes",
+    "check_ending",
     "confusion",
     "curves",
     "kernels",

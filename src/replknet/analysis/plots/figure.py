@@ -7,16 +7,27 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 # Agg needs no screen
 matplotlib.use("Agg")
+# names of files and classes are texts: a $ in them begins no formula
+matplotlib.rcParams["text.parse_math"] = False
 
 DPI = 110
 
 
+def check_ending(path: Path) -> None:
+    """Raise a ValueError if matplotlib writes no pictures with the path's ending."""
+    known = sorted(FigureCanvasBase.filetypes)
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"the ending of a picture must be one of {', '.join(known)}, got {path}")
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a picture in the format of the path's ending; an earlier file is replaced once the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"part.{path.name}")
     figure.savefig(part, dpi=DPI)
     # pyplot keeps every figure until it is closed

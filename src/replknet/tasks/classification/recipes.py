@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from replknet.train.recipe import Recipe, check_below_one, check_not_negative, check_positive, check_share
+from replknet.limits import SIDE
+from replknet.train.recipe import (
+    Recipe,
+    check_at_most,
+    check_below_one,
+    check_not_negative,
+    check_share,
+    check_sides,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,12 @@ class ClassificationOptions:
     unreadable_images: int = 10
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size")
+        check_sides(self, "image_size")
+        check_at_most(self, SIDE, "crop_padding")
+        if self.crop_padding is not None:
+            check_not_negative(self, "crop_padding")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}; null for equal rates")
         check_not_negative(
             self, "min_lr", "mixup", "cutmix", "mixup_off_epoch", "color_jitter", "precise_bn", "unreadable_images"
         )

@@ -17,6 +17,9 @@ class PredictionSettings:
 
     top: int = 5
 
+    def __post_init__(self) -> None:
+        check_positive(self, "top")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
@@ -31,6 +34,10 @@ class EvaluationSettings:
     dataset: Literal["cifar10", "folder"] = "cifar10"
     batch_size: int = 256
     unreadable_images: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        check_not_negative(self, "unreadable_images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ guess.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from replknet.train.recipe import Recipe, check_not_negative, check_positive, check_share
+from replknet.limits import CHANNELS
+from replknet.train.recipe import Recipe, check_at_most, check_not_negative, check_positive, check_share, check_sides
 
 # images of COCO's train2017 with objects; mmdetection trains on these
 _COCO = 117_266
@@ -59,8 +60,14 @@ class DetectionOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "channels")
+        check_at_most(self, CHANNELS, "channels")
+        check_sides(self, "scale", "scales", "crop_scales")
+        if not self.scales:
+            raise ValueError("scales must have one pair of sides at least, got none")
+        if any(drop < 1 for drop in self.drops):
+            raise ValueError(f"drops must be positive, got {list(self.drops)}")
         check_not_negative(self, "backbone_lr")
-        check_share(self, "flip")
+        check_share(self, "flip", "warmup_start")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from replknet.train.recipe import check_share
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
@@ -13,6 +15,9 @@ class PredictionSettings:
     """
 
     min_score: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_share(self, "min_score")
 
 
 @dataclass(frozen=True, kw_only=True)

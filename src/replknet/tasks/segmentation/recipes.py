@@ -8,7 +8,11 @@ steps of 16 for Swin or ConvNeXt, which is half as many crops; keep that in mind
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from replknet.train.recipe import Recipe, check_not_negative, check_positive
+from replknet.limits import CHANNELS
+from replknet.train.recipe import Recipe, check_at_most, check_not_negative, check_positive, check_share, check_sides
+
+# factor on the size of an image
+_LARGEST_RATIO = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,13 @@ class SegmentationOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "channels")
+        check_at_most(self, CHANNELS, "channels", "auxiliary_channels")
+        check_share(self, "largest_share")
+        check_sides(self, "crop", "scale", "window", "stride")
+        if self.auxiliary_channels is not None:
+            check_positive(self, "auxiliary_channels")
+        if self.ratio[1] > _LARGEST_RATIO:
+            raise ValueError(f"ratio must be at most {_LARGEST_RATIO}, got {self.ratio}")
         check_not_negative(self, "backbone_lr")
         if min(self.crop) < 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"crop and ratio must be positive and ratio ascending, got {self.crop} and {self.ratio}")

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from replknet.train.recipe import check_sides
+
+# factor on the size of an image
+LARGEST_RATIO = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
@@ -15,6 +20,9 @@ class PredictionSettings:
 
     window: int | None = None
     stride: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sides(self, "window", "stride")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +45,8 @@ class EvaluationSettings:
     stride: int | None = None
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_sides(self, "window", "stride")
+        if not self.ratios or not all(0 < ratio <= LARGEST_RATIO for ratio in self.ratios):
+            raise ValueError(f"ratios must be positive, and at most {LARGEST_RATIO}, got {list(self.ratios)}")
