@@ -67,7 +67,7 @@ def test_files_get_their_names_in_an_order_in_which_the_state_is_last(cifar, tmp
 
     monkeypatch.setattr(os, "replace", replace)
     fit(RECIPE, tmp_path, cifar, hardware=Hardware(save_steps=4))
-    kept = [name for name in names if name not in ("steps.csv", "curve.png")]
+    kept = [name for name in names if name not in ("recipe.json", "steps.csv", "curve.png")]
     within, after = ["model.safetensors", "last.ckpt"], ["metrics.json", "model.safetensors", "best.safetensors"]
     assert kept == [*within, *after, "last.ckpt"]
     assert not list(tmp_path.glob("*.part"))

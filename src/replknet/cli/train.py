@@ -13,11 +13,14 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from replknet.cli import outputs
 from replknet.cli.options import Parser, add_fields, nearest, option_of, parser
+from replknet.reading import Kind
 from replknet.shown import shown
 from replknet.tasks import RECIPES, TASKS
+from replknet.train.files import read_json, told
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
 
+_CONFIG = Kind(ValueError, "JSON as --print-config writes it", "write it anew with --print-config")
 # fields that few people change: only --help-all shows them
 _RARE = (
     *("finetune", "normalization", "evaluate", "sync_bn", "evaluate_every", "clip_grad"),
@@ -102,12 +105,9 @@ def _names(recipe: Recipe) -> list[str]:
 def _options(file: Path, preset: Recipe) -> list[str]:
     """The fields in a file that --print-config wrote, as options."""
     names = _names(preset)
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON, as --print-config writes it: {error}") from error
+    content = read_json(file, _CONFIG)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold one JSON object, as --print-config writes it, got {content!r:.40}")
+        raise ValueError(f"{file} must hold one JSON object, as --print-config writes it, got {told(content)}")
     unknown = sorted(set(content) - set(names))
     if unknown:
         raise ValueError(f"{file} has {', '.join(unknown)}, which this recipe lacks; there are {', '.join(names)}")

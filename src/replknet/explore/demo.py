@@ -4,8 +4,6 @@ A second network with 3x3 kernels and an otherwise equal recipe is trained, too,
 """
 
 import html
-import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.classification.sets import evaluation_set
 from replknet.tasks.training import fit
 from replknet.timing import Timing, interleaved
+from replknet.train.files import CURVE, rows_of, write_text
 from replknet.train.recipe import Recipe
 
 # images are enlarged for the receptive field, as in the paper, so that it does not end at their border
@@ -74,9 +73,7 @@ def run(output: Path, data: Path | None = None, epochs: int = 5) -> Path:
         _outcome("3x3 kernels", small, output / "small", data),
     ]
     report = output / "report.html"
-    part = report.with_name(report.name + ".part")
-    part.write_text(_page(outcomes, (time.perf_counter() - started) / 60))
-    os.replace(part, report)
+    write_text(report, _page(outcomes, (time.perf_counter() - started) / 60))
     return report
 
 
@@ -102,7 +99,7 @@ def _outcome(title: str, recipe: Recipe, folder: Path, data: Path | None) -> Out
         f"differ by at most {difference[0]:.1e} ({difference[1]:.1e} of their norm); "
         f"{times['before'].p50_ms:.2f} ms an image before, {times['after'].p50_ms:.2f} ms after"
     )
-    curve = json.loads((folder / "metrics.json").read_text())
+    curve = rows_of(folder / "metrics.json", CURVE)
     return Outcome(
         title=title,
         recipe=recipe,

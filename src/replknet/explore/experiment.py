@@ -8,6 +8,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from replknet.reading import Kind
+from replknet.shown import shown
+from replknet.train.files import is_number, told, write_text
 from replknet.train.hardware import Hardware
 
 Scale = Literal["small", "full"]
@@ -86,9 +89,43 @@ class Run:
 
     def write(self, path: Path) -> None:
         """Write the run as JSON: completely or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        part.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+class RecordError(ValueError):
+    """A file of experiments that is damaged. The text says which, why, and what to do."""
+
+
+RECORD = Kind(RecordError, "a record of experiments", "move it away, and run the experiment again")
+_TYPES = {"arm": str, "key": str, "seed": int, "figures": dict, "seconds": float, "provenance": dict}
+
+
+def run_from(content: object, where: Path) -> Run:
+    """The run in a record.
+
+    Args:
+        content: the run as JSON keeps it.
+        where: the file, for the error.
+
+    Raises:
+        RecordError: a field is missing, unknown or of another type.
+    """
+    wrong = None
+    if not isinstance(content, dict):
+        wrong = f"expected an object for a run, got {told(content)}"
+    elif content.keys() != _TYPES.keys():
+        (name, *_) = sorted(content.keys() ^ _TYPES.keys())
+        wrong = f"a run must have {', '.join(_TYPES)}; {told(name)} is missing or unknown"
+    else:
+        for name, kind in _TYPES.items():
+            value = content[name]
+            if not (is_number(value) if kind is float else type(value) is kind):
+                wrong = f"{name} must be of type {kind.__name__}, got {told(value)}"
+                break
+    if wrong is not None:
+        raise RecordError(f"{shown(where)} is not {RECORD.expected}: {wrong}; {RECORD.way_out}")
+    assert isinstance(content, dict)
+    return Run(**content)
 
 
 @dataclass(frozen=True)

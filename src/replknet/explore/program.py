@@ -13,7 +13,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from replknet.bench.records import provenance
 from replknet.explore import conflict, family, fields, guidelines, kernel_sizes, rivals, speed
-from replknet.explore.experiment import Arm, Experiment, Results, Run, Scale, Site
+from replknet.explore.experiment import RECORD, Arm, Experiment, RecordError, Results, Run, Scale, Site, run_from
+from replknet.reading import reading
+from replknet.shown import shown
+from replknet.train.files import read_json, write_text
 
 # name -> experiment for a scale, in the order of runs and report: the most telling first
 EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {
@@ -79,9 +82,13 @@ def chosen(scale: Scale, patterns: Sequence[str], seeds: int | None = None) -> l
 
 
 def read(site: Site, arm: Arm, seed: int) -> Run | None:
-    """The run of an arm with a seed; None if it is not done."""
+    """The run of an arm with a seed; None if it is not done.
+
+    Raises:
+        RecordError: its file is damaged.
+    """
     path = site.folder(arm, seed) / "run.json"
-    return Run(**json.loads(path.read_text())) if path.exists() else None
+    return run_from(read_json(path, RECORD), path) if path.exists() else None
 
 
 # field of `Site` -> what the error says if it is missing
@@ -207,7 +214,9 @@ def results(experiment: Experiment, site: Site) -> Results:
 def record(experiment: Experiment, site: Site) -> Path:
     """Write the record of an experiment, one JSON file: configurations, seeds, figures, claims."""
     found = results(experiment, site)
-    findings = [(claim, claim.ours(found)) for claim in experiment.claims]
+    path = site.output / f"{experiment.name}.json"
+    with reading(f"{site.output / 'runs'} of {experiment.name}", RECORD):
+        findings = [(claim, claim.ours(found)) for claim in experiment.claims]
     content = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -220,10 +229,7 @@ def record(experiment: Experiment, site: Site) -> Path:
         ],
         "runs": [asdict(run) for run in found.runs],
     }
-    path = site.output / f"{experiment.name}.json"
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -232,10 +238,13 @@ def restored(experiment: Experiment, path: Path) -> Results:
 
     Raises:
         ValueError: the record has another configuration than the experiment has now.
+        RecordError: the record is damaged.
     """
-    content = json.loads(path.read_text())
+    content = read_json(path, RECORD)
     keys = {arm.name: arm.key for arm in experiment.arms}
-    runs = [Run(**run) for run in content["runs"]]
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
+        raise RecordError(f"{shown(path)} is not {RECORD.expected}: it has no list of runs; {RECORD.way_out}")
+    runs = [run_from(run, path) for run in content["runs"]]
     other = sorted({run.arm for run in runs if keys.get(run.arm) != run.key})
     if other:
         raise ValueError(

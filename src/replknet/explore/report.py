@@ -1,6 +1,5 @@
 """The report of all experiments: what the paper says, what our runs say, and whether they agree."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +7,10 @@ from statistics import fmean
 from typing import get_args
 
 from replknet.analysis import plots
-from replknet.explore.experiment import Experiment, Results, Verdict, spread
+from replknet.explore.experiment import RECORD, Experiment, Results, Verdict, spread
 from replknet.explore.program import restored
+from replknet.reading import reading
+from replknet.train.files import write_text
 
 _HEAD = """# The paper as experiments
 
@@ -31,6 +32,7 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
         The path of the page.
 
     Raises:
+        RecordError: a record is damaged.
         ValueError: there is no record, or a record has another configuration.
     """
     sections = []
@@ -44,19 +46,21 @@ def write(experiments: Sequence[Experiment], folder: Path) -> Path:
             continue
         picture = ""
         if experiment.draw is not None:
-            plots.save(experiment.draw(results), folder / f"{experiment.name}.png")
+            with reading(path, RECORD):
+                figure = experiment.draw(results)
+            plots.save(figure, folder / f"{experiment.name}.png")
             picture = f"![{experiment.title}]({experiment.name}.png)\n"
-        claims = _claims(experiment, results)
+        # an experiment takes the figures that its arms wrote
+        with reading(path, RECORD):
+            claims = _claims(experiment, results)
+            sections.append(_section(experiment, results, claims, picture))
         verdicts += [[experiment.name, *row] for row in claims]
-        sections.append(_section(experiment, results, claims, picture))
     if not sections:
         names = ", ".join(f"{experiment.name}.json" for experiment in experiments)
         raise ValueError(f"there is no record of an experiment in {folder}: expected at least one of {names}")
     overview = _table([["experiment", "claim", "the paper's figure", "ours", "direction"], *verdicts])
     page = folder / "report.md"
-    part = page.with_name(page.name + ".part")
-    part.write_text("\n".join([_HEAD, "## All claims\n", _summary(verdicts), overview, *sections]))
-    os.replace(part, page)
+    write_text(page, "\n".join([_HEAD, "## All claims\n", _summary(verdicts), overview, *sections]))
     return page
 
 

@@ -1,6 +1,5 @@
 """Arms that train a network from a recipe."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from replknet.tasks.classification.recipes import ClassificationOptions
 from replknet.tasks.segmentation.recipes import SegmentationOptions
 from replknet.tasks.training import fit
 from replknet.train.estimate import autocast
+from replknet.train.files import CURVE, rows_of
 from replknet.train.job import TrainStep
 from replknet.train.recipe import Recipe
 
@@ -81,7 +81,7 @@ def _train(recipe: Recipe, start: Arm | None, seed: int, folder: Path, site: Sit
     kind = _KINDS[type(recipe.options)]
     data = kind.data(site)
     weights = fit(recipe, folder, data, resume=(folder / "last.ckpt").exists(), hardware=site.hardware)
-    rows = json.loads((folder / "metrics.json").read_text())
+    rows = rows_of(folder / "metrics.json", CURVE)
     figures = kind.figures(recipe, rows, weights, site)
     # the training has ended, and the state to go on from is many times as large as the weights
     (folder / "last.ckpt").unlink(missing_ok=True)

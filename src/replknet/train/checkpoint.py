@@ -1,7 +1,6 @@
 """The files from which a training goes on, and the weights beside them."""
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from replknet.train.callbacks import Kept
 from replknet.train.curve import KeepCurve
-
-
-class StateError(RuntimeError):
-    """A state that cannot be written or read; the text says which, why, and what is left."""
+from replknet.train.state import StateError
 
 
 class KeepState(pl.Callback):
@@ -99,21 +95,3 @@ def _whole(trainer: pl.Trainer, module: pl.LightningModule, kept: Kept) -> nn.Mo
         whole = kept.build()
     whole.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, assign=True)
     return whole
-
-
-def check_whole(path: Path) -> None:
-    """Compare a state with the checksums in it.
-
-    Args:
-        path: of a `last.ckpt`.
-
-    Raises:
-        StateError: it is cut short or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except zipfile.BadZipFile as error:
-        raise StateError(f"{path} is cut short or no state of a training ({error})") from error
-    if damaged is not None:
-        raise StateError(f"{path} is damaged: the checksum of {damaged} does not fit; start anew, or use a copy")

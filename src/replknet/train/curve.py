@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replknet.train.callbacks import scores_of
+from replknet.train.files import write_text
 
 
 class KeepCurve(pl.Callback):
@@ -89,6 +89,4 @@ class KeepCurve(pl.Callback):
         self.rows.append({**row, **scores_of(trainer)})
         self._seconds, self._losses = 0.0, []
         if trainer.is_global_zero:
-            part = self.folder / "metrics.json.part"
-            part.write_text(json.dumps(self.rows, indent=1) + "\n")
-            os.replace(part, self.folder / "metrics.json")
+            write_text(self.folder / "metrics.json", json.dumps(self.rows, indent=1) + "\n")

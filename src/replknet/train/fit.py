@@ -17,20 +17,25 @@ from replknet.data.download import quiet
 from replknet.data.images import ImageError
 from replknet.kernels.malloc import keep_freed_memory
 from replknet.kernels.onednn import computes_bfloat16
+from replknet.shown import shown
 from replknet.train.callbacks import GiveBackMemory, ScoreLast, SeedSteps
-from replknet.train.checkpoint import KeepState, check_whole
+from replknet.train.checkpoint import KeepState
 from replknet.train.curve import KeepCurve
+from replknet.train.files import told, write_text
 from replknet.train.guard import GuardLoss
 from replknet.train.hardware import Hardware
 from replknet.train.interrupts import StopOnInterrupt, interrupts_wait_for
 from replknet.train.job import Job, Train, check_model
 from replknet.train.loaders import Batches
 from replknet.train.optimisers import check_optimizer
-from replknet.train.progress import Bar, Progress
+from replknet.train.progress import Bar, Progress, read_rows
 from replknet.train.recipe import Recipe
+from replknet.train.state import State, check_fits, read_state
 
 # processes that any machine may run, for a try
 _FEW = 4
+# of the fields that differ from a state's, how many an error names; parts and letters of such a field
+_TOLD, _SHORT, _LETTERS = 5, 8, 60
 
 
 class ResumeError(ValueError):
@@ -71,23 +76,27 @@ def run(
     _check_devices(hardware)
     accumulate = hardware.accumulated(recipe.batch_size)
     last = folder / "last.ckpt"
-    done = _steps_done(last, recipe, resume)
+    state = _state(last, recipe, resume)
     keep_freed_memory()
     pl.seed_everything(recipe.seed, verbose=False)
     job = train.job(recipe, data, hardware)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(recipe.plain, indent=1) + "\n")
+    if resume:
+        read_rows(folder)
+    write_text(folder / "recipe.json", json.dumps(recipe.plain, indent=1) + "\n")
     curve = KeepCurve(folder)
-    state = KeepState(folder, job.kept, recipe.plain, curve, hardware.save_steps, job.score)
-    stop = StopOnInterrupt(state.keep)
+    keep = KeepState(folder, job.kept, recipe.plain, curve, hardware.save_steps, job.score)
+    stop = StopOnInterrupt(keep.keep)
     # a loss that is no number is neither in the curve nor in a state, and a state never comes before its row
-    keepers = (GuardLoss(folder), curve, stop, state)
+    keepers = (GuardLoss(folder), curve, stop, keep)
     with warnings.catch_warnings(), interrupts_wait_for(stop), _one_line_for_images():
         _ignore_lightnings_advice()
         trainer = _trainer(recipe, job, folder, keepers, hardware, accumulate)
+        if state is not None:
+            check_fits(state, trainer, job.module)
         trainer.fit(
             job.module,
-            datamodule=Batches(job.sets, recipe, accumulate, done),
+            datamodule=Batches(job.sets, recipe, accumulate, 0 if state is None else state.steps),
             ckpt_path=str(last) if resume else None,
             weights_only=True,
         )
@@ -124,26 +133,32 @@ def _one_line_for_images() -> Iterator[None]:
         raise ImageError(str(error).rstrip().rsplit("ImageError: ", 1)[-1]) from error
 
 
-def _steps_done(last: Path, recipe: Recipe, resume: bool) -> int:
-    """Steps of the training that goes on, 0 for a new one."""
+def _state(last: Path, recipe: Recipe, resume: bool) -> State | None:
+    """The state that the training goes on from; None for a new training."""
     if not resume:
         if last.exists():
             raise ResumeError(
                 f"{last} has the state of an earlier training: --resume goes on with it, "
                 "another --output starts a new one"
             )
-        return 0
+        return None
     if not last.exists():
         raise ResumeError(f"nothing to resume: there is no {last}")
-    check_whole(last)
-    state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    state = read_state(last)
     # a state of an earlier version lacks options that came later
-    before, now = {**recipe.defaults, **state.get("replknet_recipe", {})}, recipe.plain
+    before, now = {**recipe.defaults, **state.recipe}, recipe.plain
     differing = sorted(key for key in now if before.get(key) != now[key])
     if differing:
-        told = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in differing)
-        raise ResumeError(f"{last} is of another recipe ({told}); give the same options, or another --output")
-    return int(state["global_step"])
+        changes = ", ".join(f"{key} was {_value(before.get(key))}, now {_value(now[key])}" for key in differing[:_TOLD])
+        more = f" and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""
+        raise ResumeError(f"{last} is of another recipe ({changes}{more}); give the same options, or another --output")
+    return state
+
+
+def _value(value: object) -> str:
+    """A field of a recipe in an error: whole if it is short."""
+    text = shown(repr(value)) if isinstance(value, list | dict) and len(value) <= _SHORT else told(value)
+    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..."
 
 
 def _trainer(

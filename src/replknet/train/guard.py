@@ -1,5 +1,6 @@
 """A loss that is no number ends the training, and its batch is kept."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class GuardLoss(pl.Callback):
         if loss.isfinite():
             return
         path = self.folder / f"bad_batch{f'_{trainer.global_rank}' if trainer.global_rank else ''}.safetensors"
-        save_file({name: t.contiguous() for name, t in _tensors(batch, "")}, path)
+        part = path.with_name(f"{path.name}.part")
+        save_file({name: t.contiguous() for name, t in _tensors(batch, "")}, part)
+        os.replace(part, path)
         raise LossError(
             f"the loss of step {trainer.global_step} is {loss.item()}; its batch is in {path}, and last.ckpt, if there "
             "is one, is of a step before. A lower --lr, --clip-grad or --precision 32-true may help"

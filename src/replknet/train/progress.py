@@ -4,7 +4,6 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from torch.utils.tensorboard import SummaryWriter
 
+from replknet.reading import Kind, reading
 from replknet.train.callbacks import scores_of
+from replknet.train.state import StateError
 
 _TABLE = "steps.csv"
+_KIND = Kind(StateError, "the table of a training's steps", "move it away, and the training goes on with a new one")
 # from this share of waiting on, the training suggests more workers
 _MUCH_WAITING = 0.3
 
@@ -38,6 +40,27 @@ class Row:
             f"{self.images_per_second:.0f} images/s, {self.waiting:.0%} waiting for images  "
             f"{_spoken(self.seconds_left)} left"
         )
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of `steps.csv` in the folder of a training; none if there is no such file.
+
+    Raises:
+        StateError: it is no such table.
+    """
+    table = folder / _TABLE
+    if not table.exists():
+        return []
+    names = {field.name for field in fields(Row)}
+    with reading(table, _KIND), table.open(newline="") as file:
+        # drop a last row that was cut short: it lacks a value
+        rows = [row for row in csv.DictReader(file, strict=True) if None not in row.values()]
+        for row in rows:
+            if not set(row) <= names:
+                raise ValueError(f"it has a column {next(name for name in row if name not in names)!r}")
+            if int(row["step"]) < 0:
+                raise ValueError(f"a step must not be negative, got {row['step']}")
+    return rows
 
 
 class Progress(pl.Callback):
@@ -66,7 +89,7 @@ class Progress(pl.Callback):
         self._first = trainer.global_step
         if not trainer.is_global_zero:
             return
-        kept = [row for row in self._rows() if int(row["step"]) <= trainer.global_step]
+        kept = [row for row in read_rows(self.folder) if int(row["step"]) <= trainer.global_step]
         part = self.folder / f"{_TABLE}.part"
         with part.open("w", newline="") as file:
             table = csv.DictWriter(file, [field.name for field in fields(Row)])
@@ -74,13 +97,6 @@ class Progress(pl.Callback):
             table.writerows(kept)
         os.replace(part, self.folder / _TABLE)
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.global_step + 1)
-
-    def _rows(self) -> Iterator[dict[str, str]]:
-        table = self.folder / _TABLE
-        if table.exists():
-            with table.open(newline="") as file:
-                # drop a last row that was cut short: it lacks a value
-                yield from (row for row in csv.DictReader(file) if None not in row.values())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._since = time.perf_counter()
