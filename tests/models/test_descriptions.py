@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import replknet
+from replknet.cli.main import main
 from replknet.limits import VARIABLE
 from replknet.models import CheckpointError, Description, load_checkpoint, read_state_dict, save_model
 from replknet.models.model_files import FIELD, _plain
@@ -184,10 +185,13 @@ def test_the_average_of_the_weights_comes_first_as_in_timm(average, raw, tmp_pat
     torch.save(content, tmp_path / "x.pth")
     assert sum(read_state_dict(tmp_path / "x.pth").values()) == 2
     assert caplog.messages == [
-        f"{tmp_path}/x.pth: took the average of the weights, {average}; average=False takes {raw}"
+        f"{tmp_path}/x.pth: took the average of the weights, {average}; load_checkpoint(..., average=False) takes {raw}"
     ]
     assert read_state_dict(tmp_path / "x.pth", average=False)["a"] == 0
-    assert caplog.messages[1] == f"{tmp_path}/x.pth: took the weights, {raw}; average=True takes {average}"
+    assert (
+        caplog.messages[1]
+        == f"{tmp_path}/x.pth: took the weights, {raw}; load_checkpoint(..., average=True) takes {average}"
+    )
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -220,3 +224,11 @@ def test_names_that_are_no_utf8_work(tmp_path):
     (folder / "a\udcff.pth").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=r"/caf\\xe9 \\x1b\[31m/a\\xff\.pth cannot be read as weights"):
         replknet.load(folder / "a\udcff.pth")
+
+
+def test_a_command_says_which_weights_it_took(tmp_path, capsys):
+    content = {"model": DESCRIPTION.build().state_dict(), "model_ema": DESCRIPTION.build().state_dict()}
+    torch.save(content, tmp_path / "x.pth")
+    assert main(["merge", str(tmp_path / "x.pth"), str(tmp_path / "y.safetensors")]) == 0
+    told = "took the average of the weights, model_ema; load_checkpoint(..., average=False) takes model"
+    assert capsys.readouterr().err == f"replknet merge: {tmp_path}/x.pth: {told}\n"

@@ -439,9 +439,7 @@ def test_a_damaged_state_is_no_state(cifar, tmp_path):
     last = tmp_path / "last.ckpt"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        StateError, match="cannot be read as the state of a training: File is not a zip"
-    ):
+    with pytest.raises(StateError, match="cannot be read as the state of a training: File is not a zip"):
         fit(RECIPE, tmp_path, cifar, resume=True)
     middle = len(whole) // 2
     last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])

@@ -2,8 +2,11 @@
 
 import difflib
 import importlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from replknet.cli import errors
 from replknet.cli.colour import bold, red
@@ -116,7 +119,8 @@ def _called(words: list[str]) -> int:
 def _run(name: str, rest: list[str], as_json: bool) -> int:
     prefix = red(f"replknet {name}")
     try:
-        code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
+        with _told(prefix):
+            code: int = importlib.import_module(f"replknet.cli.{name}").main(rest)
         return code
     except BrokenPipeError:
         raise
@@ -137,6 +141,21 @@ def _run(name: str, rest: list[str], as_json: bool) -> int:
         if not errors.is_ours(error):
             raise
         return errors.report(error, prefix, as_json=as_json)
+
+
+@contextmanager
+def _told(prefix: str) -> Iterator[None]:
+    """Show on stderr what the library logs, such as which of a file's weights it takes."""
+    logger, handler = logging.getLogger("replknet"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _hint(name: str, known: list[str]) -> str:

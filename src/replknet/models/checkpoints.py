@@ -143,11 +143,10 @@ def _flat(content: Any, where: str, average: bool) -> tuple[dict[str, Any], str]
         inner = [key for key in order if isinstance(content.get(key), Mapping) and content[key]]
         if not inner:
             break
-        if len(inner) > 1 and set(inner) & set(_AVERAGES):
-            rest = (
-                f"average={not average} takes {next((key for key in inner if _is_average(key) != average), inner[1])}"
-            )
-            taken = f"the {'average of the weights' if _is_average(inner[0]) else 'weights'}, {inner[0]}; {rest}"
+        other = next((key for key in inner if (key in _AVERAGES) != (inner[0] in _AVERAGES)), None)
+        if other is not None:
+            what = "average of the weights" if inner[0] in _AVERAGES else "weights"
+            taken = f"the {what}, {inner[0]}; load_checkpoint(..., average={not average}) takes {other}"
         content = content[inner[0]]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{where} holds no dict of tensors but {type(content).__name__}")
@@ -165,10 +164,6 @@ def _flat(content: Any, where: str, average: bool) -> tuple[dict[str, Any], str]
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in flat)), None):
         flat = {key.removeprefix(prefix): value for key, value in flat.items()}
     return flat, taken
-
-
-def _is_average(key: str) -> bool:
-    return key in _AVERAGES
 
 
 def _checked(flat: Mapping[str, Any], path: Path) -> dict[str, Any]:
