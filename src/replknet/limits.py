@@ -45,6 +45,11 @@ INFLATION = 50
 ENTRIES = 200_000
 # instructions of a pickle: each of those entries takes about 30
 INSTRUCTIONS = 2_000_000
+# bytes that ONNX Runtime may take for exported files: UperNet over RepLKNet-XL has 1.6 GB of weights and, for an image
+# of 2049x1025, maps of 1 GB; three quarters of the machine's memory where that is less
+MEMORY = 32 * 1024**3
+# seconds that such a file may compute on one batch: a loop in it could run for ever
+SECONDS = 600
 # bytes of a network's tensors, for each byte of its file: two layers may share their weights
 SHARING = 4
 

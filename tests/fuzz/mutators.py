@@ -149,7 +149,8 @@ def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", compression) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            # with a date of its own, not the clock's
+            archive.writestr(zipfile.ZipInfo(name), data, compression)
     return content.getvalue()
 
 

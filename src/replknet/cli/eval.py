@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from replknet.cli.options import EXPORTED, TASK, Parser, add_settings, parser, settings_of
+from replknet.cli.options import EXPORTED, TASK, TRUST, Parser, add_settings, parser, settings_of
 from replknet.data.download import quiet
 from replknet.shown import shown
 from replknet.tasks import TASKS
@@ -23,6 +23,7 @@ def arguments() -> Parser:
     p = parser("eval", "replknet eval runs/cifar10/model.safetensors --dataset cifar10")
     p.add_argument("checkpoint", type=Path, help=EXPORTED)
     p.add_argument("--task", choices=list(TASKS), help=TASK)
+    p.add_argument("--trust", action="store_true", help=TRUST)
     p.add_argument(
         "--data", type=Path | None, help="folder or archive of the data set, or the folder that keeps CIFAR-10"
     )
@@ -33,7 +34,7 @@ def arguments() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
-    network = load_network(args.checkpoint, args.task)
+    network = load_network(args.checkpoint, args.task, trust=args.trust)
     infer, what = network.task.infer, f"{args.checkpoint} is {network.task.noun}"
     settings = settings_of(args, network.task.evaluation, _kinds(), what)
     scored = infer.evaluate(network, args.data, settings, _progress)

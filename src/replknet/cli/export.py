@@ -1,6 +1,7 @@
 """replknet export"""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from replknet.cli import outputs
 from replknet.cli.options import CHECKPOINT, TASK, Parser, add_settings, parser, refuse_settings, settings_of
 from replknet.data import images
 from replknet.data.download import quiet
-from replknet.deploy.files import ENDINGS, Format, card_in
+from replknet.deploy.files import ENDINGS, PROGRAMS, Format, card_in
 from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.files import load_weights
@@ -56,14 +57,17 @@ def _exported(network: Network, args: Any) -> int:
     output = args.output or Path(f"{args.checkpoint.name.removesuffix('.safetensors')}{ENDINGS[args.to]}")
     files = images.files([*args.images, *images.PHOTOS])
     difference = export.write(network, output, args.to, [images.read(file) for file in files], args.licence)
+    predict = f"replknet predict {shlex.quote(str(output))} IMAGE{' --trust' if args.to in PROGRAMS else ''}"
     if args.json:
         found = {"output": str(output), "difference": asdict(difference), "bound": export.bound, "images": len(files)}
-        print(json.dumps({**found, "card": card_in(output)[0]}))
+        print(json.dumps({**found, "card": card_in(output, trust=True)[0], "predict": predict}))
         return 0
     print(
         f"{shown(output)}: {export.compared.format(images=len(files))} differ by at most {difference.absolute:.1e}, "
         f"{difference.relative:.1e} of their norm ({export.bound:.0e} is allowed)"
     )
+    if args.to in PROGRAMS:
+        print(f"it is a program, so that reading it runs code and asks for trust: {shown(predict)}")
     return 0
 
 

@@ -25,6 +25,8 @@ _LIMITS = (
     "let files ask for this many times the usual sizes of networks and images, such as 4; only for files that you trust"
 )
 
+TRUST = "run the code in a .pt2 or .aoti.pt2 file, which is a program: only for files whose makers you trust"
+
 # an argument in a docstring, and its text
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
 # what stands before a wrong value in the errors of jsonargparse

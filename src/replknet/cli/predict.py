@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from replknet.cli import outputs
-from replknet.cli.options import EXPORTED, TASK, Parser, add_settings, parser, settings_of
+from replknet.cli.options import EXPORTED, TASK, TRUST, Parser, add_settings, parser, settings_of
 from replknet.data import images
 from replknet.shown import shown
 from replknet.tasks import TASKS
@@ -23,6 +23,7 @@ def arguments() -> Parser:
     p.add_argument("checkpoint", type=Path, help=EXPORTED)
     p.add_argument("images", type=Path, nargs="+", help="image files, and folders to search")
     p.add_argument("--task", choices=list(TASKS), help=TASK)
+    p.add_argument("--trust", action="store_true", help=TRUST)
     p.add_argument(
         "-o",
         "--output",
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if args.output is not None:
         (outputs.check_file if _is_picture(args.output) else outputs.check_folder)(args.output, "--output")
-    network = load_network(args.checkpoint, args.task)
+    network = load_network(args.checkpoint, args.task, trust=args.trust)
     what = f"{args.checkpoint} is {network.task.noun}"
     settings = settings_of(args, network.task.prediction, _kinds(), what)
     predicted = network.task.infer.predictor(network, settings)

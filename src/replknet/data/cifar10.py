@@ -151,6 +151,7 @@ def load(folder: Path | None = None) -> Arrays:
         print(f"decoding {archive.name}", file=sys.stderr)
         with reading(archive, _PARTS):
             arrays = _from_pickles(archive) if archive.name == _ARCHIVE else _from_pngs(archive)
+            _check_forms(arrays)
             _check_counts(arrays)
         part = decoded.with_name(decoded.name + ".part")
         # save_file refuses names that are no UTF-8
@@ -158,7 +159,7 @@ def load(folder: Path | None = None) -> Arrays:
         os.replace(part, decoded)
     with reading(decoded, _ARRAYS), as_utf8(decoded) as path:
         arrays = load_file(path)
-        _check_counts(arrays)
+        _check_forms(arrays)
     return arrays
 
 
@@ -227,11 +228,19 @@ def _from_pngs(archive: Path) -> Arrays:
 
 
 def _check_counts(arrays: Arrays) -> None:
+    """Refuse an archive that has not as many images of each class as CIFAR-10."""
     for split, each in (("train", 5000), ("test", 1000)):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        found = images.dtype, list(images.shape), labels.dtype, list(labels.shape)
-        if found != (torch.uint8, [10 * each, 3, 32, 32], torch.int64, [10 * each]):
-            raise ValueError(f"the {split} split is not CIFAR-10's: images and labels are {found}")
-        counts = [int(labels.eq(label).sum()) for label in range(10)]
+        counts = arrays[f"{split}_labels"].bincount(minlength=10).tolist()
         if counts != [each] * 10:
             raise ValueError(f"the {split} split is not CIFAR-10's: {counts} images a class")
+
+
+def _check_forms(arrays: Arrays) -> None:
+    """Refuse arrays that are no images of 32x32 pixels with labels of ten classes."""
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        found = images.dtype, list(images.shape), labels.dtype, list(labels.shape)
+        if found != (torch.uint8, [len(labels), 3, 32, 32], torch.int64, [images.shape[0]]) or not len(labels):
+            raise ValueError(f"the {split} split is not CIFAR-10's: images and labels are {found}")
+        if labels.min() < 0 or labels.max() > 9:
+            raise ValueError(f"the {split} split has labels from {labels.min()} to {labels.max()}, expected 0 to 9")

@@ -6,6 +6,7 @@ from replknet import imports
 
 # for type checkers and editors; `_HOMES` says the same to Python
 if TYPE_CHECKING:
+    from replknet.deploy.cards import ExportedError as ExportedError
     from replknet.deploy.inference import BOUNDS as BOUNDS
     from replknet.deploy.inference import Changes as Changes
     from replknet.deploy.inference import Optimized as Optimized
@@ -18,6 +19,7 @@ _HOMES = {
     "BOUNDS": "replknet.deploy.inference",
     "Changes": "replknet.deploy.inference",
     "Difference": "replknet.deploy.verify",
+    "ExportedError": "replknet.deploy.cards",
     "Optimized": "replknet.deploy.inference",
     "optimize": "replknet.deploy.inference",
 }

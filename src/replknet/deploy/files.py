@@ -2,26 +2,27 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from replknet.deploy.verify import Difference, Run, compared, in_onnxruntime, in_openvino, kept, worst
-from replknet.models.model_files import as_tuples
+from replknet.deploy.cards import KEY, LARGEST_SIDE, ExportedError, card_of_text, found_in
+from replknet.deploy.onnx_graphs import open_onnx
+from replknet.deploy.openvino_graphs import open_openvino
+from replknet.deploy.programs import open_aoti, open_pt2, save_pt2, trusted
+from replknet.deploy.verify import Difference, Run, compared, kept, worst
+from replknet.shown import shown
 
-Card = TypeVar("Card")
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
 # endings of the files; .aoti.pt2 holds a library for this machine, .pt2 a graph
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "aoti": ".aoti.pt2"}
 # largest relative L2 difference of the logits from torch's
 BOUND = 1e-5
-# largest side of an image that a file takes, pixels
-LARGEST_SIDE = 8192
+# formats whose files are programs: reading one runs code
+PROGRAMS: tuple[Format, ...] = ("pt2", "aoti")
 
-_KEY = "replknet"
 _Program = torch.export.ExportedProgram
 
 
@@ -87,60 +88,35 @@ def _program(network: nn.Module, stride: int) -> _Program:
     return torch.export.export(network, (torch.zeros(2, 3, 3 * stride, 4 * stride),), dynamic_shapes=(shapes,))
 
 
-def card_in(path: Path) -> tuple[dict[str, Any], Run]:
-    """The card of a file, with lists as tuples, and a function that runs the file in its own runtime.
+def card_in(path: Path, trust: bool = False) -> tuple[dict[str, Any], Run]:
+    """The card of a file, and a function that runs the file in its own runtime.
 
     Args:
         path: a file of `write_checked`.
+        trust: whether to run the code in a file of `PROGRAMS`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file's ending is not one of `ENDINGS`, or the file has no card of replknet's.
+        ExportedError: the file is damaged, has no card of replknet's, or is a program that is not trusted.
+        ValueError: the file's ending is not one of `ENDINGS`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no exported network at {path}")
-    text, run = _READERS[format_of(path)](path)
-    if text is None:
-        raise ValueError(
-            f"{path} says nothing about its classes and images: expected a file that `replknet export` wrote"
-        )
-    card: dict[str, Any] = {key: as_tuples(value) for key, value in json.loads(text).items()}
+        raise FileNotFoundError(f"no exported network at {shown(path)}")
+    to = format_of(path)
+    if to in PROGRAMS:
+        trusted(path, trust)
+    text, run = _READERS[to](path)
+    card = card_of_text(text, path)
     smallest, largest = card.get("sides", sides_of(0))
 
     def run_checked(x: Tensor) -> Sequence[Tensor]:
         # with other sizes, some runtimes raise an error of their own, and some return wrong numbers
         if not all(smallest <= side <= largest for side in x.shape[2:]):
             size = "x".join(map(str, x.shape[2:]))
-            raise ValueError(f"{path} takes images with sides from {smallest} to {largest} pixels, got {size}")
+            raise ValueError(f"{shown(path)} takes images with sides from {smallest} to {largest} pixels, got {size}")
         return run(x)
 
     return card, run_checked
-
-
-def parsed_card(kind: type[Card], card: Mapping[str, Any], path: Path) -> Card:
-    """The card of a file as a task's own record.
-
-    Raises:
-        ValueError: the card has other fields.
-    """
-    try:
-        return kind(**card)
-    except TypeError as error:
-        raise ValueError(f"{path} has a card that this version cannot read: {error}") from error
-
-
-def described_card(kind: type[Card], description: type[Any], card: Mapping[str, Any], path: Path) -> Card:
-    """The card of a file that also has the fields of a description; see `plain_card` and `parsed_card`."""
-    theirs = {field.name for field in fields(description)}
-    inner = parsed_card(description, {name: value for name, value in card.items() if name in theirs}, path)
-    outer = {name: value for name, value in card.items() if name not in theirs}
-    return parsed_card(kind, {"description": inner, **outer}, path)
-
-
-def plain_card(card: Any) -> dict[str, Any]:
-    """A card with a description as one object for a file: the description's fields become fields of the card."""
-    values = asdict(card)
-    return {**values.pop("description"), **values}
 
 
 def add_card(path: Path, card: Mapping[str, Any]) -> None:
@@ -149,7 +125,7 @@ def add_card(path: Path, card: Mapping[str, Any]) -> None:
 
     model = onnx.load(path)
     entry = model.metadata_props.add()
-    entry.key, entry.value = _KEY, json.dumps(card)
+    entry.key, entry.value = KEY, json.dumps(card)
     onnx.save(model, path)
 
 
@@ -158,20 +134,54 @@ class Exported(nn.Module):
 
     Args:
         run: runs the file; from `card_in`.
+        shape: the output's shape for images of a shape; None: it is not checked.
 
     Input: `[N,3,H,W]`, float32, on the CPU.
     Output: the file's first output.
 
     Raises:
         ValueError: a side of the images is outside of the card's range.
+        ExportedError: the output has another shape or dtype, or numbers that are not finite.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, shape: Callable[[torch.Size], tuple[int, ...]] | None = None) -> None:
         super().__init__()
-        self._run = run
+        self._run, self._shape = run, shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)[0]
+        found = self._run(x)
+        if self._shape is not None:
+            check_outputs(found, {"logits": (torch.float32, self._shape(x.shape))})
+        return found[0]
+
+
+def check_outputs(found: Sequence[Tensor], wanted: Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]) -> None:
+    """Refuse what a foreign or damaged file returns.
+
+    Args:
+        found: outputs of a file.
+        wanted: name -> dtype and shape of each output; None: any length.
+
+    Raises:
+        ExportedError: another number of outputs, another shape or dtype, or numbers that are not finite.
+    """
+    if len(found) != len(wanted):
+        raise ExportedError(f"the exported file returns {len(found)} tensors, expected {', '.join(wanted)}; {_AGAIN}")
+    for output, (name, (dtype, shape)) in zip(found, wanted.items(), strict=True):
+        same = len(output.shape) == len(shape) and all(
+            side in (None, length) for side, length in zip(shape, output.shape, strict=True)
+        )
+        if output.dtype != dtype or not same:
+            told = ["any" if side is None else side for side in shape]
+            raise ExportedError(
+                f"the exported file returns {name} as {list(output.shape)} in {output.dtype}, expected "
+                f"[{', '.join(map(str, told))}] in {dtype}; {_AGAIN}"
+            )
+        if output.is_floating_point() and not output.isfinite().all():
+            raise ExportedError(f"the exported file returns {name} that are not finite numbers; {_AGAIN}")
+
+
+_AGAIN = "export it again with `replknet export`"
 
 
 def format_of(path: Path) -> Format:
@@ -195,7 +205,7 @@ def is_exported(path: str | Path) -> bool:
 def _write_onnx(program: _Program, card: str, path: Path) -> None:
     exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"])
     assert exported is not None
-    exported.model.metadata_props[_KEY] = card
+    exported.model.metadata_props[KEY] = card
     exported.save(path)
 
 
@@ -206,59 +216,33 @@ def _write_openvino(program: _Program, card: str, path: Path) -> None:
     # else the names of torch's graph remain
     converted.inputs[0].tensor.set_names({"image"})
     converted.outputs[0].tensor.set_names({"logits"})
-    converted.set_rt_info(card, _KEY)
+    converted.set_rt_info(card, KEY)
     # else the weights are rounded to float16
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
-def _write_pt2(program: _Program, card: str, path: Path) -> None:
-    torch.export.save(program, path, extra_files={_KEY: card})
-
-
 def _write_aoti(program: _Program, card: str, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {_KEY: card}}
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {KEY: card}}
     )
 
 
-def _open_onnx(path: Path) -> tuple[str | None, Run]:
-    import onnx
-
-    # the card is in the graph, so weights in other files need not be read
-    properties = onnx.load(path, load_external_data=False).metadata_props
-    return next((entry.value for entry in properties if entry.key == _KEY), None), in_onnxruntime(path)
-
-
-def _open_openvino(path: Path) -> tuple[str | None, Run]:
-    import openvino
-
-    model = openvino.Core().read_model(path)
-    return str(model.get_rt_info(_KEY).value) if model.has_rt_info(_KEY) else None, in_openvino(path)
-
-
-def _open_pt2(path: Path) -> tuple[str | None, Run]:
-    files = {_KEY: ""}
-    run = torch.export.load(path, extra_files=files).module()
+def _open_pt2(path: Path) -> tuple[str, Run]:
+    text, run = open_pt2(path)
     # a network with one output returns a tensor, not a tuple
-    return files[_KEY] or None, lambda x: [run(x)]
-
-
-def _open_aoti(path: Path) -> tuple[str | None, Run]:
-    run = torch._inductor.aoti_load_package(str(path))
-    # the library assumes contiguous images and does not check
-    return run.get_metadata().get(_KEY), lambda x: [run(x.contiguous())]
+    return found_in(text, path), lambda x: [run(x)]
 
 
 _WRITERS: dict[Format, Callable[[_Program, str, Path], None]] = {
     "onnx": _write_onnx,
     "openvino": _write_openvino,
-    "pt2": _write_pt2,
+    "pt2": lambda program, card, path: save_pt2(program, path, card),
     "aoti": _write_aoti,
 }
-# format -> a function that returns the text of the card, or None, and a function that runs the file
-_READERS: dict[Format, Callable[[Path], tuple[str | None, Run]]] = {
-    "onnx": _open_onnx,
-    "openvino": _open_openvino,
+# format -> a function that returns the text of the card and a function that runs the file
+_READERS: dict[Format, Callable[[Path], tuple[str, Run]]] = {
+    "onnx": open_onnx,
+    "openvino": open_openvino,
     "pt2": _open_pt2,
-    "aoti": _open_aoti,
+    "aoti": open_aoti,
 }

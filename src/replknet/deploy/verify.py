@@ -1,6 +1,7 @@
 """The check of exported files: each runs in its own runtime, and is kept only if it computes what torch computes."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from replknet.difference import largest_difference
+from replknet.shown import shown
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -51,11 +53,6 @@ def in_onnxruntime(path: Path) -> Run:
     return lambda x: [torch.from_numpy(output) for output in session.run(None, {"image": x.numpy()})]
 
 
-def in_torch(path: Path) -> Run:
-    """Runs a .pt2 file of torch.export."""
-    return torch.export.load(path).module()
-
-
 def in_openvino(path: Path) -> Run:
     """Runs an .xml file of OpenVINO on the CPU in float32."""
     import openvino
@@ -93,10 +90,29 @@ def compared(name: str, wanted: Tensor, got: Tensor, bound: float) -> Difference
 
 @contextmanager
 def kept(path: Path) -> Iterator[Path]:
-    """A temporary path for a file and the files beside it. If nothing is raised, they move to the folder of `path`."""
+    """A temporary path for a file and the files beside it. If nothing is raised, they move to the folder of `path`.
+
+    Raises:
+        ValueError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{shown(path)} is a folder: name the file to write, such as {shown(path)}/net{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder) / path.name
+    # torch and OpenVINO write to no other path
+    plain = _is_utf8(path)
+    with TemporaryDirectory(dir=path.parent if plain else None, prefix=".export-") as folder:
+        part = Path(folder) / (path.name if plain else f"net{path.suffix}")
+        yield part
         # sorted: OpenVINO's weights, .bin, move before their .xml
         for file in sorted(Path(folder).iterdir()):
-            os.replace(file, path.parent / file.name)
+            # the second also moves to another disk
+            move = os.replace if plain else shutil.move
+            move(file, path.parent / f"{path.stem}{file.name.removeprefix(part.stem)}")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,26 +10,28 @@ from replknet.models import CheckpointError
 from replknet.models.checkpoints import listed
 from replknet.models.model_files import FIELD, Source, read
 from replknet.models.strangers import hint
+from replknet.shown import shown
 from replknet.tasks import TASKS
 from replknet.tasks.task import Network, Task
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, trust: bool = False) -> nn.Module:
     """The network in a file of any task, in eval mode on the CPU.
 
     Args:
         path: weights that this package wrote, published weights of any known key format, the name of weights that
             come with the package, or a file that `replknet export` wrote. An exported file runs in its own runtime.
+        trust: whether to run the code in a `.pt2` or `.aoti.pt2` file, which is a program and not data.
 
     Returns:
         The network, in the form and the dtype of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an exported file has no card of replknet's.
+        ExportedError: an exported file is damaged, has no card of replknet's, or is a program that is not trusted.
         CheckpointError: the file holds no network of replknet's.
     """
-    return load_network(path, dtype=None).model
+    return load_network(path, dtype=None, trust=trust).model
 
 
 def load_weights(path: str | Path, task: str | None = None) -> Network:
@@ -43,24 +45,27 @@ def load_weights(path: str | Path, task: str | None = None) -> Network:
     return load_network(path, task)
 
 
-def load_network(path: str | Path, task: str | None = None, dtype: torch.dtype | None = torch.float32) -> Network:
+def load_network(
+    path: str | Path, task: str | None = None, dtype: torch.dtype | None = torch.float32, trust: bool = False
+) -> Network:
     """The network in a file, with its task and its description.
 
     Args:
         path: see `load`.
         task: name of the task that the caller expects; None: any.
         dtype: dtype of the network; None: the file's. An exported file always keeps its own.
+        trust: see `load`.
 
     Returns:
         The network, its task and its description.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an exported file has no card of replknet's.
+        ExportedError: an exported file is damaged, has no card of replknet's, or is a program that is not trusted.
         CheckpointError: the file holds no network of replknet's, or a network of another task.
     """
     if is_exported(path):
-        card, run = card_in(Path(path))
+        card, run = card_in(Path(path), trust)
         found = _named(card.pop("task", _FIRST), path)
         _check(found, task, path)
         model, description = found.export.open(Path(path), card, run)
@@ -106,7 +111,9 @@ _FIRST = "classification"
 
 def _named(name: str, path: str | Path) -> Task:
     if name not in TASKS:
-        raise CheckpointError(f"{path} is for {name}, which this version does not know: expected {', '.join(TASKS)}")
+        raise CheckpointError(
+            f"{path} is for {shown(name)}, which this version does not know: expected {', '.join(TASKS)}"
+        )
     return TASKS[name]
 
 

@@ -1,6 +1,7 @@
 """Classifiers as files: every format computes what torch does at sizes that were not traced, and says what it is."""
 
 import json
+import os
 from copy import deepcopy
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.deploy import files
 from replknet.deploy.files import BOUND, ENDINGS, format_of, is_exported
+from replknet.deploy.programs import save_pt2
 from replknet.models import Description, save_model
 from replknet.models.replknet import CONFIGS
 from replknet.tasks.classification.export import card_of, export_classifier
@@ -48,7 +50,7 @@ def test_a_file_is_the_network_at_any_size_and_says_what_it_is(to, tmp_path):
     found = export_classifier(model, card_of(DESCRIPTION, "mit"), path, to, [torch.randn(1, 3, 64, 64)])
     assert found.relative <= BOUND
     assert found.absolute > 0, "both may not come from one computation"
-    network_in_file = load_network(path)
+    network_in_file = load_network(path, trust=True)
     exported, card = network_in_file.model, network_in_file.description
     assert (card.classes, card.num_classes, card.name, card.licence) == (("a", "b", "c"), 3, "replknet_test", "mit")
     assert (card.image_size, card.crop_pct, card.crop_mode, card.interpolation) == (64, 0.875, "center", "bicubic")
@@ -117,15 +119,28 @@ def test_wrong_calls_say_what_was_expected(tmp_path):
     assert not is_exported("model.safetensors")
 
 
+def test_a_name_may_be_no_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.d") / os.fsdecode(b"net\xfe.onnx")
+    export_classifier(network(), card_of(DESCRIPTION), path, "onnx")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert load_network(path).description.classes == ("a", "b", "c")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "net.onnx").mkdir()
+    with pytest.raises(ValueError, match=r"net\.onnx is a folder: name the file to write, such as .*/net\.onnx/net"):
+        export_classifier(network(), card_of(DESCRIPTION), tmp_path / "net.onnx", "onnx")
+
+
 def test_a_file_of_others_has_no_card(tmp_path):
     x = torch.zeros(1, 3, 8, 8)
     program = torch.export.export(nn.Conv2d(3, 2, 3), (x,))
-    torch.export.save(program, tmp_path / "other.pt2")
+    save_pt2(program, tmp_path / "other.pt2")
     openvino.save_model(openvino.convert_model(program), tmp_path / "other.xml")
     torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "other.onnx")
     for ending in ("pt2", "xml", "onnx"):
         with pytest.raises(ValueError, match=rf"other\.{ending} says nothing about its classes and images"):
-            load_network(tmp_path / f"other.{ending}")
+            load_network(tmp_path / f"other.{ending}", trust=True)
 
 
 def test_commands_export_and_predict_the_same_classes(tmp_path, capsys):

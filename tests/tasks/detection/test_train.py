@@ -18,6 +18,7 @@ from replknet.cli.main import main
 from replknet.data.images import PHOTOS, ImageError
 from replknet.models import CheckpointError, Description, load_model, save_model
 from replknet.models.detection_keys import to_mmdet
+from replknet.models.model_files import write
 from replknet.models.replknet import CONFIGS
 from replknet.tasks import RECIPES
 from replknet.tasks.detection.cascade import CascadeRCNN
@@ -243,8 +244,9 @@ def test_an_official_file_is_a_detector(tmp_path, monkeypatch):
     save_detection(model, tmp_path / "own.safetensors", description)
     with pytest.raises(CheckpointError, match=r"holds no classifier but a network for detection: replknet\.load reads"):
         load_model(tmp_path / "own.safetensors")
-    save_detection(model, tmp_path / "own.safetensors", dataclasses.replace(description, mean=None))
-    with pytest.raises(CheckpointError, match="has a description that this version cannot read"):
+    fields = {**dataclasses.asdict(description), "mean": None}
+    write(model, tmp_path / "own.safetensors", {"replknet_detection": json.dumps(fields)})
+    with pytest.raises(CheckpointError, match="mean in the description must be a list of numbers, got None"):
         load_detection(tmp_path / "own.safetensors")
 
 

@@ -13,10 +13,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from replknet import limits
 from replknet.data import transforms
-from replknet.deploy.files import BOUND, LARGEST_SIDE, Exported, Format, parsed_card, sides_of, write_checked
+from replknet.deploy.cards import LARGEST_SIDE, check_sides, parsed_card
+from replknet.deploy.files import BOUND, Exported, Format, sides_of, write_checked
 from replknet.deploy.verify import Difference, Run
 from replknet.models import Description
+from replknet.models.model_files import check_classes, check_pixels
 from replknet.models.replknet import evaluation_crop
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
@@ -42,6 +45,9 @@ class Card:
         input: what the network takes, in words.
         licence: licence of the weights, or "unknown".
         made_by: this package and its version.
+
+    Raises:
+        ValueError: a size is out of its range, or beyond what `replknet.limits` allows.
     """
 
     name: str
@@ -58,6 +64,17 @@ class Card:
     input: str = "image: float32 [N,3,H,W], RGB, (value / 255 - mean) / std"
     licence: str = "unknown"
     made_by: str = ""
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        limits.check(self.num_classes, limits.CLASSES, "classes")
+        if self.num_classes < 1 or len(self.classes) not in (0, self.num_classes):
+            raise ValueError(f"it names {len(self.classes)} of {self.num_classes} classes")
+        limits.check(self.image_size, limits.SIDE, "pixels in the side of an image")
+        if self.image_size < 1 or not 0.1 <= self.crop_pct <= 1:
+            raise ValueError(f"it crops {self.crop_pct:g} of an image to {self.image_size} pixels")
+        check_sides(self.sides)
+        check_pixels(self.mean, self.std)
 
 
 def card_of(description: Description, licence: str = "unknown") -> Card:
@@ -120,7 +137,8 @@ def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Im
 
 
 def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[Exported, Card]:
-    return Exported(run), parsed_card(Card, card, path)
+    found = parsed_card(Card, card, path)
+    return Exported(run, lambda shape: (shape[0], found.num_classes)), found
 
 
 def _int8() -> Int8:

@@ -18,14 +18,15 @@ from torch.nn import functional as F
 
 from replknet.data.box_transforms import ForEvaluation, Targets, rescaled
 from replknet.data.images import pixels
-from replknet.deploy.files import Format, add_card, described_card, plain_card
+from replknet.deploy.cards import ExportedError, check_sides, described_card, plain_card
+from replknet.deploy.files import Format, add_card, check_outputs
+from replknet.deploy.programs import open_pt2, save_pt2
 from replknet.deploy.verify import (
     Difference,
     Run,
     compared,
     in_onnxruntime,
     in_openvino,
-    in_torch,
     kept,
     worst,
 )
@@ -238,7 +239,7 @@ def _write_detector(detector: _OneImage, example: Tensor, names: tuple[str, ...]
 
 _ROADS: dict[str, tuple[_Writer, _Reader]] = {
     ".onnx": (_write_onnx, in_onnxruntime),
-    ".pt2": (lambda program, _levels, path: torch.export.save(program, path), in_torch),
+    ".pt2": (lambda program, _levels, path: save_pt2(program, path), lambda path: open_pt2(path)[1]),
     ".xml": (_write_openvino, in_openvino),
 }
 
@@ -274,6 +275,9 @@ class DetectionCard:
     licence: str = "unknown"
     made_by: str = ""
 
+    def __post_init__(self) -> None:
+        check_sides((min(self.size), max(self.size)))
+
 
 class ExportedDetector(nn.Module):
     """A detector in a file, run by the file's own runtime.
@@ -281,15 +285,20 @@ class ExportedDetector(nn.Module):
     Args:
         run: runs the file; from `replknet.deploy.files.card_in`.
         size: height and width of the images that the file takes, pixels.
+        classes: number of classes.
+        masks: whether the file returns masks.
 
     Input: images `[3,H,W]` of any size, float32, normalised, on the CPU. A larger image is shrunk to fit, a smaller one
         is padded with 0.
     Output: for each image the objects that the detector finds, in pixels of the image.
+
+    Raises:
+        ExportedError: the file returns something else.
     """
 
-    def __init__(self, run: Run, size: tuple[int, int]) -> None:
+    def __init__(self, run: Run, size: tuple[int, int], classes: int, masks: bool) -> None:
         super().__init__()
-        self._run, self.size = run, size
+        self._run, self.size, self._classes, self._masks = run, size, classes, masks
 
     def forward(self, images: Sequence[Tensor]) -> list[Targets]:
         return [self._one(image) for image in images]
@@ -301,7 +310,7 @@ class ExportedDetector(nn.Module):
         if inside != given:
             image = F.interpolate(image[None], inside, mode="bilinear", align_corners=False)[0]
         padded = F.pad(image, (0, self.size[1] - inside[1], 0, self.size[0] - inside[0]))
-        found = dict(zip(_NAMES, self._run(padded), strict=False))
+        found = self._found(padded)
         # boxes end at the image, not in its padding
         limits = found["boxes"].new_tensor([inside[1], inside[0], inside[1], inside[0]])
         found["boxes"] = found["boxes"].clamp(min=0).minimum(limits)
@@ -310,6 +319,27 @@ class ExportedDetector(nn.Module):
         if "masks" in found:
             found["masks"] = found["masks"][:, : inside[0], : inside[1]]
         return rescaled(found, (inside[0], inside[1]), given)
+
+    def _found(self, padded: Tensor) -> Targets:
+        outputs = self._run(padded)
+        # as many labels and scores as there are boxes
+        n = len(outputs[0]) if outputs and outputs[0].ndim else None
+        wanted: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
+            "boxes": (torch.float32, (n, 4)),
+            "labels": (torch.int64, (n,)),
+            "scores": (torch.float32, (n,)),
+            "masks": (torch.float32, (n, *self.size)),
+        }
+        if not self._masks:
+            del wanted["masks"]
+        check_outputs(outputs, wanted)
+        found = dict(zip(wanted, outputs, strict=True))
+        if n and not 0 <= int(found["labels"].min()) <= int(found["labels"].max()) < self._classes:
+            raise ExportedError(
+                f"the exported file finds objects of class {int(found['labels'].max())}, and it has {self._classes} "
+                "classes; export it again with `replknet export`"
+            )
+        return found
 
 
 def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Image], licence: str) -> Difference:
@@ -335,7 +365,8 @@ def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Im
 
 def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[ExportedDetector, DetectionDescription]:
     found = described_card(DetectionCard, DetectionDescription, card, path)
-    return ExportedDetector(run, found.size), found.description
+    d = found.description
+    return ExportedDetector(run, found.size, len(d.classes), d.masks), d
 
 
 EXPORT = Export(

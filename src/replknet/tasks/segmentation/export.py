@@ -17,16 +17,8 @@ from torch.nn import functional as F
 
 from replknet.data.images import pixels
 from replknet.data.mask_transforms import fitted
-from replknet.deploy.files import (
-    BOUND,
-    LARGEST_SIDE,
-    Exported,
-    Format,
-    described_card,
-    plain_card,
-    sides_of,
-    write_checked,
-)
+from replknet.deploy.cards import LARGEST_SIDE, check_sides, described_card, plain_card
+from replknet.deploy.files import BOUND, Exported, Format, sides_of, write_checked
 from replknet.deploy.verify import Difference, Run
 from replknet.nn import merge
 from replknet.tasks.segmentation.files import SegmentationDescription
@@ -55,6 +47,9 @@ class SegmentationCard:
     output: str = "logits: float32 [N,classes,H,W], the largest of a pixel is its class"
     licence: str = "unknown"
     made_by: str = ""
+
+    def __post_init__(self) -> None:
+        check_sides(self.sides)
 
 
 def segmentation_card(description: SegmentationDescription, licence: str = "unknown") -> SegmentationCard:
@@ -117,7 +112,9 @@ def _write(network: Network, path: Path, to: Format, examples: Sequence[Image.Im
 
 
 def _open(path: Path, card: dict[str, Any], run: Run) -> tuple[Exported, SegmentationDescription]:
-    return Exported(run), described_card(SegmentationCard, SegmentationDescription, card, path).description
+    found = described_card(SegmentationCard, SegmentationDescription, card, path).description
+    classes = len(found.classes)
+    return Exported(run, lambda shape: (shape[0], classes, *shape[2:])), found
 
 
 EXPORT = Export(
