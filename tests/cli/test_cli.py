@@ -343,8 +343,8 @@ def test_configuration_is_printed_and_read_back(tmp_path, capsys):
     ("content", "message"),
     [
         ('{"learning_rate": 3}', "c.json has learning_rate, which this recipe lacks; there are model, weights"),
-        ("lr: 3", "c.json is no JSON, as --print-config writes it: Expecting value"),
-        ("[1, 2]", "c.json must hold one JSON object, as --print-config writes it, got [1, 2]"),
+        ("lr: 3", "c.json cannot be read as JSON as --print-config writes it: Expecting value"),
+        ("[1, 2]", "c.json must hold one JSON object, as --print-config writes it, got a list of 2"),
         ('{"lr": -1}', "lr must be positive, got -1"),
     ],
 )

@@ -12,7 +12,19 @@ import pytest
 
 from replknet.cli.main import main
 from replknet.explore import program, report
-from replknet.explore.experiment import Arm, Claim, Column, Experiment, Results, Run, Site, compared, half_width, spread
+from replknet.explore.experiment import (
+    Arm,
+    Claim,
+    Column,
+    Experiment,
+    RecordError,
+    Results,
+    Run,
+    Site,
+    compared,
+    half_width,
+    spread,
+)
 from replknet.explore.training_arms import score_columns, trained
 from replknet.tasks.classification.recipes import cifar10
 from replknet.tasks.segmentation.recipes import camvid
@@ -308,3 +320,28 @@ def test_trainings_in_two_processes_are_kept_by_the_first(cifar, tmp_path):
     assert "MEMBER: 2/2" in result.stderr
     for name in ("shortcut", "kernel_sizes", "fields"):
         assert len(json.loads((tmp_path / f"{name}.json").read_text())["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "cannot be read as a record of experiments: Expecting value"),
+        ("[1]", "is not a record of experiments: expected an object for a run, got a list of 1"),
+        ("{}", "a run must have arm, key, seed, figures, seconds, provenance; 'arm' is missing or unknown"),
+        (
+            '{"arm": "a", "key": "b", "seed": "x", "figures": {}, "seconds": 1, "provenance": {}}',
+            "seed must be of type int, got 'x'",
+        ),
+    ],
+)
+def test_a_damaged_run_is_one_line_with_the_way_out(text, message, tmp_path):
+    arm = Arm(name="an arm", configuration={"a": 1}, run=lambda *_: {}, seconds=lambda site: 1.0)
+    site = Site(output=tmp_path)
+    path = site.folder(arm, 0) / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(RecordError) as error:
+        program.read(site, arm, 0)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert str(error.value).endswith("; move it away, and run the experiment again")

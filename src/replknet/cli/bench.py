@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     if args.subject == "model":
         raise ValueError("name it before the options: replknet bench model ...")
     if args.list:
-        print("\n".join(_listed()))
+        print("\n".join(_listed(args.json)))
         return 0
     if args.runs < 2:
         raise ValueError(f"--runs must be at least 2, so that there are quantiles, got {args.runs}")
@@ -156,8 +156,11 @@ def _measurements(args: Namespace) -> Iterator[tuple[str, Iterator[list[ops.Foun
         yield name, ops.measure(name, suite, cases, whats, settings)
 
 
-def _listed() -> Iterator[str]:
+def _listed(as_json: bool) -> Iterator[str]:
     for name, question in _QUESTIONS.items():
-        yield f"{name}: {question}?"
         cases = _OTHERS[name] if name in _OTHERS else [case.name for case in SUITES[name].cases]
-        yield from (f"  {case}" for case in cases)
+        if as_json:
+            yield json.dumps({"suite": name, "question": f"{question}?", "cases": list(cases)})
+        else:
+            yield f"{name}: {question}?"
+            yield from (f"  {case}" for case in cases)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -11,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
-from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, set_loader
 
 from replknet import limits
 from replknet.cli.errors import UsageError
@@ -26,6 +27,9 @@ _LIMITS = (
 )
 
 TRUST = "run the code in a .pt2 or .aoti.pt2 file, which is a program: only for files whose makers you trust"
+# values are JSON; what is none is a text, also one that YAML would refuse or read as something else
+_MODE = "replknet"
+set_loader(_MODE, json.loads, (ValueError, RecursionError))
 
 # an argument in a docstring, and its text
 _FIELDS = r"^        (\w+): (.*(?:\n            .*)*)"
@@ -46,7 +50,7 @@ class Parser(ArgumentParser):
     """A parser without abbreviations. Its errors say what was expected and name the nearest match."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, parser_mode=_MODE, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = self._value_error(message) or self._missing(message) or message + self._nearest_option(message)

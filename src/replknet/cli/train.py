@@ -16,11 +16,11 @@ from replknet.cli.options import Parser, add_fields, nearest, option_of, parser
 from replknet.reading import Kind
 from replknet.shown import shown
 from replknet.tasks import RECIPES, TASKS
-from replknet.train.files import read_json, told
+from replknet.train.files import FileError, read_json, told
 from replknet.train.hardware import Hardware
 from replknet.train.recipe import Recipe
 
-_CONFIG = Kind(ValueError, "JSON as --print-config writes it", "write it anew with --print-config")
+_CONFIG = Kind(FileError, "JSON as --print-config writes it", "write it anew with --print-config")
 # fields that few people change: only --help-all shows them
 _RARE = (
     *("finetune", "normalization", "evaluate", "sync_bn", "evaluate_every", "clip_grad"),

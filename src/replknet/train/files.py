@@ -9,8 +9,13 @@ from replknet import limits
 from replknet.reading import Kind, reading
 from replknet.shown import shown
 
+
+class FileError(ValueError):
+    """A file of a training that is damaged. The text says which, why, and what to do."""
+
+
 # of `metrics.json`
-CURVE = Kind(ValueError, "the curve of a training", "remove the folder of the training, and train again")
+CURVE = Kind(FileError, "the curve of a training", "remove the folder of the training, and train again")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from replknet.reading import Kind, reading
+from replknet.train.recipe import RecipeError
 
 
 def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr: float, weight_decay: float) -> Any:
@@ -41,7 +42,7 @@ def by_depth(model: nn.Module, backbone: str, name: str, lr: float, backbone_lr:
 
 def check_optimizer(name: str) -> None:
     """Raise a ValueError if timm has no optimiser of this name, or its package is missing."""
-    known = Kind(ValueError, "an optimiser of timm's", "timm.optim.list_optimizers() names them")
+    known = Kind(RecipeError, "an optimiser of timm's", "timm.optim.list_optimizers() names them")
     with reading(f"optimizer {name!r}", known):
         create_optimizer_v2([nn.Parameter(torch.zeros(4, 4))], name, lr=0.1)
 

@@ -19,6 +19,10 @@ _SEED = 2**32 - 1
 _WORKERS = 1_024
 
 
+class RecipeError(ValueError):
+    """A value of a recipe that a library does not take. The text says which, why, and what to do."""
+
+
 class Options(Protocol):
     """The fields that a task adds to a recipe: a frozen dataclass."""
 

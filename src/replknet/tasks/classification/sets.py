@@ -10,11 +10,11 @@ from replknet.models import Description
 from replknet.reading import Kind, reading
 from replknet.shown import shown
 from replknet.tasks.classification.recipes import ClassificationOptions
-from replknet.train.recipe import Recipe
+from replknet.train.recipe import Recipe, RecipeError
 
 _CROP_PCT = 0.875
 _AUGMENTATION = Kind(
-    ValueError,
+    RecipeError,
     "an augmentation of timm's, such as rand-m9-mstd0.5-inc1",
     "the documentation of timm.data.auto_augment has the names, and null is no augmentation",
 )
