@@ -41,7 +41,14 @@ def _training() -> tuple[bytes, bytes, pl.LightningModule]:
         save_file(arrays, folder / "cifar10.safetensors")
         fit(_RECIPE, folder / "run", folder, hardware=Hardware(log_steps=1))
         module = TASKS["classification"].train.job(_RECIPE, folder, Hardware()).module
-        return (folder / "run/last.ckpt").read_bytes(), (folder / "run/steps.csv").read_bytes(), module
+        content = torch.load(folder / "run/last.ckpt", weights_only=True)
+        table = (folder / "run/steps.csv").read_text().splitlines()
+    # times differ from process to process
+    content["callbacks"]["KeepLast"]["curve"][0]["seconds"] = 1.5
+    steps = "\n".join([table[0], "1,0.5,2.3,0.005,200.0,0.04,1.5", "2,1.0,2.2,0.001,400.0,0.08,0.0", ""])
+    data = io.BytesIO()
+    torch.save(content, data)
+    return data.getvalue(), steps.encode(), module
 
 
 @cache
