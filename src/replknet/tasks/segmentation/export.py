@@ -38,6 +38,9 @@ class SegmentationCard:
         output: what the network returns, in words.
         licence: licence of the weights, or "unknown".
         made_by: this package and its version.
+
+    Raises:
+        ValueError: a value is one that no network has, or beyond `replknet.limits`.
     """
 
     description: SegmentationDescription
