@@ -32,7 +32,7 @@ check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-soak: .venv/installed-test  ## 2,000 random cases of each campaign (four minutes), or MINUTES=n of other ones
+soak: .venv/installed-test  ## 500 random calls against float64, and 500 damaged inputs of each format, or MINUTES=n of other ones
 	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES)) $(RUN)
 
 # the tests' processes, and theirs, each write a file; the C++ core is what its own test runs

@@ -180,8 +180,9 @@ def test_export_says_how_far_the_file_is_from_torch(capsys, tmp_path):
     assert main(command) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"{output}: the logits of 3 images and of noise in two other sizes differ by at most ")
-    assert told.endswith(" of their norm (1e-05 is allowed)\n")
-    assert main(["predict", str(output), str(PHOTOS[0]), "--task", "segmentation"]) == 2
+    assert " of their norm (1e-05 is allowed)\n" in told
+    assert told.endswith(f"asks for trust: replknet predict {output} IMAGE --trust\n")
+    assert main(["predict", str(output), str(PHOTOS[0]), "--trust", "--task", "segmentation"]) == 2
     assert "holds a classifier, not a segmentation network" in capsys.readouterr().err
     assert main(["export", checkpoint, "--to", "pt2", "--task", "segmentation", "-o", str(output)]) == 2
     assert "holds a classifier, not a segmentation network" in capsys.readouterr().err
@@ -323,7 +324,7 @@ def test_training_on_a_folder_and_its_errors(tmp_path, capsys):
     (tmp_path / "val" / "extra").mkdir()
     (tmp_path / "val" / "dark" / "0.png").rename(tmp_path / "val" / "extra" / "0.png")
     assert main(["train", "folder", "--data", str(tmp_path), "--output", str(tmp_path / "new"), *short]) == 2
-    assert "must have the same classes; only one of them has extra" in capsys.readouterr().err
+    assert "must have the same classes in the same order; only one of them has extra" in capsys.readouterr().err
 
 
 def test_configuration_is_printed_and_read_back(tmp_path, capsys):

@@ -25,7 +25,7 @@ def main() -> int:
         epilog="example: make soak MINUTES=30; python -m soak depthwise --first 4711 --cases 1",
     )
     p.add_argument("campaign", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(CAMPAIGNS)}; all if none is named")
-    p.add_argument("--cases", type=int, default=2000, help="of each campaign (2000)")
+    p.add_argument("--cases", type=int, default=500, help="of each campaign (500)")
     p.add_argument("--minutes", type=float, help="stop after this time, shared by the campaigns, instead")
     p.add_argument("--first", type=int, help="seed of the first case: 0, with --minutes one that the clock gives")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")

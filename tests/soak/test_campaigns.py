@@ -15,8 +15,7 @@ from soak import CAMPAIGNS, depthwise
 from soak import __main__ as command
 from soak.campaign import failures
 
-# as many as `make soak` has by itself
-CASES, AT_ONCE = 2000, 50
+CASES, AT_ONCE = 1000, 50
 FIRSTS = [(first,) for first in range(0, CASES, AT_ONCE)]
 
 
@@ -70,6 +69,6 @@ def test_an_unknown_campaign_is_an_error_that_names_the_known_ones(monkeypatch, 
 
 
 def test_minutes_end_it(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["soak", "--minutes", "0.01"])
+    monkeypatch.setattr(sys, "argv", ["soak", "depthwise", "--minutes", "0.01"])
     assert command.main() == 0
     assert "depthwise: " in capsys.readouterr().out

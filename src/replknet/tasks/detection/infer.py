@@ -119,7 +119,7 @@ def _evaluate(network: Network, data: Path | None, settings: EvaluationSettings,
     data, d = named_data(data, "the images and annotations"), network.description
     images = CocoImages(data, settings.split, masks=d.masks, malformed=settings.malformed)
     if images.problems:
-        print(shown(f"left out: {'; '.join(map(str, images.problems))}"), file=sys.stderr)
+        print(f"left out: {'; '.join(map(str, images.problems))}", file=sys.stderr)
     check_classes(d.classes, images.classes, data)
     loader = batches(BoxSet(images, ForEvaluation(d.scale, d.normalize)), 1, collate=listed)
     found = evaluate(network.model, shown(loader), len(d.classes), d.masks)
