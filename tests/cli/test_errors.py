@@ -115,7 +115,7 @@ def test_json_that_is_nested_too_deeply_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--auto-augment", "zzz"], "auto_augment 'zzz' cannot be read as an augmentation of timm's"),
+        (["--auto-augment", "zzz"], "auto_augment=zzz cannot be read as an augmentation of timm's"),
         (["--optimizer", "zzz"], "optimizer 'zzz' cannot be read as an optimiser of timm's"),
         (["--network", '{"zzz": 1}'], "replknet_test cannot be built with {'zzz': 1}"),
         (["--network", '{"depths": "abc"}'], "depths"),

@@ -149,6 +149,6 @@ def test_a_very_long_image_is_cropped_before_it_is_enlarged(tmp_path):
 def test_an_unknown_augmentation_is_named():
     with pytest.raises(
         transforms.AugmentationError,
-        match=r"auto_augment=zzz cannot be read as timm's text for an augmentation: .*; give one such as rand-m9",
+        match=r"auto_augment=zzz cannot be read as an augmentation of timm's: .*; give one such as rand-m9",
     ):
         transforms.train_transform(64, (0.0,) * 3, (1.0,) * 3, "zzz")

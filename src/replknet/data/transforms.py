@@ -36,7 +36,9 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-_AUGMENTATION = Kind(AugmentationError, "timm's text for an augmentation", "give one such as rand-m9-mstd0.5-inc1")
+_AUGMENTATION = Kind(
+    AugmentationError, "an augmentation of timm's", "give one such as rand-m9-mstd0.5-inc1, or null for none"
+)
 # longest side of an image that the centre is cropped from, in shorter sides
 _LONGEST = 32
 

@@ -7,17 +7,11 @@ from replknet.data import cifar10, images, sources, transforms
 from replknet.data.batches import Splits
 from replknet.data.files import brief
 from replknet.models import Description
-from replknet.reading import Kind, reading
 from replknet.shown import shown
 from replknet.tasks.classification.recipes import ClassificationOptions
-from replknet.train.recipe import Recipe, RecipeError
+from replknet.train.recipe import Recipe
 
 _CROP_PCT = 0.875
-_AUGMENTATION = Kind(
-    RecipeError,
-    "an augmentation of timm's, such as rand-m9-mstd0.5-inc1",
-    "the documentation of timm.data.auto_augment has the names, and null is no augmentation",
-)
 
 
 def splits(recipe: Recipe, data: Path | None) -> Splits:
@@ -39,10 +33,9 @@ def splits(recipe: Recipe, data: Path | None) -> Splits:
         raise ValueError("this recipe trains on your images: name their folder with --data DIR")
     mean, std = transforms.NORMALIZATIONS[recipe.normalization]
     size = options.image_size
-    with reading(f"auto_augment {options.auto_augment!r}", _AUGMENTATION):
-        moved = transforms.train_transform(
-            size, mean, std, options.auto_augment, options.random_erasing, options.color_jitter
-        )
+    moved = transforms.train_transform(
+        size, mean, std, options.auto_augment, options.random_erasing, options.color_jitter
+    )
     train = images.ImageSet(sources.source_of(data, "train"), moved, options.unreadable_images, replace=True)
     val: Any = None
     if recipe.evaluate:
