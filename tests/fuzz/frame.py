@@ -53,6 +53,9 @@ def campaign(target: Target) -> Campaign:
 
 
 def _check(name: str, random: Random) -> str | None:
+    # targets take turns: a process that waits would keep its memory
+    for other in [other for other in _WORKERS if other != name]:
+        _WORKERS.pop(other).stop()
     worker = _WORKERS.get(name)
     if worker is None:
         worker = _WORKERS[name] = _Worker(name)
