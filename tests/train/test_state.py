@@ -6,11 +6,13 @@ from random import Random
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 
 from fuzz.targets_trainings import _training, make_state, read_state_of
 from replknet.train.files import CURVE, FileError, read_json, rows_of
+from replknet.train.optimisers import fallback_of
 from replknet.train.progress import read_rows
-from replknet.train.state import StateError, check_whole
+from replknet.train.state import StateError, _wrong, check_whole
 
 
 @pytest.fixture
@@ -44,7 +46,16 @@ def test_a_state_as_it_was_written_is_taken(tmp_path, content):
         (["callbacks", "KeepLast", "losses"], ["a"], "the losses of the epoch must be a list of numbers"),
         (["optimizer_states"], [], "optimizer_states must have one state, got a list of 0"),
         (["optimizer_states", 0, "state", 0], 7, "the optimiser's state of a param must be a dict, got 7"),
-        (["optimizer_states", 0, "state", 0], {}, "the optimiser's states of a group must have the same fields"),
+        (
+            ["optimizer_states", 0, "state", 0],
+            {},
+            "the optimiser's state of a param lacks its number of steps",
+        ),
+        (["optimizer_states", 0, "state", 0, "step"], [], "'step' of a param must be of type"),
+        (["optimizer_states", 0, "param_groups", 0, "lr"], "fast", "lr of a group must be a number, got 'fast'"),
+        (["optimizer_states", 0, "param_groups", 0, "fused"], torch.zeros(0), "the settings of a group must be single"),
+        (["lr_schedulers", 0, "metric"], torch.zeros(0), "lr_schedulers must have numbers and texts alone"),
+        (["pytorch-lightning_version"], "text", "must be a version such as 2.6.6, got 'text'"),
         (["loops", "fit_loop"], {}, "fit_loop lacks state_dict"),
         (
             ["loops", "fit_loop", "epoch_progress", "current", "ready"],
@@ -67,6 +78,20 @@ def test_a_state_with_something_else_in_it_says_what(keys, value, message, tmp_p
     assert told.endswith("; go on from a copy of the file, or start anew with another --output")
     assert "\n" not in told
     assert len(told) < 1000
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactorbv", "nmuon", "sgd", "rmsprop"])
+def test_states_of_all_kinds_of_optimisers_are_taken(name, content):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 8, 1))
+    optimiser = create_optimizer_v2(model, name, lr=1e-3, weight_decay=0.0, momentum=0.9, **fallback_of(model, name))
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        optimiser.step()
+    content["optimizer_states"] = [optimiser.state_dict()]
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    assert _wrong(torch.load(file, weights_only=True)) is None
 
 
 def test_archives_that_torch_would_not_write_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The state in a `last.ckpt`: looked at before a training goes on from it."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _PARTS: dict[str, type[Any]] = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
+# settings of a group that an optimiser computes with
+_RATES = {"lr", "initial_lr", "lr_scale", "weight_decay"}
 # largest number of a counter: torch counts in int64
 _MOST = 2**63 - 1
 
@@ -133,8 +136,9 @@ def _wrong(content: object) -> str | None:
             return f"{name} must be a number of steps or epochs, got {told(value)}"
     if not _is_plain(content.get("replknet_recipe", {})) or not isinstance(content.get("replknet_recipe", {}), dict):
         return "replknet_recipe must have the fields of a recipe"
-    if not isinstance(content.get("pytorch-lightning_version"), str):
-        return f"pytorch-lightning_version must be a text, got {told(content.get('pytorch-lightning_version'))}"
+    written = content.get("pytorch-lightning_version")
+    if not isinstance(written, str) or re.fullmatch(r"\d+(\.\d+)+[\w.+]*", written) is None:
+        return f"pytorch-lightning_version must be a version such as 2.6.6, got {told(written)}"
     return _wrong_curve(content["callbacks"]) or _wrong_optimisers(content)
 
 
@@ -175,13 +179,30 @@ def _wrong_optimisers(content: Mapping[str, Any]) -> str | None:
     if not isinstance(states, dict) or not set(states) <= set(places):
         return f"the optimiser's state must be of the params of its groups, got {told(states)}"
     for group in groups:
-        fields: set[str] | None = None
-        for one in (states[place] for place in group["params"] if place in states):
-            if not isinstance(one, dict) or not all(isinstance(key, str) for key in one):
-                return f"the optimiser's state of a param must be a dict, got {told(one)}"
-            if fields is not None and fields != set(one):
-                return f"the optimiser's states of a group must have the same fields, got {told(sorted(set(one)))}"
-            fields = set(one)
+        wrong = _wrong_group(group, [states[place] for place in group["params"] if place in states])
+        if wrong is not None:
+            return wrong
+    return None if _is_plain(content["lr_schedulers"]) else "lr_schedulers must have numbers and texts alone"
+
+
+def _wrong_group(group: Mapping[Any, Any], states: list[Any]) -> str | None:
+    """What is wrong with a group of an optimiser's params, and with what it keeps of each param."""
+    # optimisers have settings of many types; LAMB keeps a bound as a tensor of one number
+    if any(isinstance(value, Tensor) and value.numel() != 1 for value in group.values()):
+        return "the settings of a group must be single values"
+    for name in _RATES.intersection(group):
+        if not is_number(group[name]):
+            return f"{name} of a group must be a number, got {told(group[name])}"
+    # a field has one type in a group; a param of another shape may lack it, but all count their steps
+    types: dict[str, type[Any]] = {}
+    for one in states:
+        if not isinstance(one, dict) or not all(isinstance(key, str) for key in one):
+            return f"the optimiser's state of a param must be a dict, got {told(one)}"
+        for name, value in one.items():
+            if not isinstance(value, types.setdefault(name, type(value))):
+                return f"{told(name)} of a param must be of type {types[name].__name__}, got {told(value)}"
+        if ("step" in one) != ("step" in states[0]):
+            return "the optimiser's state of a param lacks its number of steps"
     return None
 
 
