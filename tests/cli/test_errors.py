@@ -155,6 +155,8 @@ def test_options_of_a_recipe_are_checked_before_anything_trains(options, message
         (["analyze", "erf", "NET", "--size", "99999"], "--size must be at most 8,192, got 99,999"),
         (["analyze", "shape-bias", "NET", "--cifar10", "--each", "9999"], "--each must be at most 1,000, got 9,999"),
         (["analyze", "kernels", "NET", "-o", "k.zip"], "the ending of a picture must be one of "),
+        (["doctor", "--shape", "1,8,9,9", "--kernel", "1000000000"], "--kernel, its numbers together, must be at most"),
+        (["doctor", "--shape", f"1,8,9,{10**19}", "--kernel", "7"], "--shape, its numbers together, must be at most"),
         (["demo", "--epochs", "0"], "epochs must be positive, got 0"),
     ],
 )

@@ -1,13 +1,16 @@
 """replknet doctor"""
 
 import json
+import math
 
-from replknet.cli.options import Parser, parser
+from replknet.cli.options import Parser, check_at_most, parser
 from replknet.ops import doctor
 from replknet.ops.call import DTYPES
 from replknet.ops.doctor import Diagnosis, Explanation, explain
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+# numbers of a tensor: as many bytes as no machine has
+_NUMBERS = 2**48
 
 
 def _numbers(text: str, option: str, form: str, counts: tuple[int, ...]) -> list[int]:
@@ -40,6 +43,8 @@ def main(argv: list[str]) -> int:
     else:
         n, c, h, w = _numbers(args.shape, "--shape", "N,C,H,W, such as 1,128,56,56", (4,))
         sides = _numbers(args.kernel, "--kernel", "KH or KH,KW, such as 31 or 51,5", (1, 2))
+        for option, numbers in (("--shape", [n, c, h, w]), ("--kernel", [c, sides[0], sides[-1]])):
+            check_at_most(f"{option}, its numbers together,", math.prod(numbers), _NUMBERS)
         report = explain((n, c, h, w), (sides[0], sides[-1]), _DTYPES[args.dtype], args.channels_last, args.device)
     print(json.dumps(report.asdict(), indent=1) if args.json else report)
     return 0
