@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import replknet
 from replknet.models import CheckpointError, load_checkpoint, load_model, read_state_dict
-from replknet.models.checkpoints import from_megengine, from_mmpretrain, to_official
+from replknet.models.key_formats import from_megengine, from_mmpretrain, to_official
 
 
 def network(**kwargs):

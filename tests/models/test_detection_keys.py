@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from replknet.models.checkpoints import to_official
 from replknet.models.detection_keys import from_mmdet, to_mmdet
+from replknet.models.key_formats import to_official
 from replknet.tasks.detection.cascade import CascadeRCNN
 from replknet.tasks.detection.fcos import FCOS
 from replknet.tasks.detection.files import described

@@ -14,8 +14,8 @@ import replknet.tasks
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS
 from replknet.models import CheckpointError, Description, save_model
-from replknet.models.checkpoints import to_mmseg
 from replknet.models.detection_keys import to_mmdet
+from replknet.models.key_formats import to_mmseg
 from replknet.models.model_files import FIELD, Source
 from replknet.models.replknet import CONFIGS
 from replknet.tasks import RECIPES, TASKS

@@ -8,7 +8,8 @@ import timm
 from torch import Tensor
 
 from replknet import limits
-from replknet.models.model_files import check_config, config_of, named, statistics_of
+from replknet.models.model_files import config_of, named, statistics_of
+from replknet.models.sizes import check_config
 from replknet.shown import shown
 
 # options of timm.create_model that fetch or read further files

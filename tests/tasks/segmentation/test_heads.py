@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import replknet
 from replknet.difference import largest_difference
 from replknet.models import CheckpointError, load_checkpoint
-from replknet.models.checkpoints import from_mmseg, to_mmseg
+from replknet.models.key_formats import from_mmseg, to_mmseg
 from replknet.tasks.segmentation.heads import UperNet, without_auxiliary
 
 # merged and without the auxiliary head, which is what the paper counts (112, 110, 207 and 374 M); our counts

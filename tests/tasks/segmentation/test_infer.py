@@ -13,7 +13,7 @@ import replknet
 from replknet.data.masks import IGNORE, shipped_classes
 from replknet.data.transforms import IMAGENET_MEAN, INCEPTION_MEAN
 from replknet.models import CheckpointError, load_model
-from replknet.models.checkpoints import to_mmseg, to_official
+from replknet.models.key_formats import to_mmseg, to_official
 from replknet.tasks.segmentation.files import (
     SegmentationDescription,
     described,

@@ -19,8 +19,8 @@ from replknet.deploy.cards import LARGEST_SIDE, check_sides, parsed_card
 from replknet.deploy.files import BOUND, Exported, Format, sides_of, write_checked
 from replknet.deploy.verify import Difference, Run
 from replknet.models import Description
-from replknet.models.model_files import check_classes, check_pixels
 from replknet.models.replknet import evaluation_crop
+from replknet.models.sizes import check_classes, check_pixels
 from replknet.models.timm_model import StagedNet
 from replknet.nn import merge
 from replknet.tasks.task import Export, Int8, Network

@@ -18,13 +18,12 @@ from replknet.models.checkpoints import listed
 from replknet.models.model_files import (
     NETWORK,
     Source,
-    check_classes,
-    check_pixels,
     filled,
     parsed,
     read,
     write,
 )
+from replknet.models.sizes import check_classes, check_pixels
 from replknet.models.strangers import hint
 from replknet.reading import reading
 from replknet.shown import shown
