@@ -5,11 +5,16 @@ import json
 import struct
 import zipfile
 from copy import deepcopy
+from itertools import islice
 from random import Random
 from typing import Any
 
 # numbers at the edges of the types that files store them in
 _EDGES = (0, 1, 7, 8, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1)
+
+
+# nodes of a JSON value that may be changed
+_PLACES = 20_000
 
 
 def mutated(random: Random, data: bytes) -> bytes:
@@ -103,7 +108,8 @@ def mutated_json(random: Random, value: Any) -> Any:
     """A copy of a JSON value with one to four of its nodes changed: replaced, removed, doubled, or renamed."""
     changed = [deepcopy(value)]
     for _ in range(random.choice((1, 1, 2, 4))):
-        places = list(_places(changed))
+        # what was doubled twice has millions
+        places = list(islice(_places(changed), _PLACES))
         # the deeper a node, the more of its kind there are: choose the depth first
         depth = random.choice(sorted({depth for depth, _, _ in places}))
         _, parent, key = random.choice([place for place in places if place[0] == depth])
