@@ -24,7 +24,7 @@ test: check  ## `make check`, then one case of each contract (four minutes on tw
 	$(BIN)/python -m pytest -q -n2 --dist loadfile $(RUN)
 
 test-all: check  ## `make check`, then the full matrix with the random campaigns; CI adds the sanitizers
-	$(BIN)/python -m pytest -q --full --hypothesis-profile=repeatable -n2 --dist loadfile $(RUN)
+	$(BIN)/python -m pytest -q --full --hypothesis-profile=repeatable -n2 --dist loadfile --durations=20 $(RUN)
 
 check: .venv/installed-test  ## format, lint, types and layers
 	$(BIN)/ruff format --check .

@@ -89,7 +89,18 @@ _SLOW = (
     *("replknet.bench.against", "replknet.tasks.segmentation.train", "replknet.tasks.detection.train", "transformers"),
 )
 # options that download, run for long, or end in a picture of the help
-_WITHOUT = {"--pretrained", "--help", "-h", "--help-all", "--cifar10", "--memory", "--compile", "--int8", "--parts"}
+_WITHOUT = {
+    "--runs",
+    "--pretrained",
+    "--help",
+    "-h",
+    "--help-all",
+    "--cifar10",
+    "--memory",
+    "--compile",
+    "--int8",
+    "--parts",
+}
 _IMAGE = ("picture.png", "folder", "missing", "notes.txt", "a\udcffb.png")
 _NETWORK = (
     *("net.safetensors", "net.safetensors", "missing", "folder", "notes.txt", "cipher.zip", "cut.zip"),
