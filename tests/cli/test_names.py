@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from matrix import matrix
 from replknet.cli import colour, completion
 from replknet.cli.main import COMMANDS, GROUPS, OLD, main
 from replknet.cli.train import _RARE
@@ -47,14 +48,14 @@ def test_help_of_a_training_loads_no_lightning():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    ("words", "now"),
-    [
-        (["recipes", "camvid"], "replknet train --list"),
-        (["plan", "cifar10", "--model", "replknet_test", "--json"], "replknet train --plan"),
-        (["kernels", "replknet_cifar_l", "-o", "OUT", "--json"], "replknet analyze kernels"),
-    ],
+OLDER = (
+    (["recipes", "camvid"], "replknet train --list"),
+    (["plan", "cifar10", "--model", "replknet_test", "--json"], "replknet train --plan"),
+    (["kernels", "replknet_cifar_l", "-o", "OUT", "--json"], "replknet analyze kernels"),
 )
+
+
+@pytest.mark.parametrize(("words", "now"), matrix(OLDER, OLDER[:1]))
 def test_an_older_name_runs_and_says_what_it_is_now(words, now, capsys, tmp_path):
     words = [str(tmp_path / "k.png") if word == "OUT" else word for word in words]
     assert main(words) == 0

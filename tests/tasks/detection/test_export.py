@@ -157,6 +157,7 @@ def test_the_model_stays_as_it_was_and_half_precision_is_exported_in_float32(tmp
     )
 
 
+@pytest.mark.full
 def test_a_pyramid_that_misses_the_bound_is_not_left_behind(tmp_path, monkeypatch):
     path = tmp_path / "pyramid.xml"
     path.write_text("an older file")

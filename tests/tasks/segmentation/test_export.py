@@ -157,6 +157,7 @@ def test_a_size_that_a_file_does_not_take_is_an_error(to, file):
         exported(torch.zeros(1, 3, 40, 8193))
 
 
+@pytest.mark.full
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     path, model = tmp_path / "net.pt2", network()
     before = deepcopy(model.state_dict())
