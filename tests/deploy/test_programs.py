@@ -17,7 +17,7 @@ from matrix import matrix
 from replknet import deploy
 from replknet.cli.main import main
 from replknet.data.images import PHOTOS
-from replknet.deploy import ExportedError, programs
+from replknet.deploy import ExportedError, files, programs
 from replknet.deploy.files import card_in
 from replknet.models import Description, save_model
 from replknet.models.replknet import CONFIGS
@@ -340,3 +340,16 @@ def test_what_is_not_trusted_needs_no_torch_export(made, monkeypatch):
     monkeypatch.setattr(programs, "_members", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(deploy.ExportedError):
         load(os.fspath(made[1]))
+
+
+def test_a_program_that_fails_only_when_it_runs_is_a_line(tmp_path, monkeypatch):
+    def fails(x):
+        raise RuntimeError("expected dilation to be a list of 2 values\nand a stack")
+
+    path = tmp_path / "net.pt2"
+    path.touch()
+    card = json.dumps(card_of(DESCRIPTION).__dict__)
+    monkeypatch.setitem(files._READERS, "pt2", lambda path: (card, fails))
+    network = load(path, trust=True)
+    with pytest.raises(ExportedError, match=r"net\.pt2 cannot be read as .*: expected dilation .* 2 values; export it"):
+        network(torch.zeros(1, 3, 64, 64))

@@ -13,6 +13,7 @@ from replknet.deploy.onnx_graphs import open_onnx
 from replknet.deploy.openvino_graphs import open_openvino
 from replknet.deploy.programs import open_aoti, open_pt2, save_pt2, trusted
 from replknet.deploy.verify import Difference, Run, compared, kept, worst
+from replknet.reading import Kind, reading
 from replknet.shown import shown
 
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
@@ -114,7 +115,9 @@ def card_in(path: Path, trust: bool = False) -> tuple[dict[str, Any], Run]:
         if not all(smallest <= side <= largest for side in x.shape[2:]):
             size = "x".join(map(str, x.shape[2:]))
             raise ValueError(f"{shown(path)} takes images with sides from {smallest} to {largest} pixels, got {size}")
-        return run(x)
+        # a damaged program may be read, and fail only here
+        with reading(path, _RUN):
+            return run(x)
 
     return card, run_checked
 
@@ -181,6 +184,7 @@ def check_outputs(found: Sequence[Tensor], wanted: Mapping[str, tuple[torch.dtyp
             raise ExportedError(f"the exported file returns {name} that are not finite numbers; {_AGAIN}")
 
 
+_RUN = Kind(ExportedError, "a network that computes images", "export it again")
 _AGAIN = "export it again with `replknet export`"
 
 
