@@ -85,7 +85,7 @@ def test_a_description_of_a_classifier(tmp_path, changes, told):
         ({"network": {"checkpoint_path": "/etc/passwd"}}, "must not set checkpoint_path"),
         ({"network": {"no_such_option": 1}}, "unexpected keyword argument 'no_such_option'"),
         ({"backbone": "hf-hub:somebody/network"}, "no network of timm's is called hf-hub:somebody/network"),
-        ({"backbone": "local-dir:/tmp/network"}, "no network of timm's is called local-dir:/tmp/network"),
+        ({"backbone": "local-dir:/data/network"}, "no network of timm's is called local-dir:/data/network"),
         ({"backbone": "\x1b[2J"}, r"no network of timm's is called \\x1b\[2J"),
         ({"channels": 10**9}, "asks for 1,000,000,000 pixels a side, or channels of a head, more than the 8,192"),
         ({"channels": -1}, "sides and channels must be positive, got -1"),
