@@ -157,7 +157,7 @@ def _flat(content: Any, where: str, average: bool) -> tuple[dict[str, Any], str]
 
 
 def _checked(flat: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Tensors of their own, on the CPU, none of which claims more memory than its file has."""
+    """The tensors, copied and on the CPU. None may claim more memory than its file has."""
     limits.check(len(flat), limits.ENTRIES, "tensors")
     # the smallest files are mostly header
     allowed = limits.SHARING * path.stat().st_size + 2**20

@@ -8,7 +8,7 @@ from replknet.shown import shown
 
 
 def check_pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Raise a ValueError unless mean and std have one number for each channel, of which std is positive."""
+    """Raise a ValueError unless mean and std have one number for each channel, and std is positive."""
     if len(mean) != len(std) or not mean or len(mean) > limits.CHANNELS or min(std) <= 0:
         raise ValueError(
             f"mean and std must have a number for each channel, and std must be positive, got {mean[:4]} and {std[:4]}"
